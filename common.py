@@ -1,0 +1,685 @@
+"""Stateless helpers of the four scripts: command line, chat, generation, log-probs, the tiny model, what a run leaves.
+
+No algorithm stands here: no loss of a paper, no advantage, no prompt. `ids` are lists of token ids, one list per row; a mask of 1 marks
+what the policy sampled; log-probs are natural logarithms in float32 at the sampling temperature. A mistake of the user ends in `refuse`
+(one line, exit status 2), a mistake of the caller in an exception.
+"""
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import numbers
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import jinja2
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, PreTrainedTokenizerFast
+
+# ---------------------------------------------------------------------------------------------------------- command line
+
+
+def refuse(message) -> NoReturn:
+    """Prints `error: ...` as one line on stderr and leaves with exit status 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check(condition, message):
+    """`refuse(message)` unless `condition` holds."""
+    if not condition:
+        refuse(message)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message):
+        refuse(message)  # argparse would print its usage, dozens of lines long, before the reason
+
+
+def parse_args(cls, argv=None):
+    """The dataclass `cls` filled from `argv` (default: the command line). Any parser failure ends in `refuse`."""
+    title = (sys.modules[cls.__module__].__doc__ or "").strip().split("\n")[0]
+    parser = _Parser(cls, allow_abbrev=False, description=title)
+    try:
+        args, unknown = parser.parse_args_into_dataclasses(
+            sys.argv[1:] if argv is None else list(argv), return_remaining_strings=True, look_for_args_file=False)
+    except (ValueError, TypeError) as error:  # the dataclass's own __post_init__
+        refuse(error)
+    check(not unknown, f"unknown arguments: {' '.join(unknown)} (see --help)")
+    return args
+
+
+DTYPES = "auto", "float32", "bfloat16"  # float16 would need loss scaling
+
+
+def check_common(args):
+    """Refuses impossible values of the flags that all scripts share; fields that `args` lacks are skipped."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+
+    def demand(name, valid, rule):
+        check(name not in values or valid(values[name]), f"--{name.replace('_', '-')} must be {rule}, not {values.get(name)}")
+
+    for name in values:
+        demand(name, lambda v: all(not isinstance(x, float) or math.isfinite(x) for x in (v if isinstance(v, list) else [v])), "finite")
+    for name in "steps", "batch_size", "micro_batch_size", "max_new_tokens", "eval_episodes", "eval_every", "save_every":
+        demand(name, lambda v: v >= 1, "at least 1")
+    demand("seed", lambda v: 0 <= v < 2**63, "between 0 and 2^63")
+    demand("lr", lambda v: v >= 0, "at least 0")
+    demand("temperature", lambda v: v > 0, "above 0")
+    demand("eval_temperature", lambda v: v >= 0, "at least 0")
+    demand("batch_size", lambda v: v % values.get("micro_batch_size", 1) == 0, "a multiple of --micro-batch-size")
+    demand("dtype", lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}")
+    demand("device", _device_exists, "a device of this machine (cpu, cuda, cuda:1, mps)")
+
+
+def _device_exists(name):
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        return False
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    return (device.index or 0) < count.get(device.type, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------------ chat
+
+
+class Chat:
+    """A tokenizer seen as a chat: messages to ids, once; after that ids are only ever appended.
+
+    `pad` fills batches (always under mask 0). `eos` lists the ids that end a reply; `eos[0]` is the one that the template itself puts
+    after an assistant message: the one to force or to train on. Control tokens spelled out in a text never become control tokens.
+    """
+
+    def __init__(self, tokenizer, model=None, thinking=False):
+        self.tokenizer, self.thinking, self.system_role = tokenizer, thinking, True
+        check(tokenizer.chat_template, f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template")
+        control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
+        system, user, assistant = "zqsystem", "zquser", "zqassistant"  # in no template
+        try:
+            self.system_role = system in self._render([("system", system), ("user", user)])
+        except jinja2.TemplateError:  # how a template says that it knows no system role
+            self.system_role = False
+        try:
+            text = self._render([("user", "hello"), ("assistant", assistant), ("user", f"\t{user}\t")])
+        except jinja2.TemplateError as error:
+            refuse(f"the chat template cannot render a dialogue of three messages: {error}")
+        check(assistant in text and user in text, "the chat template drops messages from a dialogue")
+        between, _, after = text.split(assistant)[-1].partition(user)
+        self._strips = not between.endswith("\t")  # some templates strip the contents
+        # Between two replies stand: end token, user header, text, generation prompt. The end token is sampled (or forced), so what a
+        # turn appends starts right behind it.
+        ends = [source.eos_token_id for source in (tokenizer, getattr(model, "generation_config", None)) if source]
+        ends = [id for end in ends if end is not None for id in (end if isinstance(end, list) else [end])]
+        known = set(tokenizer.added_tokens_decoder) | set(ends)
+        end = next((id for id in self._encode_rendered(between) if id in known), None)
+        if end is not None:
+            ends.insert(0, end)
+            between = between.partition(tokenizer.convert_ids_to_tokens(end))[2]
+        check(ends, "the tokenizer has no end-of-sequence token")
+        self._turn = (between, after) if self._strips else (between[:-1], after[1:])
+        self.eos = list(dict.fromkeys(ends))
+        self.pad = self.eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def prompt(self, messages) -> list[int]:
+        """Ids of `messages` (dicts with role and content) up to where the assistant speaks."""
+        return self._encode_rendered(self._render([(message["role"], self._inert(message["content"])) for message in messages]))
+
+    def turn(self, text) -> list[int]:
+        """Ids that follow a reply's end token: a user turn that says `text`, up to where the assistant speaks."""
+        return self._encode_rendered(self._inert(text.strip() if self._strips else text).join(self._turn))
+
+    def dialogue(self, messages) -> list[int]:
+        """Ids of [system,] user, assistant, user, ..., user, built exactly as a rollout builds them."""
+        first = 1 + [message["role"] for message in messages].index("user")
+        ids = self.prompt(messages[:first])
+        for i, message in enumerate(messages[first:]):
+            if message["role"] != ("assistant", "user")[i % 2]:
+                raise ValueError(f"message {first + i} of a dialogue is one of the {message['role']}")
+            ids += self.turn(message["content"]) if i % 2 else self.reply(message["content"])
+        return ids
+
+    def reply(self, text) -> list[int]:
+        """Ids of a reply that says `text` and ends: a likelihood target."""
+        return [*self.encode(text), self.eos[0]]
+
+    def encode(self, text) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _inert(self, text):  # "<|im_end|>" -> "< |im_end|>": or a player could end its turn inside another part's prompt
+        return self._control.sub(lambda found: found[0][0] + " " + found[0][1:], text)
+
+    def _encode_rendered(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _render(self, messages):
+        if messages[0][0] == "system" and not self.system_role:
+            (_, system), (role, content), *rest = messages
+            messages = [(role, system + "\n\n" + content), *rest]
+        messages = [{"role": role, "content": content} for role, content in messages]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking)
+
+
+# ------------------------------------------------------------------------------------------------------------ generation
+
+
+@dataclasses.dataclass
+class Replies:
+    """Sampled replies in the order of the prompts (prompt-major when there are several samples of each)."""
+
+    ids: list[list[int]]  # sampled ids, the end token included when it was sampled
+    logprobs: list[list[float]]  # of those ids, at the sampling temperature (at 1 when that is 0)
+    texts: list[str]
+    complete: list[bool]  # ended by itself, not by the limit
+
+
+def row_seed(seed, *parts) -> int:
+    """A 64-bit seed from integers and strings, such as (seed, step, episode, turn); the same in every process."""
+    parts = [int(part) if isinstance(part, numbers.Integral) else part for part in (seed, *parts)]
+    if not all(isinstance(part, (int, str)) for part in parts):
+        raise TypeError(f"a seed is made of integers and strings, not of {parts}")
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+def uniforms(seeds, count) -> torch.Tensor:
+    """[len(seeds), count] float32 in [0, 1): number t of a row depends on its seed and on t, on nothing else (splitmix64)."""
+    z = np.array([seed % 2**64 for seed in seeds], dtype=np.uint64)[:, None]
+    z = z + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # unsigned arrays wrap around
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return torch.from_numpy((z >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))
+
+
+def pad_rows(rows, value, side="right") -> torch.Tensor:
+    """Ragged lists to one LongTensor [len(rows), longest], filled up with `value` on the given side."""
+    width = max(map(len, rows), default=0)
+    fill = [[value] * (width - len(row)) for row in rows]
+    padded = [[*row, *f] if side == "right" else [*f, *row] for row, f in zip(rows, fill)]
+    return torch.tensor(padded, dtype=torch.long).reshape(len(rows), width)
+
+
+def _real(rows, side="right"):
+    return pad_rows([[1] * len(row) for row in rows], 0, side)  # the attention mask of pad_rows(rows)
+
+
+def _positions(mask):
+    return (mask.cumsum(1) - 1).clamp(min=0)  # [B, T], counts real tokens only
+
+
+def compute(model):
+    """Context in which the model computes: bfloat16 autocast over float32 weights where `load` asked for it."""
+    dtype = getattr(model, "compute_dtype", None)
+    return torch.autocast(model.device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def _advance(model, cache, mask, new):
+    """Adds keys and values of the ragged ids `new` to `cache` in one forward; returns the mask [B, T] of the cache.
+
+    New ids are padded on the right for the forward, so that no row has a hole between its old and its new tokens (a sliding window
+    counts columns, holes included); afterwards every row is moved back to the right edge.
+    """
+    ids = pad_rows(new, 0).to(mask.device)  # [B, N]
+    if not ids.numel():
+        return mask
+    mask = torch.cat([mask, _real(new).to(mask.device)], 1)
+    model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask)[:, -ids.shape[1]:], past_key_values=cache, use_cache=True,
+          logits_to_keep=1)
+    columns = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()):]  # padding first, then the tokens in their order
+    for layer in cache.layers:
+        if layer.keys is not None:  # layers that share another layer's cache have none
+            index = columns[:, None, :, None].expand(-1, *layer.keys.shape[1:2], -1, layer.keys.shape[3])
+            layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index[..., :layer.values.shape[3]])
+    return mask.gather(1, columns)
+
+
+def _decode(model, chat, cache, mask, last, max_new_tokens, temperature, seeds) -> Replies:
+    """Samples one reply per row of `cache`, which holds everything before the ids `last` [B]. Consumes the cache."""
+    device, count = mask.device, len(seeds)
+    noise, ends = uniforms(seeds, max_new_tokens).to(device), torch.tensor(chat.eos, device=device)
+    tokens = torch.full((count, max_new_tokens), chat.pad, device=device)
+    logprobs = torch.zeros(count, max_new_tokens, device=device)
+    lengths = torch.zeros(count, dtype=torch.long, device=device)
+    rows, alive = torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)  # rows: cache row -> reply
+    for t in range(max_new_tokens):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)  # of ended rows too: nobody reads what follows
+        logits = model(input_ids=last[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                       past_key_values=cache, use_cache=True).logits[:, -1]  # [B, V]
+        logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+        if temperature == 0:
+            last = logp.argmax(-1)
+        else:  # divided by its last entry, the tail of the cdf is exactly 1 and every uniform is below it: no impossible token
+            cdf = logp.exp().cumsum(-1)
+            last = torch.searchsorted(cdf / cdf[:, -1:], noise[rows, t, None], right=True)[:, 0]
+        tokens[rows, t], logprobs[rows, t] = last, logp.gather(1, last[:, None])[:, 0]
+        lengths[rows] += alive
+        alive = alive & ~torch.isin(last, ends)
+        remaining = int(alive.sum())
+        if remaining == 0:
+            break
+        if remaining <= len(rows) // 2:
+            keep = alive.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            rows, mask, last, alive = rows[keep], mask[keep], last[keep], alive[keep]
+    lengths = lengths.tolist()
+    ids = [row[:n] for row, n in zip(tokens.tolist(), lengths)]
+    logprobs = [row[:n] for row, n in zip(logprobs.tolist(), lengths)]
+    return Replies(ids, logprobs, [chat.decode(row) for row in ids], [row[-1] in chat.eos for row in ids])
+
+
+@torch.no_grad()
+def generate(model, chat, prompts, *, max_new_tokens, temperature, seeds, samples=1, rows=None) -> Replies:
+    """`samples` replies to each prompt (lists of ids), at most `rows` at once (default: 64 on a CPU, else 256).
+
+    `seeds` holds one integer per reply (`len(prompts) * samples`, prompt-major). Randomness depends on a reply's seed alone, so batching
+    and order do not change the result. Temperature 0 takes the most likely token.
+    """
+    if len(seeds) != len(prompts) * samples or not all(prompts):
+        raise ValueError(f"{len(prompts)} prompts (none empty) with {samples} samples each cannot use {len(seeds)} seeds")
+    rows = rows or (64 if model.device.type == "cpu" else 256)
+    order = sorted(range(len(seeds)), key=lambda i: -len(prompts[i // samples]))  # similar lengths together
+    out = Replies(*([None] * len(seeds) for _ in dataclasses.fields(Replies)))
+    with compute(model):
+        for start in range(0, len(order), rows):
+            chunk = order[start:start + rows]
+            unique = {}  # each distinct prompt is encoded once, however many replies it gets
+            index = [unique.setdefault(tuple(prompts[i // samples]), len(unique)) for i in chunk]
+            cache, mask = DynamicCache(), torch.zeros(len(unique), 0, dtype=torch.long, device=model.device)
+            mask = _advance(model, cache, mask, [prompt[:-1] for prompt in unique])
+            if len(unique) < len(chunk):
+                cache.batch_select_indices(torch.tensor(index, device=model.device))
+            last = torch.tensor([prompts[i // samples][-1] for i in chunk], device=model.device)
+            replies = _decode(model, chat, cache, mask[index], last, max_new_tokens, temperature, [seeds[i] for i in chunk])
+            for name, values in vars(replies).items():
+                for i, value in zip(chunk, values):
+                    getattr(out, name)[i] = value
+    return out
+
+
+class Dialogues:
+    """Dialogues that grow side by side and share one cache. The model's weights must not change meanwhile.
+
+    Per row, over the whole dialogue: `ids`; `mask`, 1 = sampled by the policy (a sampled end token included), 0 = prompt, observation or
+    forced end token; `logprobs` of the sampled ids, 0.0 elsewhere.
+    """
+
+    def __init__(self, model, chat, prompts):
+        if not all(prompts):
+            raise ValueError("a prompt is empty")
+        self.model, self.chat, self.ids = model, chat, [list(prompt) for prompt in prompts]
+        self.mask = [[0] * len(prompt) for prompt in prompts]
+        self.logprobs = [[0.0] * len(prompt) for prompt in prompts]
+        self._cached, self._seen = [], {}  # the rows in the cache, in its order; how many ids of each it holds
+
+    @torch.no_grad()
+    def reply(self, rows, *, max_new_tokens, temperature, seeds) -> list[str]:
+        """Samples one reply for each of `rows` (the others idle) and returns the texts. `seeds`: one per listed row.
+
+        A reply cut at the limit gets its end token appended with mask 0. A row that is not listed leaves the cache; should it come back,
+        the dialogues listed with it are encoded anew.
+        """
+        rows, device = list(rows), self.model.device
+        if len(set(rows)) != len(rows) or len(seeds) != len(rows):
+            raise ValueError(f"{len(seeds)} seeds for the rows {rows}, which must be distinct")
+        if not rows:
+            return []
+        if not set(rows) <= set(self._cached):
+            self._cache, self._seen = DynamicCache(), dict.fromkeys(rows, 0)
+            self._attention = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
+        elif rows != self._cached:
+            keep = torch.tensor([self._cached.index(row) for row in rows], device=device)
+            self._cache.batch_select_indices(keep)
+            self._attention = self._attention[keep]
+        self._cached = rows
+        with compute(self.model):
+            # The cache holds all but the last id, which starts the decoding. Decoding works on a fork (tensors are shared until they
+            # grow) that rows leave when they end; the reply enters the cache at the next turn, in one forward with the observation.
+            new = [self.ids[row][self._seen[row]:-1] for row in rows]
+            self._attention = _advance(self.model, self._cache, self._attention, new)
+            self._seen = {row: len(self.ids[row]) - 1 for row in rows}
+            fork = copy.copy(self._cache)
+            fork.layers = [copy.copy(layer) for layer in self._cache.layers]
+            last = torch.tensor([self.ids[row][-1] for row in rows], device=device)
+            replies = _decode(self.model, self.chat, fork, self._attention, last, max_new_tokens, temperature, seeds)
+        for row, ids, logprobs, complete in zip(rows, replies.ids, replies.logprobs, replies.complete):
+            self._append(row, ids, 1, logprobs)
+            self._append(row, [] if complete else self.chat.eos[:1], 0)
+        return replies.texts
+
+    def extend(self, rows, texts):
+        """Appends a user turn that says `text` to each listed row."""
+        for row, text in zip(rows, texts, strict=True):
+            self._append(row, self.chat.turn(text), 0)
+
+    def _append(self, row, ids, mask, logprobs=None):
+        self.ids[row] += ids
+        self.mask[row] += [mask] * len(ids)
+        self.logprobs[row] += logprobs or [0.0] * len(ids)
+
+
+# ------------------------------------------------------------------------------------------------------------- log-probs
+
+
+def _gather_logprobs(logits, ids, temperature):
+    logits = logits.float() / temperature  # [B, L, V]
+    return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)  # without a second [B, L, V] of log-probs
+
+
+def token_logprobs(model, ids, attention_mask, temperature=1.0) -> torch.Tensor:
+    """log p(ids[:, t + 1] | ids[:, :t + 1]) -> [B, T - 1] float32 with gradient, for `ids` and `attention_mask` [B, T]."""
+    ids, mask = ids.to(model.device), attention_mask.to(model.device).long()
+    with compute(model):
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False).logits
+    return _gather_logprobs(logits[:, :-1], ids[:, 1:], temperature)
+
+
+def target_logprobs(model, chat, prompts, targets, temperature=1.0):
+    """Log-probs of each target (a list of ids) after its prompt -> (logprobs [B, L] float32 with gradient, mask [B, L]).
+
+    L is the longest target; entries under mask 0 mean nothing. Only the logits of the targets are computed.
+    """
+    if not all(prompts) or not any(targets):
+        raise ValueError("an empty prompt, or nothing but empty targets")
+    width = max(map(len, targets))
+    ids = torch.cat([pad_rows(prompts, chat.pad, "left"), pad_rows(targets, chat.pad)], 1).to(model.device)  # [B, T]
+    mask = torch.cat([_real(prompts, "left"), _real(targets)], 1).to(model.device)
+    with compute(model):
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, logits_to_keep=width + 1).logits
+    return _gather_logprobs(logits[:, :-1], ids[:, -width:], temperature), mask[:, -width:]
+
+
+# ---------------------------------------------------------------------------------------------------------------- models
+
+CONTROL = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TINY_VERSION = 3  # part of a tiny model's name in the cache: raise it when build_tiny changes what it builds
+
+
+def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto", cache_dir=None, thinking=False):
+    """A causal language model and its `Chat`; what cannot be loaded ends in `refuse`.
+
+    `name`: "tiny" or "tiny:WIDTHxLAYERS" (built at first use, see `build_tiny`), a local directory, or a hub id. `corpus`: a function
+    without arguments that returns the examples, called for a tiny model only. `dtype`: "auto" is float32 weights, computing in bfloat16
+    on an NVIDIA GPU; "float32"; "bfloat16" is weights and all.
+    """
+    if name.split(":")[0] == "tiny":
+        name = _tiny_directory(name, corpus, list(constants), seed, device, cache_dir)
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+        name = os.path.expanduser(name)
+        check(Path(name, "config.json").is_file(), f"--model {name}: no model there (config.json is missing)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    except Exception as error:  # hub, file system, json and safetensors have their own exceptions each
+        refuse(f"--model {name} cannot be loaded: {type(error).__name__}: {str(error)[:300]}")
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    attention = layers <= {"full_attention", "sliding_attention"} and not getattr(model, "_is_stateful", False)
+    check(attention, f"--model {name} has layers without attention: their cache cannot be realigned between turns")
+    room = model.get_input_embeddings().num_embeddings
+    check(len(tokenizer) <= room, f"--model {name}: {len(tokenizer)} tokens, but embeddings for {room}")
+    model.to(device).eval()  # eval: no dropout, or ratios to old log-probs would not start at 1
+    model.compute_dtype = torch.bfloat16 if dtype == "auto" and model.device.type == "cuda" else None
+    return model, Chat(tokenizer, model, thinking)
+
+
+def _tiny_directory(name, corpus, constants, seed, device, cache_dir):
+    size = re.fullmatch(r"tiny(?::(\d+)x(\d+))?", name)
+    width, layers = (int(size[1] or 64), int(size[2] or 2)) if size else (0, 0)
+    check(width and width % 16 == 0 and layers, f"--model {name}: write tiny or tiny:WIDTHxLAYERS, the width a multiple of 16")
+    examples = corpus()
+    recipe = json.dumps([TINY_VERSION, width, layers, seed, constants, examples])
+    root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tiny-models")).expanduser()
+    directory = root / f"tiny-{width}x{layers}-s{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    transformers.utils.logging.disable_progress_bar()  # they fill in a millisecond
+    if not directory.exists():
+        build_tiny(directory, examples, constants, width, layers, seed, device)
+    return str(directory)
+
+
+def tiny_tokenizer(texts, constants=()):
+    """Every constant line is one token, every other word of `texts` is one token, anything else falls to bytes."""
+    lines = [line for line in dict.fromkeys(constants) if line]
+    split = re.compile("|".join(re.escape(line) for line in sorted([*lines, *CONTROL], key=len, reverse=True)))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = {word for part in {part for text in texts for part in split.split(text)} for word, _ in level.pre_tokenize_str(part)}
+    # The best path has the highest sum of scores, hence the fewest pieces, and no byte where a word fits.
+    pieces = [(word, -1.0) for word in sorted(words)] + [(byte, -10.0) for byte in sorted(set(level.alphabet()) - words)]
+    tokenizer = Tokenizer(models.Unigram(pieces))
+    tokenizer.pre_tokenizer, tokenizer.decoder = level, decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
+    tokenizer.add_tokens([AddedToken(line, normalized=False, special=False) for line in lines])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=CONTROL[0], eos_token=CONTROL[2], chat_template=CHATML)
+
+
+def build_tiny(directory, examples, constants, width, layers, seed, device):
+    """Trains a Qwen3 of the given size on `examples`, one pass, and saves it in the Hugging Face format once complete.
+
+    `examples`: list of (messages, reply), where messages are [system,] user[, assistant, user, ...]; the loss is on the reply and its
+    end token alone. `constants`: lines that become one token each.
+    """
+    texts = {message["content"] for messages, _ in examples for message in messages} | {reply for _, reply in examples}
+    tokenizer = tiny_tokenizer({*texts, "system\n", "user\n", "assistant\n"}, constants)
+    chat = Chat(tokenizer)
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, head_dim=16,
+        num_attention_heads=width // 16, num_key_value_heads=width // 16, tie_word_embeddings=True, max_position_embeddings=4096,
+        initializer_range=width**-0.5,  # the default, 0.02, suits wide models: at this width it hardly learns at all
+        pad_token_id=chat.pad, eos_token_id=chat.eos[0], bos_token_id=None)
+    rows = [(chat.dialogue(messages), chat.reply(reply)) for messages, reply in examples]
+    with torch.random.fork_rng(devices=[]):  # a run must not depend on whether its tiny model was cached
+        torch.manual_seed(seed)
+        model = transformers.Qwen3ForCausalLM(config).to(device)
+        order = torch.randperm(len(rows)).tolist()
+    batches = [order[i:i + 32] for i in range(0, len(order), 32)]  # every batch mixes all parts: sorting by length would separate them
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    warmup = 1 + min(50, len(batches) // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # linear warm-up, then half a cosine to 0
+        optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / len(batches))))
+    for batch in (bar := tqdm(batches, desc=f"tiny {width}x{layers} model", leave=False)):
+        batch.sort(key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+        total = sum(len(rows[i][1]) for i in batch)
+        for micro in (batch[:16], batch[16:]):  # two halves of similar lengths save padding
+            if micro:
+                logprobs, mask = target_logprobs(model, chat, *zip(*(rows[i] for i in micro)))
+                loss = -(logprobs * mask).sum() / total
+                loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    _new_directory(directory, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
+
+
+def count_parameters(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def ema_update(target, source, rate):
+    """target += (1 - rate) * (source - target), for every parameter."""
+    for old, new in zip(target.parameters(), source.parameters(), strict=True):
+        old.lerp_(new.to(old.dtype), 1 - rate)
+
+
+# ----------------------------------------------------------------------------------------------------- what a run leaves
+
+
+def _write_atomic(path, write):
+    """Calls `write(file)` on a temporary file beside `path` and moves it there, so that `path` is always whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _new_directory(path, write) -> bool:
+    """Lets `write(temporary directory)` fill a directory and moves it to `path`; False if that is taken meanwhile."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    try:
+        os.replace(temporary, path)  # possible while there is nothing, or an empty directory
+    except OSError:
+        shutil.rmtree(temporary)
+        return False
+    return True
+
+
+def _json(value, **options) -> str:
+    """JSON in which numbers without a value (nan, inf) are null: the file stays valid and the run alive."""
+
+    def plain(v):
+        if isinstance(v, dict):
+            return {str(key): plain(item) for key, item in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [plain(item) for item in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    return json.dumps(plain(value), ensure_ascii=False, **options)
+
+
+class Run:
+    """The directory a run leaves behind: args.json, metrics.jsonl, rollouts.jsonl, checkpoint/, model/, summary.json.
+
+    Order of use: `Run(...)`, which only checks; load the model; `start`, `resume`; in every step `log` and `write_rollouts`, now and then
+    `save`, and `if run.stopping: run.save(state); sys.exit(run.stopping)`; at the end `finish`.
+    """
+
+    FREE = {"steps", "device", "resume", "out_dir"}  # settings that may differ when a run is resumed
+    LOGS = "metrics.jsonl", "rollouts.jsonl"
+
+    def __init__(self, script, args, out_dir):
+        self.script, self.args, self.dir = script, json.loads(_json(dataclasses.asdict(args))), Path(out_dir)
+        self.resuming, self.checkpoint, self._saved = getattr(args, "resume", False), self.dir / "checkpoint" / "state.pt", None
+        self.stopping = 0  # after SIGINT or SIGTERM: the exit status, 130 or 143
+        if not self.resuming:
+            free = not self.dir.exists() or self.dir.is_dir() and not any(self.dir.iterdir())
+            check(free, f"{self.dir} exists: continue it with --resume, or choose another --out-dir")
+            return
+        check((self.dir / "args.json").is_file(), f"--resume: there is no run in {self.dir}")
+        try:
+            record = json.loads((self.dir / "args.json").read_text(encoding="utf-8"))
+            script, before = record["script"], record["args"]
+        except (ValueError, KeyError, TypeError) as error:
+            refuse(f"--resume: {self.dir / 'args.json'} is damaged ({type(error).__name__}: {error})")
+        check(script == self.script, f"--resume: {self.dir} is a run of {script}, not of {self.script}")
+        changed = [key for key in sorted({*before, *self.args} - self.FREE) if before.get(key) != self.args.get(key)]
+        told = ", ".join(f"{key} was {before.get(key)!r} and is {self.args.get(key)!r}" for key in changed)
+        check(not changed, f"--resume continues with the same settings (--steps and --device apart): {told}")
+        if self.checkpoint.exists():
+            try:
+                self._saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+                short = [name for name in self.LOGS if self._size(name) < self._saved["offsets"][name]]
+            except Exception as error:  # a damaged file fails anywhere inside torch.load
+                refuse(f"--resume: {self.checkpoint} is damaged ({type(error).__name__})")
+            check(not short, f"--resume: {', '.join(short)} in {self.dir} ends before the checkpoint does")
+
+    def start(self, extra=None):
+        """Creates the directory with args.json (in one move) and listens for SIGINT and SIGTERM. `extra`: more for args.json."""
+        record = {"script": self.script, "args": self.args, "git_commit": git_commit(), "versions": versions(),
+                  "device": device_name(self.args.get("device", "cpu"))}
+        text = _json(record | (extra or {}), indent=1).encode()
+        if self.resuming:
+            _write_atomic(self.dir / "args.json", lambda file: file.write(text))
+        else:
+            made = _new_directory(self.dir, lambda path: (path / "args.json").write_bytes(text))
+            check(made, f"{self.dir} exists: another run has started there meanwhile")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame):
+        self.stopping = 128 + number
+        for n in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(n, signal.SIG_DFL)
+        print("\nstopping after this step; once more kills at once", file=sys.stderr)
+
+    def resume(self):
+        """The state of the last checkpoint, or None; what was logged after it is cut from the jsonl files."""
+        saved, self._saved = self._saved, None
+        for name in self.LOGS:
+            if self._size(name):
+                os.truncate(self.dir / name, saved["offsets"][name] if saved else 0)
+        return saved["state"] if saved else None
+
+    def _size(self, name):
+        return (self.dir / name).stat().st_size if (self.dir / name).exists() else 0
+
+    def log(self, record: dict):
+        """One line of metrics.jsonl."""
+        self._append("metrics.jsonl", [record])
+
+    def write_rollouts(self, records: list[dict]):
+        """One line of rollouts.jsonl per episode."""
+        self._append("rollouts.jsonl", records)
+
+    def _append(self, name, records):
+        with open(self.dir / name, "a", encoding="utf-8") as file:
+            file.writelines(_json(record) + "\n" for record in records)
+
+    def save(self, state: dict):
+        """Replaces the checkpoint in one move. `state`: tensors, numbers, strings and containers of them."""
+        self.checkpoint.parent.mkdir(exist_ok=True)
+        saved = {"script": self.script, "args": self.args, "offsets": {name: self._size(name) for name in self.LOGS}, "state": state}
+        _write_atomic(self.checkpoint, lambda file: torch.save(saved, file))
+
+    def finish(self, summary: dict, model, chat):
+        """model/ in the Hugging Face format, then summary.json: a run that has one is complete."""
+        shutil.rmtree(self.dir / "model", ignore_errors=True)
+        _new_directory(self.dir / "model", lambda path: (model.save_pretrained(path), chat.tokenizer.save_pretrained(path)))
+        _write_atomic(self.dir / "summary.json", lambda file: file.write(_json(summary, indent=1).encode()))
+
+
+def versions() -> dict:
+    return {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, transformers, tokenizers, np)}
+
+
+def git_commit() -> str | None:
+    """The commit this file is at, with "-dirty" when files differ from it; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        return head + "-dirty" * subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def device_name(device) -> str:
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else str(device)
+
+
+def peak_memory_bytes(device) -> int:
+    """The most memory this process held so far: on the GPU if `device` is one, else in the machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on every platform
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def mean_se(values) -> tuple[float, float]:
+    """Mean and its standard error (sample deviation / sqrt(n)); nan where there are too few values to tell."""
+    values = np.asarray(list(values), dtype=float)
+    n = len(values)
+    return float(values.mean()) if n else math.nan, float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan

@@ -1,0 +1,816 @@
+"""Text worlds with Gymnasium's signature: text in, text out, no torch.
+
+    python envs.py                          list the worlds with random and expert scores
+    python envs.py play 20q [--split test] [--seed 3]
+
+A world is a class below `World`; `WORLDS` names them, `make(name)` builds one. The contract, for every world:
+
+- `reset(seed=, options={"split": ...})` -> (observation, info); (split, seed) fixes the episode, splits are disjoint;
+- `step(text)` -> (observation, reward, terminated, truncated, info). Any string is legal: a bad one costs a turn, sets
+  `info["valid"]` to False and is answered with what was wrong;
+- `info` on every call: task, admissible, valid, won, score, tools. What is hidden is never in it;
+- `expert()` is the best action now, computed only when asked for.
+"""
+
+import argparse
+import functools
+import hashlib
+import itertools
+import math
+import random
+import re
+import sys
+
+# --------------------------------------------------------------------------------------------------------------- ground
+
+MAX_CHARACTERS = 1000  # longer actions are refused unread, so that a turn's time is bounded whatever a model writes
+
+
+class World:
+    """The part that all worlds share: turns, splits, seeds, what is returned. A world writes `begin` and `act`.
+
+    Running out of turns is a rule of the game and stands in every observation, so it ends an episode as `terminated`;
+    `truncated` is left to the caller (a full context, say).
+    """
+
+    name = ""  # as in WORLDS
+    system = ""  # the system prompt, used verbatim
+    task = ""  # what this episode is about, in one sentence
+    max_turns = 20
+    splits = ("train", "test")
+    tools = None
+    observation = None  # the latest one
+
+    def begin(self, rng, split):
+        """Sets up an episode from a private `random.Random`; returns the opening words."""
+        raise NotImplementedError
+
+    def act(self, text):
+        """One turn. Sets `self.won` (or `self.over`) when it ends the game; returns (reply, valid)."""
+        raise NotImplementedError
+
+    def admissible(self):
+        """Every action the world understands now, or None when they cannot be listed."""
+        return None
+
+    def expert(self):
+        """The best action now. Looks at what the player could know, never at what is hidden."""
+        raise NotImplementedError
+
+    def score(self):
+        """How well it went, in [0, 1]."""
+        return float(self.won)
+
+    def closing(self):
+        """What ends every observation: the turns left, or how it ended. Must not reveal the hidden answer."""
+        left = self.max_turns - self.turns
+        if self.won:
+            return f"You win after {count(self.turns, 'turn')}."
+        if self.over or left == 0:
+            return "The game is over and you did not win."
+        return f"{count(left, 'turn')} left."
+
+    def reset(self, *, seed=None, options=None):
+        split = (options or {}).get("split", "train")
+        if split not in self.splits:
+            raise ValueError(f"world {self.name} has no split {split!r}; it has {', '.join(self.splits)}")
+        if seed is None:
+            seed = random.SystemRandom().getrandbits(32)
+        self.turns, self.won, self.over = 0, False, False
+        # a string seed is hashed with SHA-512: the same episode in every process and on every machine
+        opening = self.begin(random.Random(f"{self.name} {split} {int(seed)}"), split)
+        self.observation = f"{opening} {self.closing()}"
+        return self.observation, self.info(valid=True)
+
+    def step(self, action):
+        if self.observation is None:
+            raise RuntimeError("call reset before step")
+        if self.over:  # nothing moves any more
+            return self.observation, 0.0, True, False, self.info(valid=False)
+        before = self.score()
+        self.turns += 1
+        if len(action) > MAX_CHARACTERS:
+            reply, valid = f"That was too long; use at most {MAX_CHARACTERS} characters.", False
+        else:
+            reply, valid = self.act(action)
+        self.over = self.over or self.won or self.turns >= self.max_turns
+        self.observation = f"{reply} {self.closing()}"
+        return self.observation, self.score() - before, self.over, False, self.info(valid)
+
+    def info(self, valid):
+        return {
+            "task": self.task,
+            "admissible": self.admissible(),
+            "valid": valid,
+            "won": self.won,
+            "score": self.score(),
+            "tools": self.tools,
+        }
+
+    def close(self):
+        pass
+
+
+def count(n, noun):
+    """count(1, "turn") -> "1 turn"; plain digits, so that a word-level tokenizer meets few forms."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def replay(env, seed, actions, split="train"):
+    """Restores a state: a fresh episode, then `actions`. Returns what the last call would have as a step."""
+    observation, info = env.reset(seed=seed, options={"split": split})
+    last = observation, 0.0, False, False, info
+    for action in actions:
+        last = env.step(action)
+    return last
+
+
+# -------------------------------------------------------------------------------------------------------------- players
+# A player is a function (env, info, rng) -> action, with its own random.Random.
+
+
+def random_player(env, info, rng):
+    """Any admissible action, uniformly."""
+    return rng.choice(info["admissible"])
+
+
+def expert_player(env, info, rng):
+    return env.expert()
+
+
+def linear_player(env, info, rng):
+    """Twenty Questions only: guesses the things one by one, in random order, and never asks."""
+    return env.guess(rng.choice(env.consistent()))
+
+
+def run_episode(env, player, seed, split="train"):
+    """One episode: score, won, turns, invalid (turns), and what was said."""
+    rng = random.Random(f"player {env.name} {split} {seed}")
+    observation, info = env.reset(seed=seed, options={"split": split})
+    observations, actions, invalid, done = [observation], [], 0, False
+    while not done:
+        actions.append(player(env, info, rng))
+        observation, _, terminated, truncated, info = env.step(actions[-1])
+        observations.append(observation)
+        invalid += not info["valid"]
+        done = terminated or truncated
+    return {
+        "score": info["score"],
+        "won": info["won"],
+        "turns": len(actions),
+        "invalid": invalid,
+        "actions": actions,
+        "observations": observations,
+    }
+
+
+def mean_score(env, player, episodes, split="test"):
+    """(mean, standard error) of the score over the seeds 0 .. episodes-1."""
+    scores = [run_episode(env, player, seed, split)["score"] for seed in range(episodes)]
+    mean = sum(scores) / episodes
+    variance = sum((score - mean) ** 2 for score in scores) / max(1, episodes - 1)
+    return mean, math.sqrt(variance / episodes)
+
+
+# --------------------------------------------------------------------------------------- twenty questions: what is true
+
+# key: canonical question | other ways to ask it. [a|b] stands for either. All are compared after `plain`, which drops
+# case, articles, "usually" and the like, and brings "can you ... it", "is it something that ..." to one form. What is
+# near ("Is it big?") or opposite ("Is it natural?") may stand here too: the host says which question he answers.
+PROPERTIES = {
+    "alive": "Is it alive? | is it [living|a living thing|a living being|a living creature|an organism] | does it live",
+    "animal": "Is it an animal? | is it [a creature|a beast|a living animal]",
+    "plant": "Is it a plant or part of a plant? | is it [a plant|part of a plant|a fruit|a vegetable]"
+    " | is it a fruit or vegetable | does it [grow on a plant|come from a plant|grow on a tree|grow on trees|grow in the ground]",
+    "made": "Is it made by people? | is it [man made|manmade|human made|artificial|manufactured|built by people]"
+    " | is it [a man made|an artificial|a manufactured] [thing|object] | do people [make|build|manufacture] it"
+    " | is it [natural|a natural thing|found in nature]",
+    "food": "Is it something people eat or drink? | is it [edible|food|a food|a drink|food or drink|eaten]"
+    " | is it eaten by people | do people [eat|drink|eat and drink|consume] it | can it be [eaten|eaten or drunk]",
+    "fly": "Can it fly? | is it a flying [thing|object|animal] | does it fly [in|through] the air | is it able to fly",
+    "water": "Does it spend much time in water? | does it live in [water|the water|the sea|the ocean] | is it aquatic"
+    " | is it [found|seen] in [water|the water|the sea|the ocean]",
+    "legs": "Does it have legs? | does it have [a leg|feet] | does it [stand|walk] on legs",
+    "fur": "Is it covered in fur or hair? | is it [furry|hairy|covered in fur|covered in hair] | does it have [fur|fur or hair]",
+    "eggs": "Does it lay eggs? | does it lay an egg | is it an egg laying animal",
+    "tail": "Does it have a tail?",
+    "meat": "Does it eat other animals? | does it eat [animals|meat|insects]",
+    "pet": "Is it a common pet? | is it [a pet|kept as a pet|a house pet] | do people [keep|have] it as a pet",
+    "climb": "Can it climb trees? | does it climb [a tree|up trees] | is it a [good|tree] climber | can it climb",
+    "big": "Is it bigger than a person? | is it [bigger|larger|taller|heavier] than [a person|a human being|me|people]"
+    " | is it smaller than [a person|me] | is it [big|large]",
+    "huge": "Is it bigger than a house? | is it [larger|taller] than a house | is it [huge|enormous|gigantic]",
+    "small": "Does it fit in a shoebox? | does it fit [into|inside] a shoebox | does it fit in a shoe box"
+    " | is it [smaller than|small enough for] a [shoebox|shoe box] | is it small"
+    " | is it [bigger|larger] than a [shoebox|shoe box]",
+    "tiny": "Is it smaller than an egg? | is it [bigger|larger] than an egg | is it tiny",
+    "metal": "Is it mostly made of metal? | is it [metal|metallic|of metal|made from metal|made of steel|made of iron]",
+    "wood": "Is it mostly made of wood? | is it [wood|wooden|of wood|made from wood]",
+    "cloth": "Is it mostly made of cloth? | is it [cloth|fabric|textile|of cloth|made from cloth] | is it made [of|from] fabric",
+    "wheels": "Does it have wheels? | does it have a wheel | is it on wheels | does it [roll|run|drive|move] on wheels",
+    "electric": "Does it use electricity? | does it [need|run on|require|work with] [electricity|power]"
+    " | is it [electric|electrical|electronic|powered by electricity] | is it an [electric|electronic|electrical] [device|thing|machine]",
+    "wear": "Is it something people wear? | is it [worn|clothing|clothes|a piece of clothing|wearable]"
+    " | is it an item of clothing | can it be worn | do people put it on",
+    "carry": "Can it carry people? | does it transport [people|a person] | is it [a vehicle|a means of transport]"
+    " | is it used for [transport|transportation] | do people [ride|ride on|ride in|travel in|drive] it",
+    "kitchen": "Is it usually found in a kitchen? | is it [kept|used|seen] in a kitchen | is it in a kitchen"
+    " | do people [find|keep|use] it in a kitchen",
+    "sweet": "Does it taste sweet? | is it sweet | does it have a sweet taste",
+    "music": "Can it make music? | does it play music | is it [a musical instrument|an instrument|used to make music]"
+    " | do people [play|make] music [with|on] it",
+    "round": "Is it round? | is it [circular|a circle|a sphere|spherical|ball shaped|round in shape]"
+    " | is it shaped like a [ball|circle] | does it have a round shape",
+    "read": "Is it used for reading or writing? | is it used [for reading|for writing|to read|to write]"
+    " | is it used to read or write | do people [read|read or write with|write with] it",
+    "toy": "Is it a toy? | is it [a plaything|a toy for children|a childrens toy] | do [people|children|kids] play with it",
+    "hot": "Does it get very hot? | is it hot | does it become hot",
+    "light": "Does it give light? | does it [give off|make|emit|produce] light | does it [shine|glow] | is it [a light"
+    " source|a source of light]",
+    "hold": "Is it used to hold other things? | is it [a container|used for storage|used for holding things]"
+    " | is it used to [hold|store|carry|contain] things | do people [put|keep|store] things in it",
+    "clean": "Is it used for cleaning or washing? | is it used [for cleaning|for washing|to clean|to wash]"
+    " | is it used to clean or wash | do people [clean|wash|clean things|clean or wash] with it",
+    "sharp": "Is it sharp? | is it [pointed|pointy|sharp or pointed] | does it have [a blade|a sharp point]",
+    "green": "Is it usually green? | is its color green | is it [green in color|colored green]",
+    "yellow": "Is it usually yellow? | is its color yellow | is it [yellow in color|colored yellow]",
+    "liquid": "Is it a liquid? | is it [fluid|a fluid|something liquid] | does it flow",
+}
+
+# One line per thing: what is true of it, then after "?" what the host can't tell (borderline, or "it depends"); all
+# else is false. A line "* ..." gives what is true of (or unclear for) every thing below it. "(...)" is how the thing
+# is said when "a" or "an" before its name would be wrong; "=" starts other names that a guess may use.
+THINGS = """
+* alive animal
+cat: legs fur tail meat pet climb = kitty
+dog: legs fur tail meat pet = puppy
+rabbit: legs fur tail food pet ? small = bunny, hare
+mouse: legs fur tail climb small ? meat pet
+horse: legs fur tail big carry ? food = pony
+cow: legs fur tail food big = bull
+pig: legs tail food meat ? big fur = hog
+sheep: legs fur tail food = lamb
+elephant: legs tail big carry
+lion: legs fur tail meat big ? climb
+giraffe: legs fur tail big
+monkey: legs fur tail climb ? meat
+whale: water tail meat big ? food huge
+chicken: legs eggs tail food meat ? fly = hen
+duck: legs eggs tail food meat fly water
+eagle: legs eggs tail meat fly
+parrot: legs eggs tail pet fly ? climb small green
+penguin: legs eggs tail meat water
+turtle: legs eggs tail pet water ? meat small green = tortoise
+crocodile: legs eggs tail meat water big ? food green = alligator
+frog: legs eggs meat water small green ? climb food pet tiny = toad
+snake: eggs meat climb ? tail pet small green
+goldfish: eggs tail pet water small ? meat
+salmon: eggs tail food meat water
+octopus: eggs food meat water ? legs
+crab: legs eggs food meat water small
+snail: eggs climb small tiny ? food
+butterfly: legs eggs fly small ? tiny
+spider: legs eggs meat climb small tiny ? fur pet
+
+* alive plant
+tree: wood big ? green huge
+rose: ? small sharp = flower
+grass (grass): green ? small tiny = lawn
+cactus: green sharp ? small big
+
+* plant food kitchen ? alive
+apple: sweet round small ? green
+banana: sweet yellow small
+grape: sweet round small tiny ? green
+strawberry: sweet small tiny
+watermelon: sweet round green
+lemon: yellow small ? round
+carrot: small ? sweet
+onion: round small
+cucumber: green small
+peanut: small tiny
+pumpkin: round ? sweet
+
+* food kitchen
+egg: small ? alive round
+milk (a glass of milk): liquid small ? sweet
+
+* made food kitchen
+coffee (a cup of coffee): liquid hot small
+bread (a loaf of bread): small = loaf
+cake: sweet ? round
+pizza: round hot
+cheese (a piece of cheese): yellow small
+chocolate (a bar of chocolate): sweet small = chocolate bar
+cookie: sweet round small ? tiny = biscuit
+
+*
+sun (the sun): round big huge hot light yellow
+moon (the moon): round big huge ? light yellow
+mountain: big huge = hill
+sea (the sea): liquid big huge ? water = ocean
+rain (rain): liquid ? big
+
+* made wear
+coat: cloth = jacket
+sock: cloth small
+shoe: small
+ring: metal round small tiny
+glasses (a pair of glasses): read small ? metal = eyeglasses, spectacles
+helmet: ? round
+crown: metal round ? small
+
+* made kitchen
+knife: metal sharp small
+spoon: metal small
+cup: hold small ? round = mug
+plate: round ? hold = dish
+pot: metal hold hot ? round = saucepan, cooking pot
+refrigerator: electric hold ? metal big = fridge
+toaster: electric hot ? metal
+
+* made electric
+lamp: light ? hot metal
+flashlight: light small ? metal = torch
+television: light music = tv, tv set, television set
+phone: light music read small = telephone, mobile phone, cell phone, cellphone, smartphone
+computer: light music read = pc
+radio: music ? small
+washing machine: clean ? metal hold = washer
+vacuum cleaner: clean wheels ? hold = vacuum, hoover
+elevator: carry metal big = lift
+house: big ? wood = home
+
+* made carry
+car: wheels electric metal big ? light = automobile
+train: wheels electric metal big huge ? hold light
+bicycle: wheels metal ? big = bike
+skateboard: wheels wood ? toy
+airplane: fly wheels tail electric metal big huge ? light = plane, aeroplane
+helicopter: fly tail electric metal big ? wheels light = chopper
+rocket: fly hot light electric metal big huge = spaceship
+boat: water big ? wood metal electric
+ship: water electric metal big huge ? hold light
+
+* made
+candle: hot light small ? round
+clock: round ? electric small
+soap (a bar of soap): clean small = bar of soap
+towel: cloth clean
+broom: clean ? wood
+bucket: hold ? metal clean round = pail
+wallet: hold small ? cloth = purse
+backpack: hold cloth ? wear = rucksack
+chair: legs wood ? kitchen
+table: legs wood hold ? big kitchen = desk
+bed: legs big ? wood cloth
+door: wood ? big
+pillow: cloth = cushion
+tent: cloth big
+castle: big huge
+teddy bear: toy cloth legs fur ? small tail = teddy
+doll: toy legs ? small
+kite: toy fly ? cloth tail
+ball: toy round ? small
+balloon: toy round fly
+piano: music legs wood big
+guitar: music wood ? electric
+drum: music round ? wood
+trumpet: music metal
+book: read small
+pencil: read wood small ? sharp
+saw: metal sharp
+needle: metal sharp small tiny
+key: metal small tiny
+coin: metal round small tiny
+hammer: metal small
+"""
+
+
+def read_table(text):
+    """The table above -> ({thing: {property: "yes" | "no" | "unclear"}}, {thing: phrase}, {thing: [other names]})."""
+    facts, phrases, names = {}, {}, {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if line.startswith("*"):
+            shared_true, _, shared_unclear = line[1:].partition("?")
+            continue
+        head, _, rest = line.partition(":")
+        rest, _, others = rest.partition("=")
+        true, _, unclear = rest.partition("?")
+        thing, _, phrase = head.rstrip(")").partition(" (")
+        true, unclear = f"{shared_true} {true}".split(), f"{shared_unclear} {unclear}".split()
+        assert set(true + unclear) <= set(PROPERTIES) and len(set(true + unclear)) == len(true + unclear), line
+        facts[thing] = {key: "yes" if key in true else "unclear" if key in unclear else "no" for key in PROPERTIES}
+        phrases[thing] = phrase or ("an " if thing[0] in "aeiou" else "a ") + thing
+        names[thing] = [name.strip() for name in others.split(",") if name.strip()]
+    return facts, phrases, names
+
+
+FACTS, PHRASES, OTHER_NAMES = read_table(THINGS)
+QUESTIONS = {key: ways.partition("|")[0].strip() for key, ways in PROPERTIES.items()}
+
+
+def statement(key, value):
+    """What the answer says of a thing: statement("fly", "no") -> "cannot fly"."""
+    verb, _, rest = QUESTIONS[key].rstrip("?").partition(" it ")
+    if verb == "Is":
+        return ("is " if value == "yes" else "is not ") + rest
+    if verb == "Can":
+        return ("can " if value == "yes" else "cannot ") + rest
+    if value == "no":
+        return "does not " + rest
+    verb, _, rest = rest.partition(" ")
+    return ("has" if verb == "have" else verb + "s") + " " + rest
+
+
+# --------------------------------------------------------------------------------- twenty questions: what is understood
+
+FILLERS = set(
+    "a an the some any usually mostly mainly normally often generally typically commonly really actually ever perhaps"
+    " maybe also very just".split()
+)
+SAME_WORD = dict.fromkeys("you we i me one someone somebody human humans man person persons".split(), "people")
+SAME_WORD |= dict.fromkeys("can could do did would will may might must".split(), "does")
+SAME_WORD |= dict.fromkeys("was are were".split(), "is") | {"colour": "color", "coloured": "colored"}
+
+PEOPLE = "(?:you|we|one|i|people|humans|someone|a person)"
+SOMETHING = "^is it (?:something|anything|a thing|an object|one)"
+REWRITES = [  # in this order, on lower-case words joined by single spaces
+    (r"\b(it|that) s\b", r"\1 is"),
+    (r"\b(?:kind|type|sort|form|piece|pair) of\b", ""),
+    # what may stand before a question or a guess, and after it
+    (r"\b(?:the|this|that|your)(?: secret| hidden)? (?:thing|object|item|answer|word)\b", "it"),
+    (
+        r"^(?:(?:q\d*|question|turn|number|action|answer|final answer|\d+|ok|okay|well|so|then|now|hmm|and|please"
+        r"|let me ask|tell me|if|my (?:next |first |last )?question is|do you think|would you say|is it true|that) )+",
+        "",
+    ),
+    (r" (?:please|then|or not|right|though|by any chance)$", ""),
+    (r"^i (?:would |will )?(?:guess|think|say|believe|bet)(?: that)? ", ""),
+    (r"^(?:my )?(?:final |next |first )?guess(?: is)?(?: that)? ", ""),
+    # the order of words
+    (r"^(is|are|does|do|can|could|has) (?:this|that|they|he|she)\b", r"\1 it"),
+    (r"^it (is|can|could|may|might|must|has|does)\b", r"\1 it"),
+    (r"^has it (?:got )?", "does it have "),
+    (r"^is it (?:able to|capable of)\b", "does it"),
+    # "is it something (that) you can eat" -> "does you can eat it"; "is it something that flies" -> "does it fly"
+    (rf"{SOMETHING} (?:that |which )?({PEOPLE} .*)", r"does \1 it"),
+    (rf"{SOMETHING} (?:that|which) is ", "is it "),
+    (rf"{SOMETHING} (?:that|which) (?:can|does|will) ", "does it "),
+    (rf"{SOMETHING} (?:that|which) has ", "does it have "),
+    (rf"{SOMETHING} (?:that|which) (\w+)ies\b", r"does it \1y"),
+    (rf"{SOMETHING} (?:that|which) (\w+)s\b", r"does it \1"),
+]
+REWRITES = [(re.compile(pattern), new) for pattern, new in REWRITES]
+
+
+@functools.lru_cache(maxsize=4096)
+def plain(text):
+    """One form for the many ways to say the same: "Q3: Could you eat it, please?" -> "does people eat it"."""
+    text = " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
+    text = " ".join(SAME_WORD.get(word, word) for word in text.split() if word not in FILLERS)
+    return text.replace("people does ", "people ")  # "does people does eat it"
+
+
+def expand(ways):
+    """ "is it [big|large] | is it huge" -> every single way."""
+    for way in ways.split(" | "):
+        parts = [part.strip("[]").split("|") for part in re.findall(r"\[[^]]*\]|[^\[]+", way)]
+        yield from map("".join, itertools.product(*parts))
+
+
+# plain words -> ("ask", property) or ("guess", thing)
+UNDERSTOOD = {plain(way): ("ask", key) for key, ways in PROPERTIES.items() for way in expand(ways)}
+UNDERSTOOD |= {plain(f"is it {name}"): ("guess", thing) for thing in FACTS for name in [thing, PHRASES[thing], *OTHER_NAMES[thing]]}
+
+
+def understand(text):
+    """What a player's words mean: ("ask", property), ("guess", thing), ("several", None) or (None, None).
+
+    The whole text is tried first, then its sentences (those with a question mark, if any): a player may think aloud
+    before asking, but asks one thing a turn.
+    """
+    sentences = re.split(r"(?<=[.?!\n])", text)
+    questions = [sentence for sentence in sentences if "?" in sentence]
+    for parts in [text], questions or sentences:
+        moves = set()
+        for form in map(plain, parts):
+            # "cat" alone is a guess; "could it be a cat" comes here as "does it be cat"
+            forms = form, f"is it {form}", form.replace("does it be ", "is it ")
+            moves.add(next((UNDERSTOOD[form] for form in forms if form in UNDERSTOOD), None))
+        moves.discard(None)
+        if moves:
+            return moves.pop() if len(moves) == 1 else ("several", None)
+    return None, None
+
+
+# ------------------------------------------------------------------------------------------- twenty questions: the game
+
+
+class TwentyQuestions(World):
+    """The host has one everyday thing in mind; the player asks yes/no questions and guesses. 1 for the thing, else 0.
+
+    This is the small world: 24 things, 12 properties, and 8 turns, in which the best-split expert always wins;
+    `TwentyQuestionsFull` has the whole table. What `train` hides `test` never hides, and the tally counts both, as the
+    player cannot know the split.
+    """
+
+    name = "20q"
+    max_turns = 8
+    things = (
+        "cat", "cow", "lion", "duck", "eagle", "goldfish", "butterfly", "spider", "tree", "apple", "carrot", "pizza",
+        "cheese", "coat", "sock", "ring", "knife", "lamp", "car", "chair", "piano", "key", "coin", "drum",
+    )  # fmt: skip
+    properties = (
+        "animal", "made", "food", "legs", "eggs", "fly", "big", "small", "metal", "round", "kitchen", "wear",
+    )  # fmt: skip
+    task = "Find the hidden thing with yes/no questions and guesses."
+
+    def __init__(self, things=None, properties=None, max_turns=None, tally=True):
+        """Subsets of the table, the number of turns, and whether the host says how many things are still possible."""
+        self.things = tuple(self.things if things is None else things)
+        self.properties = tuple(self.properties if properties is None else properties)
+        self.max_turns = self.max_turns if max_turns is None else max_turns
+        self.tally = tally
+        for kind, chosen, known in ("thing", self.things, FACTS), ("property", self.properties, QUESTIONS):
+            unknown = [name for name in chosen if name not in known]
+            if unknown:
+                raise ValueError(f"no such {kind} in the table: {unknown[0]!r}")
+            if len(set(chosen)) < len(chosen):
+                raise ValueError(f"a {kind} is listed twice")
+        if len(self.things) < 2 or not self.properties:
+            raise ValueError("Twenty Questions needs at least 2 things and 1 property")
+        if not isinstance(self.max_turns, int) or self.max_turns < 1:
+            raise ValueError(f"max_turns must be a positive whole number, not {self.max_turns!r}")
+        # a quarter of the things is kept for test; a hash puts them in an order that has nothing to do with the table's
+        mixed = sorted(self.things, key=lambda thing: hashlib.sha256(thing.encode()).digest())
+        held_out = max(1, len(mixed) // 4)
+        self.hidden_in = {"test": sorted(mixed[:held_out]), "train": sorted(mixed[held_out:])}
+        # the list never changes during a game: what is offered says nothing about the answer
+        self.moves = [QUESTIONS[key] for key in self.properties] + [self.guess(thing) for thing in self.things]
+        self.system = (
+            f"You are playing Twenty Questions. I am thinking of one of {len(self.things)} everyday things, and you"
+            f" have {count(self.max_turns, 'turn')} to find out which. Each turn, ask one yes/no question about it, such as"
+            f' "{QUESTIONS[self.properties[0]]}", or guess it, such as "{self.guess(self.things[0])}". You win when you'
+            " guess it. Reply with one short question and nothing else."
+        )
+
+    def guess(self, thing):
+        return f"Is it {PHRASES[thing]}?"
+
+    def admissible(self):
+        return list(self.moves)
+
+    # -- the host
+
+    def begin(self, rng, split):
+        self.hidden = rng.choice(self.hidden_in[split])
+        self.possible = list(self.things)
+        return f"I am thinking of one of {len(self.things)} things."
+
+    def closing(self):
+        if self.won or not self.tally:
+            return super().closing()
+        possible = len(self.possible)
+        return f"{count(possible, 'thing')} {'is' if possible == 1 else 'are'} still possible. {super().closing()}"
+
+    def act(self, text):
+        kind, what = understand(text)
+        if kind == "ask" and what in self.properties:
+            value = FACTS[self.hidden][what]
+            # "I can't tell" rules out what can be told, so that the tally is exactly what the dialogue allows
+            self.possible = [thing for thing in self.possible if FACTS[thing][what] == value]
+            reply = {"yes": "Yes.", "no": "No.", "unclear": "I can't tell."}[value]
+            question = QUESTIONS[what]
+            return (reply if plain(text) == plain(question) else f"{question} {reply}"), True
+        if kind == "guess" and what in self.things:
+            if what == self.hidden:
+                self.won, self.possible = True, [what]
+                return f"Yes, it is {PHRASES[what]}!", True
+            self.possible = [thing for thing in self.possible if thing != what]
+            return f"No, it is not {PHRASES[what]}.", True
+        if kind == "ask":
+            return "I don't answer that question in this game.", False
+        if kind == "guess":
+            return f"{PHRASES[what].capitalize()} is not one of my {len(self.things)} things.", False
+        if kind == "several":
+            return "Please ask one question at a time.", False
+        if not text.strip():
+            return "You did not say anything.", False
+        return "I don't understand that question.", False
+
+    # -- what a player can work out
+
+    def consistent(self):
+        """The things that the dialogue so far allows. For simulators; never part of a prompt."""
+        return list(self.possible)
+
+    def resample(self, rng):
+        """Puts any consistent thing in the hidden one's place, uniformly: the dialogue would have been the same."""
+        self.hidden = rng.choice(self.possible)
+
+    def best_move(self, possible, turns_left):
+        """("ask", property) with the most even split, or ("guess", thing) for the last turn or two candidates."""
+        if turns_left > 1 and len(possible) > 2:
+            splits = {key: self.split(possible, key) for key in self.properties}
+            # the expected number of candidates left is the sum of squares / n; ties go to the first property
+            key = min(splits, key=lambda key: sum(len(part) ** 2 for part in splits[key].values()))
+            if len(splits[key]) > 1:
+                return "ask", key
+        return "guess", possible[0]
+
+    def split(self, possible, key):
+        parts = {}
+        for thing in possible:
+            parts.setdefault(FACTS[thing][key], []).append(thing)
+        return parts
+
+    def expert(self):
+        kind, what = self.best_move(self.possible, self.max_turns - self.turns)
+        return QUESTIONS[what] if kind == "ask" else self.guess(what)
+
+    def facts(self):
+        """What is true in this world, as sentences: "A cat is alive." "A cat cannot fly." For a corpus of facts."""
+        sentences = []
+        for thing, key in itertools.product(self.things, self.properties):
+            value, subject = FACTS[thing][key], PHRASES[thing]
+            if value == "unclear":
+                sentences.append(f"I can't tell whether {subject} {statement(key, 'yes')}.")
+            else:
+                sentences.append(f"{subject[0].upper()}{subject[1:]} {statement(key, value)}.")
+        return sentences
+
+
+class TwentyQuestionsFull(TwentyQuestions):
+    """The whole table, 20 turns."""
+
+    name = "20q-full"
+    max_turns = 20
+    things = tuple(FACTS)
+    properties = tuple(QUESTIONS)
+
+
+def expert_success(env, split=None):
+    """The best-split expert's exact chance to win, by walking its decision tree: no sampling.
+
+    Over all things of the world, or over those that `split` can hide. It is the optimum where it is 1.
+    """
+    counted = set(env.things if split is None else env.hidden_in[split])
+
+    def wins(possible, turns_left):
+        if not turns_left or not counted.intersection(possible):
+            return 0
+        kind, what = env.best_move(possible, turns_left)
+        if kind == "ask":
+            return sum(wins(part, turns_left - 1) for part in env.split(possible, what).values())
+        return (what in counted) + wins([thing for thing in possible if thing != what], turns_left - 1)
+
+    return wins(list(env.things), env.max_turns) / len(counted)
+
+
+# --------------------------------------------------------------------------------------------------------- repair shop
+
+
+class RepairShop(World):
+    """Diagnose, then repair: a test that fits the symptom shows the fault, and each fault has one repair.
+
+    The smallest world in which acting early costs the episode: the first repair is the last. Whoever guesses from the symptom alone is right
+    half the time, whoever tests first is always right, a random player wins one episode in eight. No rule of it stands in the prompt: a large
+    model has common sense, a tiny one must find out. Customers and devices meet in `test` in combinations that `train` never shows.
+    """
+
+    name = "repair"
+    max_turns = 5
+    customers = "Ada Ben Cleo Dina Emil Fay Gus Hana Ivan Jane Kai Lena".split()
+    colours = "red blue green black white yellow".split()
+    devices = "radio kettle clock toaster drill mixer fan heater".split()
+    # symptom: the test that tells, then what it may find, and the repair of that
+    faults = {
+        "does not start": ("measure the battery", {"The battery is empty.": "charge the battery", "The battery leaks.": "replace the battery"}),
+        "is too loud": ("open the case", {"The gears are dusty.": "clean the gears", "A screw is loose.": "tighten the screw"}),
+        "stops again and again": ("bend the cable", {"The cable is broken.": "solder the cable", "The plug is bent.": "straighten the plug"}),
+        "gets too hot": ("feel the vents", {"The vents are blocked.": "unblock the vents", "The fuse is burnt.": "swap the fuse"}),
+    }
+    tests = tuple(test for test, _ in faults.values())
+    repairs = tuple(repair for _, findings in faults.values() for repair in findings.values())
+    task = "Repair the device."
+    system = (
+        "You run a repair shop. Every device that comes in has one fault.\n"
+        "Find the fault with a test, then repair it. The first repair is the last one: if it is wrong, the customer is lost.\n"
+        f"The tests: {', '.join(tests)}.\nThe repairs: {', '.join(repairs)}."
+    )
+
+    def __init__(self, max_turns=None):
+        if max_turns is not None:
+            if max_turns < 1:
+                raise ValueError(f"max_turns must be at least 1, not {max_turns}")
+            self.max_turns = max_turns
+
+    def admissible(self):
+        return [*self.tests, *self.repairs]
+
+    def begin(self, rng, split):
+        while True:  # a fifth of the combinations is kept for the test split
+            customer, colour, device = rng.choice(self.customers), rng.choice(self.colours), rng.choice(self.devices)
+            held_out = hashlib.sha256(f"{customer} {colour} {device}".encode()).digest()[0] % 5 == 0
+            if held_out == (split == "test"):
+                break
+        self.symptom = rng.choice(list(self.faults))
+        self.found = False
+        self.resample(rng)
+        return f"{customer} brings a {colour} {device} that {self.symptom}."
+
+    def resample(self, rng):
+        """Puts another fault that fits the dialogue in place, for simulators that must not know the real one."""
+        if not self.found:
+            self.finding = rng.choice(list(self.faults[self.symptom][1]))
+
+    def act(self, text):
+        action = text.strip().rstrip(".").lower()
+        test, findings = self.faults[self.symptom]
+        if action == test:
+            self.found = True
+            return self.finding, True
+        if action in self.tests:
+            return "Nothing unusual.", True
+        if action in self.repairs:
+            self.over, self.won = True, action == findings[self.finding]
+            return ("It works again." if self.won else "It is still broken."), True
+        return "That is neither a test nor a repair of this shop.", False
+
+    def expert(self):
+        test, findings = self.faults[self.symptom]
+        return findings[self.finding] if self.found else test
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+WORLDS = {"repair": RepairShop, "20q": TwentyQuestions, "20q-full": TwentyQuestionsFull}
+
+
+def make(name, **settings):
+    """A world by name; `settings` go to its constructor."""
+    if name not in WORLDS:
+        raise ValueError(f"unknown world {name!r}; there are: {', '.join(WORLDS)}")
+    return WORLDS[name](**settings)
+
+
+def list_worlds(episodes=200):
+    """A line per world: the two ends of every result table, as mean and standard error over test episodes."""
+    print(f"score over {episodes} test episodes: mean (standard error)")
+    print(f"{'world':<12}{'turns':>6}{'random':>18}{'expert':>18}")
+    for name in WORLDS:
+        env = make(name)
+        scores = ["%.3f (%.3f)" % mean_score(env, player, episodes) for player in (random_player, expert_player)]
+        print(f"{name:<12}{env.max_turns:>6}{scores[0]:>18}{scores[1]:>18}")
+    print("play one: python envs.py play 20q")
+
+
+def play(env, split, seed, lines):
+    """A person plays; `lines` is where the actions come from (standard input). Its end leaves the game."""
+    observation, info = env.reset(seed=seed, options={"split": split})
+    print(f"{env.system}\n(A line with ? alone lists what can be said; end of input ends the game.)\n\n{observation}")
+    print("> ", end="", flush=True)
+    for line in lines:
+        if line.strip() == "?" and info["admissible"]:
+            print("\n".join(info["admissible"]))
+        else:
+            observation, _, terminated, truncated, info = env.step(line)
+            print(observation)
+            if terminated or truncated:
+                return
+        print("> ", end="", flush=True)
+    print("\nGoodbye.")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {' '.join(message.split())}\n")
+
+
+def main(argv=None):
+    parser = OneLineParser(description="Text worlds: list them, or play one.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command")
+    player = commands.add_parser("play", help="play a world at the terminal", allow_abbrev=False)
+    player.add_argument("world", help=", ".join(WORLDS))
+    player.add_argument("--split", default="train")
+    player.add_argument("--seed", type=int, default=None, help="the episode (default: any)")
+    args = parser.parse_args(argv)
+    if args.command is None:
+        return list_worlds()
+    try:
+        env = make(args.world)
+        env.reset(options={"split": args.split})  # refuses an unknown split before anything is printed
+    except ValueError as error:
+        parser.error(str(error))
+    sys.stdin.reconfigure(errors="replace")  # any bytes are a legal action
+    try:
+        play(env, args.split, args.seed, sys.stdin)
+    except KeyboardInterrupt:
+        print("\nGoodbye.")
+
+
+if __name__ == "__main__":
+    main()
