@@ -494,7 +494,7 @@ def build_tiny(directory, examples, constants, width, layers, seed, device):
     warmup = 1 + min(50, len(batches) // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # linear warm-up, then half a cosine to 0
         optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / len(batches))))
-    for batch in (bar := tqdm(batches, desc=f"tiny {width}x{layers} model", leave=False)):
+    for batch in tqdm(batches, desc=f"tiny {width}x{layers} model", leave=False):
         batch.sort(key=lambda i: len(rows[i][0]) + len(rows[i][1]))
         total = sum(len(rows[i][1]) for i in batch)
         for micro in (batch[:16], batch[16:]):  # two halves of similar lengths save padding

@@ -676,9 +676,10 @@ def expert_success(env, split=None):
 class RepairShop(World):
     """Diagnose, then repair: a test that fits the symptom shows the fault, and each fault has one repair.
 
-    The smallest world in which acting early costs the episode: the first repair is the last. Whoever guesses from the symptom alone is right
-    half the time, whoever tests first is always right, a random player wins one episode in eight. No rule of it stands in the prompt: a large
-    model has common sense, a tiny one must find out. Customers and devices meet in `test` in combinations that `train` never shows.
+    The smallest world in which acting early costs the episode: the first repair is the last. Whoever guesses from the symptom alone
+    is right half the time, whoever tests first is always right, a random player wins one episode in eight. No rule of it stands in
+    the prompt: a large model has common sense, a tiny one must find out. Customers and devices meet in `test` in combinations that
+    `train` never shows.
     """
 
     name = "repair"
@@ -688,9 +689,11 @@ class RepairShop(World):
     devices = "radio kettle clock toaster drill mixer fan heater".split()
     # symptom: the test that tells, then what it may find, and the repair of that
     faults = {
-        "does not start": ("measure the battery", {"The battery is empty.": "charge the battery", "The battery leaks.": "replace the battery"}),
+        "does not start": ("measure the battery", {"The battery is empty.": "charge the battery",
+                                                   "The battery leaks.": "replace the battery"}),
         "is too loud": ("open the case", {"The gears are dusty.": "clean the gears", "A screw is loose.": "tighten the screw"}),
-        "stops again and again": ("bend the cable", {"The cable is broken.": "solder the cable", "The plug is bent.": "straighten the plug"}),
+        "stops again and again": ("bend the cable", {"The cable is broken.": "solder the cable",
+                                                     "The plug is bent.": "straighten the plug"}),
         "gets too hot": ("feel the vents", {"The vents are blocked.": "unblock the vents", "The fuse is burnt.": "swap the fuse"}),
     }
     tests = tuple(test for test, _ in faults.values())

@@ -1,4 +1,4 @@
-"""Natural Language Actor-Critic (Hong et al., arXiv 2512.04601): the critic writes text, and the policy learns from its own corrected actions.
+"""Natural Language Actor-Critic (Hong et al., arXiv 2512.04601): a critic that writes text, a policy that learns its own corrected actions.
 
 One language model plays every part through its own prompt. Per step (Algorithm 1 of the paper):
 
@@ -12,14 +12,15 @@ One language model plays every part through its own prompt. Per step (Algorithm 
  6. The EMA weights follow.
 
 Departures from the paper, and why:
- 1. Backup, evaluator and refiner are served from the weights of the start (--frozen-parts True). Nobody trains them, so in shared weights they
-    are forgotten; the paper reports that forgetting in all of its runs. --frozen-parts False is the paper's way.
+ 1. Backup, evaluator and refiner are served from the start weights (--frozen-parts True). Nobody trains them, so in shared weights they are
+    forgotten; the paper reports that forgetting in all of its runs. --frozen-parts False is the paper's way.
  2. L2 is taken only where the refiner kept an action that the critic approved (--distil kept). The paper distils every refined action
     (--distil all); but the last proposal of the last round has never been judged, and a small model proposes at random.
  3. The target of a terminal transition is composed from the observation and the outcome, not written by B_L: it grounds M.
  4. A target that cannot be read (see `parse_future`) is left out of L1, and counted.
  5. The policy answers with an action; --react True lets it think first, as the paper's does.
- 6. Defaults are k = 4 and m = 2 (paper: 1 and 1), for a model of 0.1 million parameters.
+ 6. The critic's futures come from theta_bar, like the targets: averaged weights foresee more steadily than those of the moment.
+ 7. Defaults are k = 4 and m = 2 (paper: 1 and 1), for a model of 0.1 million parameters.
 The paper's prompts, learning rate, EMA rate and buffer size are not public; those below are ours.
 
     python nlac.py                            # repair shop, tiny model: see README for minutes and numbers
@@ -60,7 +61,7 @@ class Args:
     batch_size: int = flag(64, "transitions per gradient step (not in the paper)")
     micro_batch_size: int = flag(16, "sequences per backward pass; changes memory and speed, not the gradient")
     max_new_tokens: int = flag(40, "of one reply of any part")
-    temperature: float = flag(1.0, "of every part while training (not in the paper)")
+    temperature: float = flag(1.0, "of policy, successor and refiner while training (not in the paper)")
     eval_temperature: float = flag(1.0, "of the policy in evaluation (not in the paper)")
     eval_episodes: int = flag(500, "test episodes of the first and the last evaluation; a fifth of them in between")
     eval_every: int = flag(25, "steps between evaluations")
@@ -77,10 +78,11 @@ class Args:
     ema: float = flag(0.95, "share of the old weights kept in theta_bar per gradient step; 0 switches EMA off (not in the paper)")
     buffer_size: int = flag(20_000, "transitions in the replay buffer (not in the paper)")
     episodes_per_step: int = flag(64, "episodes collected per step (not in the paper)")
-    updates_per_episode: float = flag(0.0625, "gradient steps per collected episode (not in the paper)")
-    actor_states: int = flag(48, "states refined per step (not in the paper)")
-    actor_weight: float = flag(1.0, "of L2; L1 has weight 1 (not in the paper)")
-    critic_warmup: int = flag(40, "first steps, with L1 only (not in the paper)")
+    updates_per_episode: float = flag(0.125, "gradient steps per collected episode (not in the paper)")
+    actor_states: int = flag(64, "states refined per step (not in the paper)")
+    actor_weight: float = flag(2.0, "of L2; L1 has weight 1 (not in the paper)")
+    critic_warmup: int = flag(25, "first steps, with L1 only (not in the paper)")
+    reader_temperature: float = flag(0.0, "of B_L and E, which read and do not imagine (not in the paper)")
     frozen_parts: bool = flag(True, "B_L, E and pi_r from the start weights: departure 1")
     distil: str = flag("kept", "kept: approved actions only, departure 2; all: the paper's", choices=["kept", "all"])
     react: bool = flag(False, "thought before action (paper: yes): departure 5")
@@ -96,13 +98,14 @@ POLICY_REACT = "Think in a sentence or two. Then write Action: and your next act
 SUCCESSOR = """You foresee how an episode goes on. Read it, and the action that comes next.
 Reply with two lines. Next: what the action brings about, in one sentence.
 End: failure, or success in so many turns, this one counted."""
-BACKUP = """You merge what was seen with what is foreseen from there. Read the episode, the action, its result, and the forecast that starts after it.
+BACKUP = """You merge what was seen with what is foreseen from there.
+Read the episode, the action, its result, and the forecast that starts after it.
 Reply with a forecast that starts before the action, in two lines. Next: the result that was seen, in one sentence.
 End: the end that is foreseen, one turn further away; failure if the turns left do not suffice."""
 EVALUATOR = """You judge an action by the futures it may lead to. Success is better than failure, and sooner is better than later.
 Reply in one line: how many of the futures succeed, then Verdict: bad, weak, fair, good or great."""
 REFINER = """You improve an action. Read the episode, and the tries with their critiques.
-Reply with keep if the last try was judged good or great; else with an action that was not tried. Nothing else."""
+Reply with keep if the last try was judged great; else with an action that was not tried. Nothing else."""
 READER = "You read. Repeat the first observation, the last observation and the action, a line each."  # warm-up of a tiny model only
 VERDICTS = ["bad", "weak", "fair", "good", "great"]  # the total order of sentiments that the paper's theory asks for
 
@@ -231,11 +234,14 @@ class Parts:
         """`model`: theta; `target`: theta_bar, the EMA; `start`: a frozen copy of the start weights, or None."""
         self.chat, self.world, self.args = chat, world, args
         unchanging = start if args.frozen_parts else model
-        self.weights = {"policy": model, "policy_bar": target, "successor": model, "successor_bar": target,
+        self.weights = {"policy": model, "policy_bar": target, "successor": target, "successor_bar": target,
                         "backup": start if args.frozen_parts else target, "evaluator": unchanging, "refiner": unchanging}
         if args.ablation == "frozen-critic":
             self.weights |= {"successor": start, "successor_bar": start}
         self.tokens, self.asked, self.parsed = Counter(), Counter(), Counter()
+
+    def temperature(self, part):
+        return self.args.reader_temperature if part in ("backup", "evaluator") else self.args.temperature
 
     @torch.no_grad()
     def __call__(self, part, messages, stream, samples=1):
@@ -248,7 +254,7 @@ class Parts:
         if fits:
             rows = [i * samples + j for i in fits for j in range(samples)]
             replies = common.generate(
-                model, self.chat, [prompts[i] for i in fits], max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                model, self.chat, [prompts[i] for i in fits], max_new_tokens=args.max_new_tokens, temperature=self.temperature(part),
                 samples=samples, seeds=[common.row_seed(args.seed, *stream, part, row) for row in rows])
             for row, text in zip(rows, replies.texts):
                 texts[row] = text
@@ -352,8 +358,8 @@ def refinement_gain(parts, model, batch, refined, stream):
     if not changed:
         return {"gain_states": 0}
     won = [[float(e["won"]) for e in rollout(
-        model, parts.chat, parts.args, "train", [t["seed"] for t, _ in changed], temperature=parts.args.temperature, stream=(*stream, which),
-        prefixes=[[*t["history"][1::2], pick(r)] for t, r in changed])]
+        model, parts.chat, parts.args, "train", [t["seed"] for t, _ in changed], temperature=parts.args.temperature,
+        stream=(*stream, which), prefixes=[[*t["history"][1::2], pick(r)] for t, r in changed])]
         for which, pick in (("first", lambda r: r["tries"][0]["action"]), ("refined", lambda r: r["reply"]))]
     return {"gain_states": len(changed), "success_first": sum(won[0]) / len(changed), "success_refined": sum(won[1]) / len(changed)}
 
@@ -372,7 +378,8 @@ def show(episode):
     for played, turn in zip(episode["history"][1::2], episode["turns"]):
         lines.append(f"> {line(played)}")
         for t in turn["tries"]:
-            lines += [f"    {line(t['action'])}?", *(f"      future: {line(future)}" for future in t["futures"][:2]), f"      critique: {line(t['critique'])}"]
+            lines += [f"    {line(t['action'])}?", *(f"      future: {line(future)}" for future in t["futures"][:2])]
+            lines.append(f"      critique: {line(t['critique'])}")
         lines += [f"    refined: {line(turn['reply']) if turn['kept'] else '(nothing approved)'}", line(turn["result"])]
     return "\n".join(lines)
 
@@ -383,9 +390,10 @@ def show(episode):
 def warmup(world, args):
     """What a model made from nothing is taught before NLAC begins: to read, and the form of every part's reply.
 
-    Episodes come from a random player on the train split, unfiltered. The policy learns to answer with any action. The successor learns its form
-    from the futures of *other, random* transitions, so it knows nothing of what follows what. B_L learns to copy a result and to count one turn
-    on; the evaluator to read outcomes, and the refiner to keep an approved action or to name any untried one. No part sees an expert.
+    Episodes come from a random player on the train split, unfiltered. The policy learns to answer with any action. The successor
+    learns its form from the futures of *other, random* transitions, so it knows nothing of what follows what. B_L learns to copy a
+    result and to count one turn on; the evaluator to read outcomes, the refiner to keep an approved action or to name any untried one.
+    No part sees an expert.
     """
     rng = random.Random("warm-up")
     steps, actions = [], None
@@ -402,8 +410,9 @@ def warmup(world, args):
 
     def critique(ends):
         """Reads k endings (turns until success, or None): how many succeed, and how soon."""
-        worth = sum(0.95 ** (n - 1) for n in ends if n) / len(ends)
-        return f"{sum(n is not None for n in ends)} of {len(ends)} futures succeed. Verdict: {VERDICTS[sum(worth > x for x in (.1, .35, .6, .85))]}."
+        worth = sum(0.98 ** (n - 1) for n in ends if n) / len(ends)
+        verdict = VERDICTS[sum(worth > x for x in (0.1, 0.35, 0.6, 0.85))]
+        return f"{sum(n is not None for n in ends)} of {len(ends)} futures succeed. Verdict: {verdict}."
 
     examples = []
     for _ in range(args.examples):
@@ -413,7 +422,8 @@ def warmup(world, args):
         examples += [
             (policy_messages(world, history, args), ("Action: " if args.react else "") + rng.choice(actions)),
             (successor_messages(world, history, action), rng.choice(futures)),
-            (part_messages(READER, world, history, f"> {action}"), "\n".join([first_sentence(history[0]), first_sentence(history[-1]), action])),
+            (part_messages(READER, world, history, f"> {action}"),
+             "\n".join([first_sentence(history[0]), first_sentence(history[-1]), action])),
         ]
         if not step["done"]:
             n = random_end(left)
@@ -421,16 +431,18 @@ def warmup(world, args):
                              future_text(step["result"], n + 1 if n and n < left else None)))
         chance = rng.random()
         ends = [random_end(left, chance) for _ in range(args.k)]
-        examples.append((evaluator_messages(world, history, action, [future_text(rng.choice(steps)["result"], n) for n in ends]), critique(ends)))
+        seen = [future_text(rng.choice(steps)["result"], n) for n in ends]
+        examples.append((evaluator_messages(world, history, action, seen), critique(ends)))
         tried = rng.sample(actions, rng.randint(1, min(args.m, len(actions) - 1)))
         low = [[random_end(left, 0.2) for _ in range(args.k)] for _ in tried[1:]]  # earlier tries were not kept
-        critiques = [c if parse_verdict(c) < 3 else critique([None] * args.k) for c in map(critique, low)]
+        critiques = [c if parse_verdict(c) < 4 else critique([None] * args.k) for c in map(critique, low)]
         critiques.append(critique([random_end(left, chance) for _ in range(args.k)]))
-        keep = parse_verdict(critiques[-1]) >= 3
+        keep = parse_verdict(critiques[-1]) == 4
         examples.append((refiner_messages(world, history, [{"action": a, "critique": c} for a, c in zip(tried, critiques)]),
                          "keep" if keep else rng.choice([a for a in actions if a not in tried])))
     facts = world.facts() if hasattr(world, "facts") else []
-    examples += [([{"role": "user", "content": " ".join(fact.split()[:-1])}], fact) for fact in facts for _ in range(4 * args.examples // len(facts))]
+    for fact in facts * (4 * args.examples // max(1, len(facts))):
+        examples.append(([{"role": "user", "content": " ".join(fact.split()[:-1])}], fact))
     rng.shuffle(examples)
     return examples
 
@@ -445,6 +457,7 @@ def check_args(args):
         common.check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     common.check(0 <= args.ema < 1, f"--ema must be in [0, 1), not {args.ema}")
     common.check(args.actor_weight >= 0, f"--actor-weight must be at least 0, not {args.actor_weight}")
+    common.check(args.reader_temperature >= 0, f"--reader-temperature must be at least 0, not {args.reader_temperature}")
     common.check(args.critic_warmup >= 0, f"--critic-warmup must be at least 0, not {args.critic_warmup}")
     updates = args.episodes_per_step * args.updates_per_episode
     common.check(updates >= 1 and updates == int(updates),
@@ -458,30 +471,32 @@ def check_args(args):
 def main():
     args = common.parse_args(Args)
     if args.quick:
-        args = dataclasses.replace(args, steps=4, critic_warmup=2, episodes_per_step=8, updates_per_episode=0.125, batch_size=16, actor_states=8,
-                                   eval_episodes=20, eval_every=2, save_every=2, examples=800)
+        args = dataclasses.replace(args, steps=4, critic_warmup=2, episodes_per_step=8, batch_size=16, actor_states=8, eval_episodes=20,
+                                   eval_every=2, save_every=2, examples=800)
     world = check_args(args)
     updates = int(args.episodes_per_step * args.updates_per_episode)  # gradient steps per step
     run = None if args.eval_only else common.Run("nlac", args, args.out_dir or f"runs/nlac-{args.env}-s{args.seed}")
     if args.model.startswith("tiny") and args.device == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
     parts_of_prompts = POLICY, POLICY_REACT, SUCCESSOR, BACKUP, EVALUATOR, REFINER, READER
-    model, chat = common.load(args.model, corpus=lambda: warmup(world, args), constants=[f"{world.system}\n{part}" for part in parts_of_prompts],
-                              device=args.device, dtype=args.dtype)
+    model, chat = common.load(args.model, corpus=lambda: warmup(world, args), device=args.device, dtype=args.dtype,
+                              constants=[f"{world.system}\n{part}" for part in parts_of_prompts])
     model.eval()  # no dropout anywhere
     first = chat.prompt(policy_messages(world, [world.reset(seed=0)[0]], args))
     common.check(len(first) + args.max_new_tokens <= model.config.max_position_embeddings,
-                 f"the first prompt has {len(first)} tokens; with --max-new-tokens it exceeds the model's {model.config.max_position_embeddings}")
+                 f"the first prompt has {len(first)} tokens and --max-new-tokens is {args.max_new_tokens}: "
+                 f"beyond the model's context of {model.config.max_position_embeddings}")
     if args.eval_only:
         success, se, _ = evaluate(model, chat, args, "test", args.eval_episodes)
         return print(f"{args.env} test: success {success:.3f} (se {se:.3f}, n {args.eval_episodes})")
     run.start({"parameters": common.count_parameters(model)})
-    print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; a step plays {args.episodes_per_step} "
-          f"episodes and takes {updates} gradient steps of {args.batch_size} transitions, with {args.actor_states} states refined")
+    print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; a step plays "
+          f"{args.episodes_per_step} episodes and takes {updates} gradient steps of {args.batch_size} transitions, "
+          f"with {args.actor_states} states refined")
 
     target = copy.deepcopy(model)  # theta_bar
     start = copy.deepcopy(model) if args.frozen_parts or args.ablation == "frozen-critic" else None
-    parts = Parts(model, target, start, chat, world, args)
+    parts, after = Parts(model, target, start, chat, world, args), None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     buffer, totals, seconds, done = [], Counter(), Counter(), 0
     if state := run.resume():
@@ -496,8 +511,8 @@ def main():
         print(f"before: success {success:.3f} (se {se:.3f}, n {args.eval_episodes})")
 
     def checkpoint(step):
-        run.save({"model": model.state_dict(), "target": target.state_dict(), "optimizer": optimizer.state_dict(), "buffer": buffer, "step": step,
-                  "totals": dict(totals), "seconds": dict(seconds), "before": before, "before_episode": before_episode})
+        run.save({"model": model.state_dict(), "target": target.state_dict(), "optimizer": optimizer.state_dict(), "buffer": buffer,
+                  "step": step, "totals": dict(totals), "seconds": dict(seconds), "before": before, "before_episode": before_episode})
 
     bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, desc="nlac", dynamic_ncols=True)
     for step in bar:
@@ -526,8 +541,8 @@ def main():
         if step > args.critic_warmup:
             states = rng.choices(buffer, k=args.actor_states)
             refined = refine(parts, [t["history"] for t in states], ("refine", step))
-            actor = [(chat.dialogue(policy_messages(world, t["history"], args)), chat.reply(r["reply"])) for t, r in zip(states, refined)
-                     if r["kept"] or args.distil == "all" and parse_action(r["reply"])]
+            actor = [(chat.dialogue(policy_messages(world, t["history"], args)), chat.reply(r["reply"]))
+                     for t, r in zip(states, refined) if r["kept"] or args.distil == "all" and parse_action(r["reply"])]
         clock.lap("refinement")
 
         # 3, 5, 6. L1 + weight * L2, then the EMA
@@ -548,8 +563,9 @@ def main():
             common.ema_update(target, model, args.ema)
         clock.lap("update")
 
-        metrics = {"step": step, "success": mean(e["won"] for e in episodes), "return": mean(e["reward"] for e in episodes), "l1": losses["l1"],
-                   "l2": losses["l2"], "entropy": -sum(e["logprob"] for e in episodes) / max(1, sum(e["tokens"] for e in episodes)),
+        metrics = {"step": step, "success": mean(e["won"] for e in episodes), "return": mean(e["reward"] for e in episodes),
+                   "l1": losses["l1"], "l2": losses["l2"], "lessons": len(actor),
+                   "entropy": -sum(e["logprob"] for e in episodes) / max(1, sum(e["tokens"] for e in episodes)),
                    "turns": mean(len(e["valid"]) for e in episodes), "valid": mean(v for e in episodes for v in e["valid"]),
                    "truncated": sum(e["truncated"] for e in episodes), "targets_dropped": targets.count(None)}
         metrics |= calibration(parts, rng.sample(fresh, min(32, len(fresh))), ("calibration", step))
@@ -557,7 +573,8 @@ def main():
             verdicts = [parse_verdict(t["critique"]) for r in refined for t in r["tries"]]
             metrics |= {"kept": mean(r["kept"] for r in refined),
                         "changed": mean(parse_action(r["reply"]) != r["tries"][0]["action"] for r in refined),
-                        "verdicts": {name: verdicts.count(i) for i, name in enumerate(VERDICTS)}, "sentiment": mean((v or 0) / 4 for v in verdicts)}
+                        "verdicts": {name: verdicts.count(i) for i, name in enumerate(VERDICTS)},
+                        "sentiment": mean((v or 0) / 4 for v in verdicts)}
         evaluating = step % args.eval_every == 0 or step == args.steps
         if evaluating:
             if refined:
@@ -567,16 +584,16 @@ def main():
             after, after_episode = {"success": success, "se": se}, with_thoughts(parts, played[0], ("after", step))
             metrics |= {"eval_success": success, "eval_se": se, "eval_episodes": n}
         clock.lap("watching")
-        for part, n in parts.tokens.items():
-            totals["tokens"] += n
-            metrics[f"parse_{part}"] = parts.parsed[part] / parts.asked[part]
-        totals["tokens"] += sum(e["tokens"] for e in episodes)
+        metrics |= {f"parse_{part}": parts.parsed[part] / asked for part, asked in parts.asked.items()}
+        totals["tokens"] += sum(parts.tokens.values()) + sum(e["tokens"] for e in episodes)
         totals["env_steps"] += len(fresh)
         totals["episodes"] += len(episodes)
         totals["gradient_steps"] += updates
         metrics |= dict(totals) | {f"seconds_{name}": round(value, 2) for name, value in clock.laps.items()}
         run.log(metrics)
-        run.write_rollouts([{"step": step, **e} for e in episodes] + ([{"step": step, "evaluation": True, **after_episode}] if evaluating else []))
+        run.write_rollouts([{"step": step, **e} for e in episodes])
+        if evaluating:
+            run.write_rollouts([{"step": step, **after_episode}])
         bar.set_postfix(success=f"{metrics['success']:.2f}", l1=f"{losses['l1']:.3f}", l2=f"{losses['l2']:.3f}")
         if evaluating:
             tqdm.write(f"step {step}: test success {success:.3f} (se {se:.3f}, n {n}), {totals['env_steps']} environment steps")
@@ -585,13 +602,13 @@ def main():
         if run.stopping:
             sys.exit(run.stopping)
 
-    if not after:
-        return
+    if after is None:  # resumed after its last step
+        return print(f"{run.dir} has its {args.steps} steps already")
     ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes) for name, player in
             (("random", envs.random_player), ("expert", envs.expert_player))}
     print(f"\nbefore\n{show(before_episode)}\n\nafter\n{show(after_episode)}\n")
-    run.finish({"script": "nlac", "method": "nlac", "arm": args.ablation, "env": args.env, "model": args.model, "seed": args.seed, "split": "test",
-                "eval_episodes": args.eval_episodes, "before": before, "after": after,
+    run.finish({"script": "nlac", "method": "nlac", "arm": args.ablation, "env": args.env, "model": args.model, "seed": args.seed,
+                "split": "test", "eval_episodes": args.eval_episodes, "before": before, "after": after,
                 **{name: {"success": score, "se": se} for name, (score, se) in ends.items()},
                 "train_episodes": totals["episodes"], "env_steps": totals["env_steps"], "generated_tokens": totals["tokens"],
                 "gradient_steps": totals["gradient_steps"], "seconds": round(sum(seconds.values()), 1),

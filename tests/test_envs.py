@@ -1,4 +1,4 @@
-"""The ground and Twenty Questions: facts, parser, tally, splits, secrecy, experts, bad input, command line."""
+"""The ground, Twenty Questions and the repair shop: facts, parser, splits, secrecy, experts, bad input, command line."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ NAMES = list(envs.WORLDS)
 INFO_KEYS = {"task", "admissible", "valid", "won", "score", "tools"}
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=["20q", "20q-full"])
 def env(request):
     return make(request.param)
 
@@ -317,7 +317,7 @@ def test_splits_are_disjoint_and_every_thing_is_somewhere(env):
 def test_unknown_names_are_refused_clearly():
     with pytest.raises(ValueError, match="has no split 'dev'; it has train, test"):
         make("20q").reset(seed=1, options={"split": "dev"})
-    with pytest.raises(ValueError, match="unknown world 'chess'; there are: 20q, 20q-full"):
+    with pytest.raises(ValueError, match="unknown world 'chess'; there are: repair, 20q, 20q-full"):
         make("chess")
 
 
@@ -358,7 +358,7 @@ def test_seed_and_split_fix_the_episode(env):
 def test_the_same_episode_in_every_process():
     code = (
         "import envs, sys\nfor n in envs.WORLDS:\n e = envs.make(n)\n"
-        " print(e.hidden_in, [(e.reset(seed=s, options={'split': x}), e.hidden) for s in range(5) for x in e.splits])"
+        " print([(e.reset(seed=s, options={'split': x}), e.expert(), vars(e)) for s in range(5) for x in e.splits])"
     )
     outputs = {
         subprocess.run(
@@ -510,6 +510,111 @@ def test_mean_score_and_its_standard_error():
     assert mean == sum(scores) / 50 and error == pytest.approx((mean * (1 - mean) / 49) ** 0.5)
 
 
+# ----------------------------------------------------------------------------------------------------------- repair shop
+
+
+def shop_at(seed, split="train", actions=()):
+    shop = make("repair")
+    seen = [shop.reset(seed=seed, options={"split": split})] + [shop.step(action) for action in actions]
+    return shop, seen
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_expert_repairs_everything_in_two_turns(split):
+    results = [run_episode(make("repair"), envs.expert_player, seed, split) for seed in range(500)]
+    assert all(result["won"] and result["turns"] == 2 and result["invalid"] == 0 for result in results)
+    assert envs.mean_score(make("repair"), envs.expert_player, 500, split) == (1.0, 0.0)
+    mean, error = envs.mean_score(make("repair"), envs.random_player, 2000, split)
+    assert mean < 0.2 and error < 0.01
+
+
+def test_shop_splits_share_no_combination_but_every_part():
+    seen = {}
+    for split in "train", "test":
+        opening = [shop_at(seed, split)[1][0][0] for seed in range(6000)]
+        seen[split] = {tuple(re.fullmatch(r"(\w+) brings a (\w+) (\w+) that (.+?)\. 5 turns left\.", text).groups()) for text in opening}
+    kept = {split: {row[:3] for row in rows} for split, rows in seen.items()}
+    shop = make("repair")
+    total = len(shop.customers) * len(shop.colours) * len(shop.devices)
+    assert not kept["train"] & kept["test"] and len(kept["train"] | kept["test"]) == total == 576
+    assert 0.12 < len(kept["test"]) / total < 0.28
+    for i in range(4):  # no word, and no symptom, is new in test
+        assert {row[i] for row in seen["train"]} == {row[i] for row in seen["test"]}
+
+
+def test_a_repair_word_for_word():
+    shop = make("repair")
+    shop.reset(seed=0)
+    shop.symptom, shop.finding = "is too loud", "A screw is loose."
+    assert shop.expert() == "open the case"
+    assert shop.step("measure the battery")[0] == "Nothing unusual. 4 turns left."
+    assert shop.step("kick it")[0] == "That is neither a test nor a repair of this shop. 3 turns left."
+    assert shop.step(" Open the Case. ")[0] == "A screw is loose. 2 turns left."
+    assert shop.expert() == "tighten the screw"
+    observation, reward, terminated, truncated, info = shop.step("tighten the screw")
+    assert observation == "It works again. You win after 4 turns."
+    assert (reward, terminated, truncated, info["won"], info["score"]) == (1.0, True, False, True, 1.0)
+    assert shop.step("tighten the screw") == (observation, 0.0, True, False, {**info, "valid": False})
+    shop.reset(seed=0)
+    shop.symptom, shop.finding = "is too loud", "A screw is loose."
+    observation, reward, terminated, _, info = shop.step("clean the gears")  # the first repair is the last
+    assert (observation, reward, terminated, info["won"]) == ("It is still broken. The game is over and you did not win.", 0.0, True, False)
+    with pytest.raises(ValueError, match="max_turns"):
+        make("repair", max_turns=0)
+
+
+def test_shop_resample_keeps_the_dialogue():
+    rng = random.Random(8)
+    for seed in range(60):
+        actions = [rng.choice(make("repair").tests) for _ in range(rng.randrange(4))]
+        shop, seen = shop_at(seed, actions=actions)
+        before, expert = (shop.observation, shop.turns, shop.symptom, shop.info(True)), shop.expert()
+        drawn = set()
+        for _ in range(20):
+            shop.resample(rng)
+            drawn.add(shop.finding)
+            assert (shop.observation, shop.turns, shop.symptom, shop.info(True)) == before and shop.expert() == expert
+            other, _ = shop_at(seed)
+            other.finding = shop.finding
+            assert [seen[0]] + [other.step(action) for action in actions] == seen  # it could have been this one all along
+        assert len(drawn) == (1 if shop.found else 2)
+
+
+def test_both_faults_of_a_symptom_are_as_likely():
+    counts = {}
+    for seed in range(2000):
+        shop, _ = shop_at(seed, "test")
+        counts[shop.finding] = counts.get(shop.finding, 0) + 1
+    assert len(counts) == 8 and all(180 < n < 320 for n in counts.values())
+
+
+def test_a_lost_repair_does_not_reveal_the_fault():
+    for seed in range(100):
+        shop, _ = shop_at(seed)
+        right = shop.faults[shop.symptom][1][shop.finding]
+        for wrong in [action for action in shop.repairs if action != right]:
+            shop, seen = shop_at(seed, actions=[wrong])
+            assert seen[-1][0] == "It is still broken. The game is over and you did not win." and not seen[-1][4]["won"]
+            assert shop.finding not in str(seen) and right not in str({**seen[-1][4], "admissible": None})
+        offers = [shop_at(s)[1][0][1]["admissible"] for s in range(3)]
+        assert offers[0] == offers[1] == offers[2]  # says nothing about the episode
+
+
+def test_shop_replay_and_random_strings():
+    rng = random.Random(9)
+    admissible = make("repair").admissible()
+    for seed in range(200):
+        actions = [rng.choice(admissible) if rng.random() < 0.3 else random_string(rng) for _ in range(7)]
+        shop, steps = shop_at(seed, "test", actions)
+        for step in steps[1:]:
+            well_formed(step)
+        cut = rng.randrange(1, 7)
+        other = make("repair")
+        assert replay(other, seed, actions[:cut], "test") == steps[cut]
+        assert [other.step(action) for action in actions[cut:]] == steps[cut + 1 :]
+        assert steps[-1][2]  # seven turns: over
+
+
 # ------------------------------------------------------------------------------------------------------------- any world
 
 
@@ -649,7 +754,7 @@ def test_the_end_of_input_ends_politely(stdin):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["play", "chess"], "unknown world 'chess'; there are: 20q, 20q-full"), (["play", "20q", "--split", "dev"], "has no split 'dev'"),
+    (["play", "chess"], "unknown world 'chess'; there are: repair, 20q, 20q-full"), (["play", "20q", "--split", "dev"], "has no split 'dev'"),
     (["play", "20q", "--seed", "x"], "--seed"), (["play"], "world"), (["dance"], "dance"), (["play", "20q", "--sp", "test"], "--sp"),
     (["--what"], "--what"), (["play", ""], "unknown world ''"), (["play", "20q", "--split", "a\nb"], "has no split"),
 ])  # fmt: skip

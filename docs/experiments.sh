@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Every experiment behind README's tables, a line per arm: NAME, its seeds, the command. Each run leaves docs/results/NAME-sSEED.
+#
+#   bash docs/experiments.sh                 all of it, a day on two cores
+#   bash docs/experiments.sh '^nlac-s0$'     the runs whose NAME-sSEED matches (a bash regular expression)
+#   DRY=1 bash docs/experiments.sh           only says what it would run
+#
+# Finished runs (summary.json) are skipped, unfinished ones are named and left alone: remove them, or continue nlac.py's with --resume.
+# @ in a command stands for the seed. --match makes a rival stop at the environment steps of the nlac run of that seed, which comes first.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python} results=${RESULTS:-docs/results} pattern=${1:-} failed=0
+
+runs() { # NAME "SEEDS" SCRIPT [FLAGS...]
+    local name=$1 seeds=$2 seed out
+    shift 2
+    for seed in $seeds; do
+        out=$results/$name-s$seed
+        [[ $name-s$seed =~ $pattern ]] || continue
+        if [[ -f $out/summary.json ]]; then continue; fi
+        if [[ -e $out ]]; then echo "$out is unfinished: skipped" >&2; continue; fi
+        echo "== $python ${*//@/$seed} --seed $seed --out-dir $out"
+        [[ -n ${DRY:-} ]] || "$python" "${@//@/$seed}" --seed "$seed" --out-dir "$out" || failed=1
+    done
+}
+best() { "$python" docs/report.py --results "$results" best "$1" 2>/dev/null || echo 1e-3; } # learning rate of the best arm NAME...; else the default
+
+# the claim: the learned language critic does it
+runs nlac               "0 1 2 3 4" nlac.py
+runs frozen-critic      "0 1 2 3 4" nlac.py --ablation frozen-critic
+runs blind-critic       "0 1 2 3 4" nlac.py --ablation blind-critic
+
+# the ceiling, and the ladder from there: one learned part at a time
+runs ceiling            "0 1 2" docs/ceiling.py --match "$results/nlac-s@"
+runs ceiling-rules      "0 1 2" docs/ceiling.py --refiner rule --match "$results/nlac-s@"
+runs ceiling-evaluator  "0 1 2" docs/ceiling.py --verdicts model --match "$results/nlac-s@"
+
+# rivals at equal environment steps; PPO's learning rate is searched on seeds of its own, and the best one on the test episodes is taken
+runs ppo-lr1e-4         "100 101" docs/ppo.py --lr 1e-4 --match "$results/nlac-s0"
+runs ppo-lr3e-4         "100 101" docs/ppo.py --lr 3e-4 --match "$results/nlac-s0"
+runs ppo-lr1e-3         "100 101" docs/ppo.py --lr 1e-3 --match "$results/nlac-s0"
+runs ppo-lr3e-3         "100 101" docs/ppo.py --lr 3e-3 --match "$results/nlac-s0"
+runs ppo                "0 1 2" docs/ppo.py --lr "$(best ppo-lr)" --match "$results/nlac-s@"
+runs self-distillation  "0 1 2" docs/self_distillation.py --eval-every 4 --match "$results/nlac-s@"
+runs nlql               "0 1 2" docs/nlql.py --match "$results/nlac-s@"
+runs mc-backup          "0 1 2" nlac.py --ablation mc-backup
+
+# one axis at a time; the base model's corpus speaks of k futures and of up to m tries, so it is another one there
+runs k1                 "0 1 2" nlac.py --k 1
+runs k4                 "0 1 2" nlac.py --k 4
+runs m1                 "0 1 2" nlac.py --m 1
+runs m4                 "0 1 2" nlac.py --m 4
+runs no-ema             "0 1 2" nlac.py --ema 0
+runs unfrozen-parts     "0 1 2" nlac.py --frozen-parts False
+
+# twenty questions
+runs 20q-nlac              "0 1 2" nlac.py --env 20q
+runs 20q-frozen-critic     "0 1 2" nlac.py --env 20q --ablation frozen-critic
+runs 20q-blind-critic      "0 1 2" nlac.py --env 20q --ablation blind-critic
+runs 20q-ceiling           "0 1 2" docs/ceiling.py --env 20q --match "$results/20q-nlac-s@"
+runs 20q-ceiling-rules     "0 1 2" docs/ceiling.py --env 20q --refiner rule --match "$results/20q-nlac-s@"
+runs 20q-ppo-lr3e-4        "100" docs/ppo.py --env 20q --lr 3e-4 --match "$results/20q-nlac-s0"
+runs 20q-ppo-lr1e-3        "100" docs/ppo.py --env 20q --lr 1e-3 --match "$results/20q-nlac-s0"
+runs 20q-ppo-lr3e-3        "100" docs/ppo.py --env 20q --lr 3e-3 --match "$results/20q-nlac-s0"
+runs 20q-ppo               "0 1 2" docs/ppo.py --env 20q --lr "$(best 20q-ppo-lr)" --match "$results/20q-nlac-s@"
+runs 20q-self-distillation "0 1 2" docs/self_distillation.py --env 20q --eval-every 4 --match "$results/20q-nlac-s@"
+runs 20q-nlql              "0 1 2" docs/nlql.py --env 20q --match "$results/20q-nlac-s@"
+runs 20q-mc-backup         "0 1 2" nlac.py --env 20q --ablation mc-backup
+exit $failed

@@ -1,0 +1,249 @@
+"""README's tables and the learning curves, from the kept result files alone.
+
+    python docs/report.py                        print the tables; write docs/learning_curves.png
+    python docs/report.py --write README.md      the tables between <!-- results --> and <!-- /results --> in that file, too
+    python docs/report.py keep runs              copy the finished runs in runs/ to docs/results: summary, settings, thinned metrics
+    python docs/report.py best ppo-lr            the learning rate of the best arm whose name begins so
+
+A run is a directory NAME-sSEED with summary.json, args.json and metrics.jsonl; an arm is what shares NAME. Standard errors are over seeds.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+MARKS = "<!-- results -->", "<!-- /results -->"
+CURVES = "nlac", "ceiling", "mc-backup", "ppo", "self-distillation", "nlql", "blind-critic", "frozen-critic"  # arms of the figure
+
+
+def read_runs(results):
+    """{name: {seed: {"summary", "args", "metrics"}}} of the finished runs in a directory; what cannot be read is skipped, with a word."""
+    arms = defaultdict(dict)
+    for path in sorted(Path(results).glob("*/summary.json")):
+        found = re.fullmatch(r"(.+)-s(\d+)", path.parent.name)
+        if not found:
+            print(f"{path.parent} is not named NAME-sSEED: skipped", file=sys.stderr)
+            continue
+        try:
+            settings, curve = path.with_name("args.json"), path.with_name("metrics.jsonl")
+            arms[found[1]][int(found[2])] = {
+                "summary": json.loads(path.read_text(encoding="utf-8")),
+                "args": json.loads(settings.read_text(encoding="utf-8"))["args"] if settings.exists() else {},
+                "metrics": read_jsonl(curve) if curve.exists() else []}
+        except (ValueError, KeyError) as error:
+            print(f"{path.parent} cannot be read ({type(error).__name__}): skipped", file=sys.stderr)
+    return dict(arms)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def mean_se(values):
+    """Mean and standard error over seeds; the latter is nan for a single one."""
+    values = list(values)
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def number(mean, se, signed=False):
+    return f"{mean:{'+' if signed else ''}.3f}" + ("" if math.isnan(se) else f" ± {se:.3f}")
+
+
+def label(name):
+    return re.sub(r"^20q(-full)?-", "", name)
+
+
+def order(name):
+    known = [*CURVES[:1], "frozen-critic", "blind-critic", "ceiling", *CURVES]
+    return known.index(label(name)) if label(name) in known else len(known), name
+
+
+def by_world(arms):
+    worlds = defaultdict(dict)
+    for name in sorted(arms, key=order):
+        env = next(iter(arms[name].values()))["summary"]["env"]
+        worlds[env][name] = {seed: run for seed, run in arms[name].items() if run["summary"]["env"] == env}
+    return dict(sorted(worlds.items(), key=lambda item: ("20q" in item[0], item[0])))
+
+
+def result_table(arms):
+    """A row per arm: everything by which runs can be compared, as means over seeds."""
+    lines = ["| arm | seeds | before | after | of the expert's | environment steps | generated tokens | gradient steps | minutes |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for name, runs in arms.items():
+        s = [run["summary"] for run in runs.values()]
+        after, share = (mean_se([f(x) for x in s]) for f in (
+            lambda x: x["after"]["success"], lambda x: x["after"]["success"] / (x["expert"]["success"] or math.nan)))
+        mean = {key: sum(x[key] for x in s) / len(s) for key in ("env_steps", "generated_tokens", "gradient_steps", "seconds")}
+        simulated = [x["simulation_steps"] for x in s if x.get("simulation_steps")]
+        more = f" + {sum(simulated) / len(simulated):,.0f} simulated" if simulated else ""
+        before = number(*mean_se([x["before"]["success"] for x in s]))
+        lines.append(f"| {name} | {len(s)} | {before} | **{number(*after)}** | {share[0]:.0%} | "
+                     f"{mean['env_steps']:,.0f}{more} | {mean['generated_tokens']:,.0f} | {mean['gradient_steps']:,.0f} | "
+                     f"{mean['seconds'] / 60:.1f} |")
+    return lines
+
+
+def difference_table(arms):
+    """nlac minus each other arm, and minus its own base, paired over the seeds that both have."""
+    main = next((runs for name, runs in arms.items() if label(name) == "nlac"), None)
+    if not main:
+        return []
+    success = lambda runs, when="after": {seed: run["summary"][when]["success"] for seed, run in runs.items()}  # noqa: E731
+    rivals = {"its base": success(main, "before")} | {name: success(runs) for name, runs in arms.items() if runs is not main}
+    lines = ["| nlac minus | seeds | difference | beyond 2 standard errors |", "|---|---|---|---|"]
+    for name, other in rivals.items():
+        if shared := sorted(set(other) & set(main)):
+            mean, se = mean_se([success(main)[seed] - other[seed] for seed in shared])
+            told = "one seed" if math.isnan(se) else "yes" if abs(mean) > 2 * se else "no"
+            lines.append(f"| {name} | {len(shared)} | {number(mean, se, signed=True)} | {told} |")
+    return lines if len(lines) > 2 else []
+
+
+def tables(arms):
+    """Markdown: for each world the two tables."""
+    blocks = []
+    for env, chosen in by_world(arms).items():
+        s = [run["summary"] for runs in chosen.values() for run in runs.values()]
+        ends = "; ".join(f"{who} {s[0][who]['success']:.3f}" for who in ("random", "expert"))
+        episodes = "/".join(map(str, sorted({x["eval_episodes"] for x in s})))
+        devices = ", ".join(sorted({str(x["device"]) for x in s}))
+        blocks += [f"**{env}** (success on {episodes} test episodes per run; mean ± standard error over seeds; {ends} player; {devices})",
+                   "", *result_table(chosen), "", *difference_table(chosen), ""]
+    return "\n".join(blocks).strip()
+
+
+def curve(runs):
+    """(environment steps, mean success, standard error) over seeds, each seed's evaluations interpolated linearly."""
+    lines = []
+    for run in runs.values():
+        points = [(0, run["summary"]["before"]["success"])]
+        points += [(m["env_steps"], m["eval_success"]) for m in run["metrics"] if m.get("eval_success") is not None]
+        if len(points) > 1:
+            lines.append(points)
+    if not lines:
+        return []
+    end = min(points[-1][0] for points in lines)
+    grid = sorted({x for points in lines for x, _ in points if x <= end})
+    return [(x, *mean_se([at(points, x) for points in lines])) for x in grid]
+
+
+def at(points, x):
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / ((x1 - x0) or 1)
+    return points[-1][1]
+
+
+def draw(arms, path):
+    """Test success against environment steps, a panel per world."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: it needs matplotlib (pip install -r requirements-dev.txt)", file=sys.stderr)
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    worlds = by_world(arms)
+    figure, panels = plt.subplots(1, len(worlds), figsize=(6.4 * len(worlds), 4.4), squeeze=False)
+    for panel, (env, chosen) in zip(panels[0], worlds.items()):
+        shown = {label(name): runs for name, runs in chosen.items() if label(name) in CURVES}
+        for i, name in enumerate(CURVES):  # a colour belongs to an arm, whichever others are there
+            points = curve(shown.get(name, {}))
+            if points:
+                x, y, se = zip(*points)
+                panel.plot(x, y, color=f"C{i}", label=f"{name} ({len(shown[name])})", linewidth=2.2 if name == "nlac" else 1.3)
+                wide = [0 if math.isnan(e) else e for e in se]
+                low, high = [a - e for a, e in zip(y, wide)], [a + e for a, e in zip(y, wide)]
+                panel.fill_between(x, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+        s = [run["summary"] for runs in (shown or chosen).values() for run in runs.values()]
+        for height, text, style in ((sum(x["expert"]["success"] for x in s) / len(s), "expert", "--"),
+                                    (sum(x["before"]["success"] for x in s) / len(s), "base", ":")):
+            panel.axhline(height, color="grey", linestyle=style, linewidth=1, label=text)
+        panel.set(title=env, xlabel="environment steps", ylabel="success on test episodes", ylim=(-0.02, 1.05))
+        panel.legend(fontsize=8)
+    figure.suptitle("mean over seeds (their number in brackets), band: standard error", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+    return True
+
+
+def keep(source, results, lines=60):
+    """Copies finished runs: summary.json, args.json, and of metrics.jsonl the evaluations and about `lines` more. Nothing else."""
+    kept = []
+    for path in sorted(Path(source).glob("*/summary.json")):
+        target = Path(results, path.parent.name)
+        texts = {name: path.with_name(name).read_text(encoding="utf-8") for name in ("summary.json", "args.json")}
+        metrics = read_jsonl(path.with_name("metrics.jsonl"))
+        every = max(1, len(metrics) // lines)
+        thinned = [m for i, m in enumerate(metrics) if i % every == 0 or m.get("eval_success") is not None]
+        texts["metrics.jsonl"] = "".join(json.dumps(m, ensure_ascii=False) + "\n" for m in thinned)
+        target.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (target / name).write_text(text, encoding="utf-8")
+        kept.append(target)
+    return kept
+
+
+def best(arms, prefix):
+    """The learning rate of the arm with the highest mean success among those whose name begins so; None if there is none."""
+    found = {name: mean_se(run["summary"]["after"]["success"] for run in runs.values())[0] for name, runs in arms.items()
+             if name.startswith(prefix)}
+    return next(iter(arms[max(found, key=found.get)].values()))["args"]["lr"] if found else None
+
+
+def write_between_marks(path, text):
+    page = Path(path).read_text(encoding="utf-8")
+    if page.count(MARKS[0]) != 1 or page.count(MARKS[1]) != 1 or page.index(MARKS[0]) > page.index(MARKS[1]):
+        refuse(f"{path} needs one {MARKS[0]} and, behind it, one {MARKS[1]}")
+    head, tail = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
+    Path(path).write_text(f"{head}{MARKS[0]}\n{text}\n{MARKS[1]}{tail}", encoding="utf-8")
+
+
+def refuse(message):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        refuse(" ".join(message.split()))
+
+
+def main(argv=None):
+    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--results", default=str(HERE / "results"), help="where the kept runs are")
+    parser.add_argument("--figure", default=str(HERE / "learning_curves.png"), help="where the figure goes")
+    parser.add_argument("--write", default="", metavar="FILE", help="a markdown file with the two marks")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("keep").add_argument("runs", help="directory that holds the runs")
+    commands.add_parser("best").add_argument("prefix", help="beginning of the arms' names")
+    args = parser.parse_args(argv)
+    if args.command == "keep":
+        kept = keep(args.runs, args.results)
+        return print(f"{len(kept)} finished runs kept in {args.results}")
+    arms = read_runs(args.results)
+    if args.command == "best":
+        rate = best(arms, args.prefix)
+        return print(rate) if rate is not None else refuse(f"no finished run in {args.results} begins with {args.prefix}")
+    if not arms:
+        refuse(f"no finished run in {args.results}: see docs/experiments.sh")
+    text = tables(arms)
+    print(text)
+    if args.write:
+        write_between_marks(args.write, text)
+    draw(arms, args.figure)
+
+
+if __name__ == "__main__":
+    main()

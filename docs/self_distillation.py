@@ -1,0 +1,59 @@
+"""Self-Distillation, the paper's ablation without a successor model: the refiner reads what the policy really got, not what M foresees.
+
+ 1. Act as nlac.py does.
+ 2. For sampled states the policy proposes an action. From there it plays on, k times (paper: 4), in the world as it is.
+ 3. Those episodes, told as futures, go to the evaluator; its critique goes to the refiner; up to m rounds, as in nlac.py.
+ 4. L2: the policy learns the refined action. There is no L1.
+
+To read these numbers:
+ 1. What is played in step 2 counts as environment steps, from the proposed action on. That the world can be put back into a state is free:
+    in the method's favour.
+ 2. What is hidden stays as it was in that episode, as it would be for anyone who restores a state. So a lucky guess looks right k times
+    of k; docs/ceiling.py is the one that draws it anew.
+It cannot be resumed.
+
+    python docs/self_distillation.py
+    python docs/self_distillation.py --seed 1 --match docs/results/nlac-s1 --out-dir docs/results/self-distillation-s1
+"""
+
+from dataclasses import dataclass
+
+import _loop
+
+import nlac
+
+
+@dataclass
+class Args(_loop.Args):
+    critic_warmup: int = nlac.flag(0, "first steps, without learning (there is no critic to wait for)")
+    k: int = nlac.flag(4, "rollouts per critique (paper: 4)")
+
+
+class Parts(_loop.PlayedParts):
+    def play(self, rows, stream):
+        seeds, prefixes = [t["seed"] for t, _ in rows], [[*t["history"][1::2], action] for t, action in rows]
+        episodes = nlac.rollout(self.model, self.chat, self.args, "train", seeds, temperature=self.args.temperature, stream=stream,
+                                prefixes=prefixes)
+        self.extra["env_steps"] += sum((len(e["history"]) - len(t["history"])) // 2 for (t, _), e in zip(rows, episodes))
+        self.extra["tokens"] += sum(e["tokens"] for e in episodes)
+        return episodes
+
+
+class SelfDistillation(_loop.Learner):
+    Parts = Parts
+
+    def learn(self, step, episodes, rng, clock):
+        states, refined = [], []
+        if step > self.args.critic_warmup:
+            states = rng.choices(self.buffer, k=self.args.actor_states)
+            refined = self.parts.refine(states, ("refine", step))
+        self.extra.update(self.parts.extra)
+        self.parts.extra.clear()
+        clock.lap("refinement")
+        losses = self.update(step, [], self.refined_lessons(states, refined))
+        clock.lap("update")
+        return losses | (_loop.refinement_metrics(refined) if refined else {})
+
+
+if __name__ == "__main__":
+    _loop.main("self-distillation", Args, SelfDistillation, {"critic_warmup": 0})
