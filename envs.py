@@ -677,7 +677,7 @@ class RepairShop(World):
     """Diagnose, then repair: a test that fits the symptom shows the fault, and each fault has one repair.
 
     The smallest world in which acting early costs the episode: the first repair is the last. Whoever guesses from the symptom alone
-    is right half the time, whoever tests first is always right, a random player wins one episode in eight. No rule of it stands in
+    is right one time in three, whoever tests first is always right, a random player wins one episode in six. No rule of it stands in
     the prompt: a large model has common sense, a tiny one must find out. Customers and devices meet in `test` in combinations that
     `train` never shows.
     """
@@ -689,12 +689,12 @@ class RepairShop(World):
     devices = "radio kettle clock toaster drill mixer fan heater".split()
     # symptom: the test that tells, then what it may find, and the repair of that
     faults = {
-        "does not start": ("measure the battery", {"The battery is empty.": "charge the battery",
-                                                   "The battery leaks.": "replace the battery"}),
-        "is too loud": ("open the case", {"The gears are dusty.": "clean the gears", "A screw is loose.": "tighten the screw"}),
-        "stops again and again": ("bend the cable", {"The cable is broken.": "solder the cable",
-                                                     "The plug is bent.": "straighten the plug"}),
-        "gets too hot": ("feel the vents", {"The vents are blocked.": "unblock the vents", "The fuse is burnt.": "swap the fuse"}),
+        "does not start": ("check the power", {
+            "The battery is empty.": "charge the battery", "The cable is broken.": "solder the cable",
+            "The fuse is burnt.": "swap the fuse"}),
+        "is too loud": ("open the case", {
+            "The gears are dusty.": "clean the gears", "A screw is loose.": "tighten the screw",
+            "The belt is worn.": "renew the belt"}),
     }
     tests = tuple(test for test, _ in faults.values())
     repairs = tuple(repair for _, findings in faults.values() for repair in findings.values())

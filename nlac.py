@@ -16,11 +16,14 @@ Departures from the paper, and why:
     forgotten; the paper reports that forgetting in all of its runs. --frozen-parts False is the paper's way.
  2. L2 is taken only where the refiner kept an action that the critic approved (--distil kept). The paper distils every refined action
     (--distil all); but the last proposal of the last round has never been judged, and a small model proposes at random.
- 3. The target of a terminal transition is composed from the observation and the outcome, not written by B_L: it grounds M.
- 4. A target that cannot be read (see `parse_future`) is left out of L1, and counted.
- 5. The policy answers with an action; --react True lets it think first, as the paper's does.
- 6. The critic's futures come from theta_bar, like the targets: averaged weights foresee more steadily than those of the moment.
- 7. Defaults are k = 4 and m = 2 (paper: 1 and 1), for a model of 0.1 million parameters.
+ 3. A quarter as many of the actions just played are imitated beside L1 and L2 (--anchor): a sampled KL to the policy of this step. M is
+    trained far more than pi, and in shared weights that alone would make pi drift where it has no lesson. For the same reason the start
+    policy acts while only M learns (--critic-warmup).
+ 4. The target of a terminal transition is composed from the observation and the outcome, not written by B_L: it grounds M.
+ 5. A target that cannot be read (see `parse_future`) is left out of L1, and counted.
+ 6. The policy answers with an action; --react True lets it think first, as the paper's does.
+ 7. The critic's futures come from theta_bar, like the targets: averaged weights foresee more steadily than those of the moment.
+ 8. Defaults are k = 4 and m = 2 (paper: 1 and 1), for a model of 0.1 million parameters.
 The paper's prompts, learning rate, EMA rate and buffer size are not public; those below are ours.
 
     python nlac.py                            # repair shop, tiny model: see README for minutes and numbers
@@ -80,12 +83,13 @@ class Args:
     episodes_per_step: int = flag(64, "episodes collected per step (not in the paper)")
     updates_per_episode: float = flag(0.125, "gradient steps per collected episode (not in the paper)")
     actor_states: int = flag(64, "states refined per step (not in the paper)")
-    actor_weight: float = flag(2.0, "of L2; L1 has weight 1 (not in the paper)")
+    actor_weight: float = flag(1.0, "of L2; L1 has weight 1 (not in the paper)")
+    anchor: float = flag(0.1, "weight of imitating the actions just played: departure 3; 0 switches it off (not in the paper)")
     critic_warmup: int = flag(25, "first steps, with L1 only (not in the paper)")
     reader_temperature: float = flag(0.0, "of B_L and E, which read and do not imagine (not in the paper)")
     frozen_parts: bool = flag(True, "B_L, E and pi_r from the start weights: departure 1")
     distil: str = flag("kept", "kept: approved actions only, departure 2; all: the paper's", choices=["kept", "all"])
-    react: bool = flag(False, "thought before action (paper: yes): departure 5")
+    react: bool = flag(False, "thought before action (paper: yes): departure 6")
     ablation: str = flag("none", "one line each, below", choices=["none", "mc-backup", "blind-critic", "frozen-critic"])
     examples: int = flag(4000, "rounds of warm-up examples that make a tiny model")
 
@@ -105,7 +109,7 @@ End: the end that is foreseen, one turn further away; failure if the turns left 
 EVALUATOR = """You judge an action by the futures it may lead to. Success is better than failure, and sooner is better than later.
 Reply in one line: how many of the futures succeed, then Verdict: bad, weak, fair, good or great."""
 REFINER = """You improve an action. Read the episode, and the tries with their critiques.
-Reply with keep if the last try was judged great; else with an action that was not tried. Nothing else."""
+Reply with keep if the last try was judged good or great; else with an action that was not tried. Nothing else."""
 READER = "You read. Repeat the first observation, the last observation and the action, a line each."  # warm-up of a tiny model only
 VERDICTS = ["bad", "weak", "fair", "good", "great"]  # the total order of sentiments that the paper's theory asks for
 
@@ -435,9 +439,9 @@ def warmup(world, args):
         examples.append((evaluator_messages(world, history, action, seen), critique(ends)))
         tried = rng.sample(actions, rng.randint(1, min(args.m, len(actions) - 1)))
         low = [[random_end(left, 0.2) for _ in range(args.k)] for _ in tried[1:]]  # earlier tries were not kept
-        critiques = [c if parse_verdict(c) < 4 else critique([None] * args.k) for c in map(critique, low)]
+        critiques = [c if parse_verdict(c) < 3 else critique([None] * args.k) for c in map(critique, low)]
         critiques.append(critique([random_end(left, chance) for _ in range(args.k)]))
-        keep = parse_verdict(critiques[-1]) == 4
+        keep = parse_verdict(critiques[-1]) >= 3
         examples.append((refiner_messages(world, history, [{"action": a, "critique": c} for a, c in zip(tried, critiques)]),
                          "keep" if keep else rng.choice([a for a in actions if a not in tried])))
     facts = world.facts() if hasattr(world, "facts") else []
@@ -457,6 +461,7 @@ def check_args(args):
         common.check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     common.check(0 <= args.ema < 1, f"--ema must be in [0, 1), not {args.ema}")
     common.check(args.actor_weight >= 0, f"--actor-weight must be at least 0, not {args.actor_weight}")
+    common.check(args.anchor >= 0, f"--anchor must be at least 0, not {args.anchor}")
     common.check(args.reader_temperature >= 0, f"--reader-temperature must be at least 0, not {args.reader_temperature}")
     common.check(args.critic_warmup >= 0, f"--critic-warmup must be at least 0, not {args.critic_warmup}")
     updates = args.episodes_per_step * args.updates_per_episode
@@ -524,7 +529,8 @@ def main():
         # 1. act
         seeds = range((step - 1) * args.episodes_per_step, step * args.episodes_per_step)
         seeds = [args.seed * 1_000_000_007 + i for i in seeds]
-        episodes = rollout(model, chat, args, "train", seeds, temperature=args.temperature, stream=("act", step))
+        actor = start if start and step <= args.critic_warmup else model  # while only M learns, the start policy acts
+        episodes = rollout(actor, chat, args, "train", seeds, temperature=args.temperature, stream=("act", step))
         fresh = [t for e in episodes for t in transitions(e)]
         buffer = (buffer + fresh)[-args.buffer_size:]
         clock.lap("rollout")
@@ -537,12 +543,14 @@ def main():
         clock.lap("backup")
 
         # 4. what the policy shall learn to say
-        states, refined, actor = [], [], []
+        states, refined, lessons = [], [], []
         if step > args.critic_warmup:
             states = rng.choices(buffer, k=args.actor_states)
             refined = refine(parts, [t["history"] for t in states], ("refine", step))
-            actor = [(chat.dialogue(policy_messages(world, t["history"], args)), chat.reply(r["reply"]))
-                     for t, r in zip(states, refined) if r["kept"] or args.distil == "all" and parse_action(r["reply"])]
+            lessons = [(chat.dialogue(policy_messages(world, t["history"], args)), chat.reply(r["reply"]))
+                       for t, r in zip(states, refined) if r["kept"] or args.distil == "all" and parse_action(r["reply"])]
+        played = rng.sample(fresh, min(args.batch_size // 4 * updates, len(fresh))) if args.anchor else []
+        anchor = [(chat.dialogue(policy_messages(world, t["history"], args)), chat.reply(t["reply"])) for t in played]
         clock.lap("refinement")
 
         # 3, 5, 6. L1 + weight * L2, then the EMA
@@ -550,13 +558,15 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, step / 10)
         for u in range(updates):
-            l1, l2 = critic[u::updates], actor[u::updates]
+            l1, l2, l3 = critic[u::updates], lessons[u::updates], anchor[u::updates]
             if l1:
                 losses["l1"] += likelihood_loss(model, chat, l1, 1.0, args.micro_batch_size) / updates
             if l2:  # states without a lesson count in the mean: few lessons, a small step
                 weight = args.actor_weight * len(l2) * updates / args.actor_states
                 losses["l2"] += likelihood_loss(model, chat, l2, weight, args.micro_batch_size) / updates
-            if l1 or l2:
+            if l3:
+                losses["anchor"] += likelihood_loss(model, chat, l3, args.anchor, args.micro_batch_size) / updates
+            if l1 or l2 or l3:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -564,7 +574,7 @@ def main():
         clock.lap("update")
 
         metrics = {"step": step, "success": mean(e["won"] for e in episodes), "return": mean(e["reward"] for e in episodes),
-                   "l1": losses["l1"], "l2": losses["l2"], "lessons": len(actor),
+                   "l1": losses["l1"], "l2": losses["l2"], "anchor": losses["anchor"], "lessons": len(lessons),
                    "entropy": -sum(e["logprob"] for e in episodes) / max(1, sum(e["tokens"] for e in episodes)),
                    "turns": mean(len(e["valid"]) for e in episodes), "valid": mean(v for e in episodes for v in e["valid"]),
                    "truncated": sum(e["truncated"] for e in episodes), "targets_dropped": targets.count(None)}

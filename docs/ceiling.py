@@ -35,8 +35,8 @@ class Args(_loop.Args):
 
 
 def rule_critique(ends):
-    """The critique of futures that end so: turns until success, or None."""
-    worth = sum(0.95 ** (n - 1) for n in ends if n) / len(ends)
+    """What the warm-up of nlac.py teaches the evaluator to say of futures that end so: turns until success, or None."""
+    worth = sum(0.98 ** (n - 1) for n in ends if n) / len(ends)
     verdict = nlac.VERDICTS[sum(worth > x for x in (0.1, 0.35, 0.6, 0.85))]
     return f"{sum(n is not None for n in ends)} of {len(ends)} futures succeed. Verdict: {verdict}."
 
@@ -85,7 +85,7 @@ class Parts(_loop.PlayedParts):
         return super().answer(part, messages, stream, samples)
 
     def rule_refiner(self, content, rng):
-        if (nlac.parse_verdict(content.rpartition("\nTry: ")[2]) or 0) >= 3:
+        if (nlac.parse_verdict(content.rpartition("\nTry: ")[2]) or 0) >= 3:  # good or great, as in REFINER
             return "keep"
         untried = [a for a in self.actions if f"\nTry: {a}. " not in content]
         return rng.choice(untried or self.actions)

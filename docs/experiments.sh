@@ -5,6 +5,8 @@
 #   bash docs/experiments.sh '^nlac-s0$'     the runs whose NAME-sSEED matches (a bash regular expression)
 #   DRY=1 bash docs/experiments.sh           only says what it would run
 #
+# The checkpoints, models and whole rollouts of the runs are not for git. RESULTS=elsewhere puts all of it elsewhere, and
+# `python docs/report.py keep elsewhere` brings the small files to docs/results.
 # Finished runs (summary.json) are skipped, unfinished ones are named and left alone: remove them, or continue nlac.py's with --resume.
 # @ in a command stands for the seed. --match makes a rival stop at the environment steps of the nlac run of that seed, which comes first.
 set -euo pipefail
@@ -23,7 +25,7 @@ runs() { # NAME "SEEDS" SCRIPT [FLAGS...]
         [[ -n ${DRY:-} ]] || "$python" "${@//@/$seed}" --seed "$seed" --out-dir "$out" || failed=1
     done
 }
-best() { "$python" docs/report.py --results "$results" best "$1" 2>/dev/null || echo 1e-3; } # learning rate of the best arm NAME...; else the default
+best() { "$python" docs/report.py --results "$results" best "$1" 2>/dev/null || true; } # the flags of the best arm NAME...; before the search: none
 
 # the claim: the learned language critic does it
 runs nlac               "0 1 2 3 4" nlac.py
@@ -35,19 +37,21 @@ runs ceiling            "0 1 2" docs/ceiling.py --match "$results/nlac-s@"
 runs ceiling-rules      "0 1 2" docs/ceiling.py --refiner rule --match "$results/nlac-s@"
 runs ceiling-evaluator  "0 1 2" docs/ceiling.py --verdicts model --match "$results/nlac-s@"
 
-# rivals at equal environment steps; PPO's learning rate is searched on seeds of its own, and the best one on the test episodes is taken
-runs ppo-lr1e-4         "100 101" docs/ppo.py --lr 1e-4 --match "$results/nlac-s0"
-runs ppo-lr3e-4         "100 101" docs/ppo.py --lr 3e-4 --match "$results/nlac-s0"
-runs ppo-lr1e-3         "100 101" docs/ppo.py --lr 1e-3 --match "$results/nlac-s0"
-runs ppo-lr3e-3         "100 101" docs/ppo.py --lr 3e-3 --match "$results/nlac-s0"
-runs ppo                "0 1 2" docs/ppo.py --lr "$(best ppo-lr)" --match "$results/nlac-s@"
+# rivals at equal environment steps; PPO's learning rate and entropy bonus are searched on seeds of their own, and the best of the eight on
+# the test episodes is taken
+for lr in 1e-4 3e-4 1e-3 3e-3; do
+    runs "ppo-search-lr$lr"        "100 101" docs/ppo.py --lr "$lr" --entropy-coef 0 --match "$results/nlac-s0"
+    runs "ppo-search-lr$lr-e0.01"  "100 101" docs/ppo.py --lr "$lr" --entropy-coef 0.01 --match "$results/nlac-s0"
+done
+# shellcheck disable=SC2046
+runs ppo                "0 1 2" docs/ppo.py $(best ppo-search) --match "$results/nlac-s@"
 runs self-distillation  "0 1 2" docs/self_distillation.py --eval-every 4 --match "$results/nlac-s@"
 runs nlql               "0 1 2" docs/nlql.py --match "$results/nlac-s@"
 runs mc-backup          "0 1 2" nlac.py --ablation mc-backup
 
-# one axis at a time; the base model's corpus speaks of k futures and of up to m tries, so it is another one there
+# one axis at a time (k = 4 and frozen parts are nlac itself); the base model's corpus speaks of k futures and of up to m tries, so where
+# these differ it is another base
 runs k1                 "0 1 2" nlac.py --k 1
-runs k4                 "0 1 2" nlac.py --k 4
 runs m1                 "0 1 2" nlac.py --m 1
 runs m4                 "0 1 2" nlac.py --m 4
 runs no-ema             "0 1 2" nlac.py --ema 0
@@ -59,10 +63,12 @@ runs 20q-frozen-critic     "0 1 2" nlac.py --env 20q --ablation frozen-critic
 runs 20q-blind-critic      "0 1 2" nlac.py --env 20q --ablation blind-critic
 runs 20q-ceiling           "0 1 2" docs/ceiling.py --env 20q --match "$results/20q-nlac-s@"
 runs 20q-ceiling-rules     "0 1 2" docs/ceiling.py --env 20q --refiner rule --match "$results/20q-nlac-s@"
-runs 20q-ppo-lr3e-4        "100" docs/ppo.py --env 20q --lr 3e-4 --match "$results/20q-nlac-s0"
-runs 20q-ppo-lr1e-3        "100" docs/ppo.py --env 20q --lr 1e-3 --match "$results/20q-nlac-s0"
-runs 20q-ppo-lr3e-3        "100" docs/ppo.py --env 20q --lr 3e-3 --match "$results/20q-nlac-s0"
-runs 20q-ppo               "0 1 2" docs/ppo.py --env 20q --lr "$(best 20q-ppo-lr)" --match "$results/20q-nlac-s@"
+for lr in 1e-4 3e-4 1e-3 3e-3; do
+    runs "20q-ppo-search-lr$lr"       "100" docs/ppo.py --env 20q --lr "$lr" --entropy-coef 0 --match "$results/20q-nlac-s0"
+    runs "20q-ppo-search-lr$lr-e0.01" "100" docs/ppo.py --env 20q --lr "$lr" --entropy-coef 0.01 --match "$results/20q-nlac-s0"
+done
+# shellcheck disable=SC2046
+runs 20q-ppo               "0 1 2" docs/ppo.py --env 20q $(best 20q-ppo-search) --match "$results/20q-nlac-s@"
 runs 20q-self-distillation "0 1 2" docs/self_distillation.py --env 20q --eval-every 4 --match "$results/20q-nlac-s@"
 runs 20q-nlql              "0 1 2" docs/nlql.py --env 20q --match "$results/20q-nlac-s@"
 runs 20q-mc-backup         "0 1 2" nlac.py --env 20q --ablation mc-backup

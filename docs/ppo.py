@@ -6,10 +6,10 @@
  4. Clipped PPO for some epochs: every sampled token has its own ratio and its turn's advantage; value loss and entropy bonus beside it.
 
 On policy: no replay buffer, no target weights, no KL term. The worlds pay at the end of an episode, so its return stands at its last turn.
-With the defaults a step takes as many gradient steps as nlac.py's (4). --k, --m and --examples shape the base model, which is nlac.py's;
-its other settings are without effect here. It cannot be resumed.
+A step takes epochs x episodes / batch size gradient steps: 8 with the defaults, as nlac.py. --k, --m and --examples shape the base model,
+which is nlac.py's; its other settings are without effect here. It cannot be resumed.
 
-    python docs/ppo.py --lr 3e-4
+    python docs/ppo.py --lr 1e-4 --entropy-coef 0
     python docs/ppo.py --seed 1 --match docs/results/nlac-s1 --out-dir docs/results/ppo-s1
 """
 
@@ -25,8 +25,8 @@ import nlac
 
 @dataclass
 class Args(_loop.Args):
-    lr: float = nlac.flag(1e-3, "AdamW, constant after 10 steps; see docs/experiments.sh for the search")
-    batch_size: int = nlac.flag(64, "episodes per gradient step; divides --episodes-per-step")
+    lr: float = nlac.flag(3e-4, "AdamW, constant after 10 steps; see docs/experiments.sh for the search")
+    batch_size: int = nlac.flag(32, "episodes per gradient step; divides --episodes-per-step")
     epochs: int = nlac.flag(4, "passes over the episodes of a step")
     clip: float = nlac.flag(0.2, "of the ratio")
     gamma: float = nlac.flag(0.95, "discount per turn")

@@ -3,7 +3,7 @@
     python docs/report.py                        print the tables; write docs/learning_curves.png
     python docs/report.py --write README.md      the tables between <!-- results --> and <!-- /results --> in that file, too
     python docs/report.py keep runs              copy the finished runs in runs/ to docs/results: summary, settings, thinned metrics
-    python docs/report.py best ppo-lr            the learning rate of the best arm whose name begins so
+    python docs/report.py best ppo-search        the flags of PPO's search, from the best arm whose name begins so
 
 A run is a directory NAME-sSEED with summary.json, args.json and metrics.jsonl; an arm is what shares NAME. Standard errors are over seeds.
 """
@@ -196,10 +196,13 @@ def keep(source, results, lines=60):
 
 
 def best(arms, prefix):
-    """The learning rate of the arm with the highest mean success among those whose name begins so; None if there is none."""
+    """Learning rate and entropy bonus, as flags, of the arm with the highest mean success among those whose name begins so, or None."""
     found = {name: mean_se(run["summary"]["after"]["success"] for run in runs.values())[0] for name, runs in arms.items()
              if name.startswith(prefix)}
-    return next(iter(arms[max(found, key=found.get)].values()))["args"]["lr"] if found else None
+    if not found:
+        return None
+    args = next(iter(arms[max(found, key=found.get)].values()))["args"]
+    return " ".join(f"--{key.replace('_', '-')} {args[key]}" for key in ("lr", "entropy_coef") if key in args)
 
 
 def write_between_marks(path, text):
@@ -234,8 +237,8 @@ def main(argv=None):
         return print(f"{len(kept)} finished runs kept in {args.results}")
     arms = read_runs(args.results)
     if args.command == "best":
-        rate = best(arms, args.prefix)
-        return print(rate) if rate is not None else refuse(f"no finished run in {args.results} begins with {args.prefix}")
+        flags = best(arms, args.prefix)
+        return print(flags) if flags is not None else refuse(f"no finished run in {args.results} begins with {args.prefix}")
     if not arms:
         refuse(f"no finished run in {args.results}: see docs/experiments.sh")
     text = tables(arms)

@@ -1,11 +1,13 @@
 """docs/: every rival and the ceiling run, their formulas by hand numbers, the report on made-up results."""
 
+import copy
 import dataclasses
 import json
 import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,18 +48,17 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def python(cache, script, *flags, **settings):
-    flags = [*flags, *(part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value)))]
-    return subprocess.run([sys.executable, str(ROOT / "docs" / script), *flags], capture_output=True, text=True, timeout=120, cwd=cache,
-                          env=os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"})
+def flags_of(**settings):
+    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def python(cache, script, **settings):
+    return subprocess.run([sys.executable, str(ROOT / "docs" / script), *flags_of(**settings)], capture_output=True, text=True, timeout=120,
+                          cwd=cache, env=os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"})
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def refused(result):
-    return result.returncode == 2 and re.fullmatch(r"error: [^\n]+\n", result.stderr)
 
 
 # --------------------------------------------------------------------------------------------------------------- the runs
@@ -124,19 +125,21 @@ def test_the_base_is_the_one_of_nlac(monkeypatch):
     assert asked[0] == asked[1]
 
 
-def test_match_stops_at_the_steps_of_another_run(runs, cache):
+def test_match_stops_at_the_steps_of_another_run(runs, cache, monkeypatch):
     other, _ = runs["self_distillation"]
     limit = json.loads((other / "summary.json").read_text())["env_steps"]
     out = cache / "runs" / "matched-s0"
-    result = python(cache, "ppo.py", **SMALL | {"steps": 1, "eval_every": 100}, match=other, out_dir=out)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(sys, "argv", ["ppo.py", *flags_of(**SMALL | {"steps": 1, "eval_every": 100}, match=other, out_dir=out)])
+    monkeypatch.setattr(signal, "signal", lambda *a: None)  # the tests' own handlers stay
+    _loop.main("ppo", ppo.Args, ppo.PPO)
     steps = [m["env_steps"] for m in lines(out / "metrics.jsonl")]
     assert steps[-2] < limit <= steps[-1] and lines(out / "metrics.jsonl")[-1]["eval_episodes"] == 8
 
 
 @pytest.mark.parametrize("script, flags", [
-    ("ppo.py", ["--gamma", "1.5"]), ("ppo.py", ["--batch-size", "48"]), ("nlql.py", ["--candidates", "1"]), ("ceiling.py", ["--match", "nowhere"]),
-    ("self_distillation.py", ["--resume"]), ("ceiling.py", ["--verdicts", "mine"])])
+    ("ppo.py", ["--gamma", "1.5"]), ("ppo.py", ["--batch-size", "48"]), ("nlql.py", ["--candidates", "1"]),
+    ("ceiling.py", ["--match", "nowhere"]), ("self_distillation.py", ["--resume"]), ("ceiling.py", ["--verdicts", "mine"])])
 def test_bad_settings_are_refused_and_nothing_is_written(tmp_path, monkeypatch, capsys, script, flags):
     monkeypatch.setattr(sys, "argv", [script, *flags, "--out-dir", str(tmp_path / "run")])
     module = sys.modules[script[:-3]]
@@ -214,7 +217,6 @@ def base(cache):
 
 
 def ppo_step(base, **settings):
-    import copy
     model, chat, world, args = base
     args = ppo.Args(**SMALL | settings)
     learner = ppo.PPO(copy.deepcopy(model), chat, world, args)
@@ -238,8 +240,9 @@ def test_ppo_starts_at_ratio_one_and_moves_every_parameter(base):
 
 
 def test_ppo_does_not_depend_on_the_micro_batch(base):
-    parameters = [torch.cat([p.detach().flatten() for p in ppo_step(base, micro_batch_size=n, lr=1e-3)[0].model.parameters()]) for n in (2, 8)]
-    assert torch.allclose(*parameters, atol=1e-4)
+    models = [ppo_step(base, micro_batch_size=n)[0].model for n in (2, 8)]
+    for a, b in zip(*(model.parameters() for model in models)):
+        assert torch.allclose(a, b, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ NLQL, played parts
@@ -272,10 +275,6 @@ def twins(env):
     raise AssertionError("none")
 
 
-class Silent:
-    """A policy that says nothing known: a model is not needed to look at the worlds."""
-
-
 def parts_for(cls, base, module, **settings):
     model, chat, _, _ = base
     args = module.Args(**SMALL | settings)
@@ -285,18 +284,17 @@ def parts_for(cls, base, module, **settings):
 
 @pytest.mark.parametrize("env", ["repair", "20q"])
 def test_the_ceiling_does_not_know_what_is_hidden(base, env):
-    """Two episodes with one dialogue and different hidden answers have the same futures, critiques, refinements and prompts, draw for draw."""
+    """Two episodes with one dialogue and different hidden answers: the same futures, critiques, refinements and prompts, draw for draw."""
     first, second = twins(env)
     action = "charge the battery" if env == "repair" else "Is it an animal?"
     outcomes = []
     for seed in first, second:
         parts = parts_for(ceiling.Parts, base, ceiling, env=env, refiner="rule")
-        state, prompts = played_state(seed, []), []
+        state, prompts = played_state(seed, [], env), []
         plain = parts.answer
         parts.answer = lambda part, messages, *rest: prompts.append(messages) or plain(part, messages, *rest)  # noqa: B023
-        replies = nlac.refine  # judged through nlac.refine, with the same first action
         parts.live = [state] * 3
-        refined = replies(parts, [state["history"]] * 3, ("test",), replies=[action] * 3)
+        refined = nlac.refine(parts, [state["history"]] * 3, ("test",), replies=[action] * 3)
         outcomes.append((state["history"], refined, prompts, [e["history"] for e in parts.play([(state, action)] * 40, ("futures",))]))
     assert outcomes[0] == outcomes[1]
 
@@ -314,6 +312,18 @@ def test_the_ceiling_draws_all_that_fits_the_dialogue(base):
     assert game.hidden in game.consistent()
     assert {ceiling.restored("20q", played_state(3, ["Is it an animal?"], "20q"), random.Random(i)).hidden for i in range(400)} == set(
         game.consistent())
+
+
+def test_the_rules_of_the_ceiling_are_what_the_warm_up_teaches(base):
+    parts = parts_for(ceiling.Parts, base, ceiling, refiner="rule", k=4, examples=200)  # with 2 futures, none is ever "good"
+    asked = {"evaluator": 0, "refiner": 0}
+    for messages, reply in nlac.warmup(parts.world, parts.args):
+        part = next((p for p in asked if messages[0]["content"].endswith(getattr(nlac, p.upper()))), None)
+        if part:
+            asked[part] += 1
+            parts.live = [None]
+            assert (parts(part, [messages], ("x",))[0] == reply) or (part == "refiner" and reply != "keep" and parts.live == [None])
+    assert min(asked.values()) == 200
 
 
 def test_the_rules_of_the_ceiling(base):
@@ -348,7 +358,8 @@ def test_self_distillation_plays_the_world_as_it_is(base):
         won, lost = nlac.future_text("It works again.", 1), nlac.future_text("It is still broken.", None)
         assert parts("successor", messages, ("x",), 3) == [won] * 3 + [lost] * 3
         assert parts.extra["env_steps"] == 6
-    assert parts.describe({"history": ["o"]}, {"history": ["o", "a", "p. q", "b", "r"], "won": True}) == "Next: p.\nEnd: success in 2 turns."
+    episode = {"history": ["o", "a", "p. q", "b", "r"], "won": True}
+    assert parts.describe({"history": ["o"]}, episode) == "Next: p.\nEnd: success in 2 turns."
 
 
 def test_played_parts_notice_a_mix_up(base):
@@ -403,7 +414,7 @@ def test_report_tables(results, capsys):
     assert "| nlac | 3 | 0.100 ± 0.000 | **0.800 ± 0.058** | 80% | 20,000 | 3,000,000 | 600 | 5.0 |" in text
     assert "20,000 + 123,456 simulated" in text
     assert "| its base | 3 | +0.700 ± 0.058 | yes |" in text
-    assert f"| blind-critic | 3 | +0.667 ± {math.sqrt((0.1 ** 2 * 2 / 3 + 0) / 2 / 3 * 4) or 0:.3f}"[:29] in text
+    assert "| blind-critic | 3 | +0.667 ± 0.088 | yes |" in text
     assert "| ceiling | 1 | -0.150 | one seed |" in text
     assert text.index("**repair**") < text.index("**20q**") and "ppo" not in text
 
@@ -456,10 +467,13 @@ def test_report_keep_and_best(results, tmp_path, capsys):
     assert [m["step"] for m in lines(kept / "ppo-s0" / "metrics.jsonl") if "eval_success" in m] == list(range(25, 201, 25))
     capsys.readouterr()
     report.main(["--results", str(kept), "best", "ppo-lr"])
-    assert float(capsys.readouterr().out) == 3e-4
+    assert capsys.readouterr().out == "--lr 0.0003\n"
 
 
 def test_experiments_names_every_run_once_and_skips_what_is_finished(results, tmp_path):
+    made_up(results, "ppo-search-lr1e-4", 100, 0.4, lr=1e-4)
+    made_up(results, "ppo-search-lr3e-3", 100, 0.2, lr=3e-3)
+
     def dry(*pattern):
         done = subprocess.run(["bash", str(ROOT / "docs" / "experiments.sh"), *pattern], capture_output=True, text=True, timeout=60,
                               env=os.environ | {"DRY": "1", "RESULTS": str(results), "PYTHON": sys.executable})
@@ -474,6 +488,7 @@ def test_experiments_names_every_run_once_and_skips_what_is_finished(results, tm
     assert "nlac-s0" not in names and "ppo-s0" not in names  # finished, unfinished
     assert [line for line in told if line.endswith("nlql-s1")][0].split()[2:] == [
         "docs/nlql.py", "--match", f"{results}/nlac-s1", "--seed", "1", "--out-dir", f"{results}/nlql-s1"]
+    assert [line for line in told if line.endswith("/ppo-s1")][0].split()[2:5] == ["docs/ppo.py", "--lr", "0.0001"]
     assert [line.split()[-1] for line in dry("^k1-")[0]] == [f"{results}/k1-s{s}" for s in range(3)]
     for line in told:  # every command can be parsed
         script, *flags = line.split()[2:]

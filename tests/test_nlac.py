@@ -22,17 +22,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import envs
 import nlac
 
 torch.set_num_threads(1)
-SMALL = (
-    "--model tiny:16x1 --examples 60 --steps 4 --batch-size 4 --micro-batch-size 2 --max-new-tokens 24 --eval-episodes 6 --eval-every 2 "
-    "--save-every 2 --k 2 --m 2 --episodes-per-step 4 --updates-per-episode 0.5 --actor-states 3 --critic-warmup 1 --distil all"
+ROOT = Path(nlac.__file__).parent
+SMALL = (  # of the tiny model that --quick builds too; taught little, it writes unreadable things now and then
+    "--model tiny --examples 800 --steps 4 --batch-size 8 --micro-batch-size 4 --eval-episodes 4 --eval-every 2 --save-every 2 "
+    "--episodes-per-step 4 --updates-per-episode 0.5 --actor-states 4 --critic-warmup 1 --distil all"
 )
+UNTAUGHT = SMALL.replace("--model tiny --examples 800", "--model tiny:16x1 --examples 60 --max-new-tokens 16 --k 2")
 
 
 def lines(path):
@@ -46,8 +47,9 @@ def everything_under(path):
 # ------------------------------------------------------------------------------------------------------------- parsers
 
 PIECES = [
-    "Next: ", "End: ", "success in 3 turns", "success in ", "failure", ".", "\n", "Action:", "Action", "Verdict: ", "great", "Verdict: bad",
-    "keep", "<think>", "</think", "<|im_end|>", "\x00", "\x1b[2J", "\r", "\x85", "\u2028", "\ud800", "\U0001f600", " ", "\t", "7", "\u0663", "\u00b2",
+    "Next: ", "End: ", "success in 3 turns", "success in ", "failure", ".", "\n", "Action:", "Action", "Verdict: ", "great",
+    "Verdict: bad", "keep", "<think>", "</think", "<|im_end|>", "\x00", "\x1b[2J", "\r", "\x85", "\u2028", "\ud800", "\U0001f600",
+    " ", "\t", "7", "\u0663", "\u00b2",
     "A screw is loose. 4 turns left.", "> ", "It works again!", "?", "Next:", "End:\n",
 ]  # fmt: skip
 
@@ -61,7 +63,7 @@ def random_strings(count):
         elif kind == 1:
             yield "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(30)))
         elif kind == 2:
-            text = f"Next: {rng.choice(PIECES)}\nEnd: success in {rng.randrange(10**rng.randrange(1, 6))} turns."
+            text = f"Next: {rng.choice(PIECES)}\nEnd: success in {rng.randrange(10 ** rng.randrange(1, 6))} turns."
             cut = rng.randrange(len(text))
             yield text[:cut] + rng.choice(PIECES) + text[cut + rng.randrange(3) :]
         else:
@@ -90,7 +92,9 @@ def test_ten_thousand_random_strings_at_every_parser():
     assert counts["future"] > 100 and counts["verdict"] > 100  # the strings are not all hopeless
 
 
-@pytest.mark.parametrize("unit", ["a", "\n", "Next: ", "Next: a\n", "Next: a\nEnd: success in 1", "Action:", "Verdict: ", "Verdict: x", ". ", "  ", "9"])
+@pytest.mark.parametrize(
+    "unit", ["a", "\n", "Next: ", "Next: a\n", "Next: a\nEnd: success in 1", "Action:", "Verdict: ", "Verdict: x", ". ", "  ", "9"]
+)
 def test_megabytes_take_bounded_time(unit):
     text = unit * (3_000_000 // len(unit))
     start = time.perf_counter()
@@ -100,7 +104,14 @@ def test_megabytes_take_bounded_time(unit):
 
 
 def test_future_round_trip():
-    observed = ["A screw is loose. 4 turns left.", "Yes. 7 things are still possible.", "It works again.", "No", "Is it?  Well.", "  padded. x"]
+    observed = [
+        "A screw is loose. 4 turns left.",
+        "Yes. 7 things are still possible.",
+        "It works again.",
+        "No",
+        "Is it?  Well.",
+        "  padded. x",
+    ]
     for text, turns in itertools.product(observed, [None, 1, 2, 20, 9999]):
         future = nlac.future_text(text, turns)
         for dressed in future, f"  {future}\n", future.removesuffix("."):
@@ -110,17 +121,18 @@ def test_future_round_trip():
 
 
 @pytest.mark.parametrize("text", [
-    "", "failure", "Next: x", "Next: x\nEnd: success", "Next: x\nEnd: success in many turns.", "Next: \nEnd: failure.", "End: failure.\nNext: x",
-    "Next: x\nEnd: failure. And more", "Well.\nNext: x\nEnd: failure.", "Next: x\n\nEnd: failure.", "Next: x\nEnd: success in -1 turns.",
-    "Next: x\nEnd: success in 12345 turns.",
+    "", "failure", "Next: x", "Next: x\nEnd: success", "Next: x\nEnd: success in many turns.", "Next: \nEnd: failure.",
+    "End: failure.\nNext: x", "Next: x\nEnd: failure. And more", "Well.\nNext: x\nEnd: failure.", "Next: x\n\nEnd: failure.",
+    "Next: x\nEnd: success in -1 turns.", "Next: x\nEnd: success in 12345 turns.",
 ])  # fmt: skip
 def test_unreadable_futures(text):
     assert nlac.parse_future(text) is None
 
 
 @pytest.mark.parametrize("text, action", [
-    ("open the case", "open the case"), (" open the case \nand more", "open the case"), ("I think.\nAction: open the case", "open the case"),
-    ("Action: no. Action: yes", "yes"), ("Action:", ""), ("", ""), ("\n\n", ""), ("a\x85b", "a"), ("Action:\n\n go", "go"),
+    ("open the case", "open the case"), (" open the case \nand more", "open the case"),
+    ("I think.\nAction: open the case", "open the case"), ("Action: no. Action: yes", "yes"), ("Action:", ""), ("", ""), ("\n\n", ""),
+    ("a\x85b", "a"), ("Action:\n\n go", "go"),
 ])  # fmt: skip
 def test_parse_action(text, action):
     assert nlac.parse_action(text) == action
@@ -224,7 +236,9 @@ def test_bellman_targets(parts_of):
     assert parts.tokens["successor_bar"] == len(CHAT.encode(FORECAST))
 
 
-@pytest.mark.parametrize("bad", ["", "Next: x", "failure", "As seen, the case is open.", "Next: x\nEnd: success in 2 turns. Then more", "<think>"])
+@pytest.mark.parametrize(
+    "bad", ["", "Next: x", "failure", "As seen, the case is open.", "Next: x\nEnd: success in 2 turns. Then more", "<think>"]
+)
 def test_malformed_merged_text_is_dropped_and_counted(parts_of, bad):
     steps, _ = played(["open the case", "tighten the screw"], **LOUD)
     parts = parts_of(Puppet(policy="x", successor=bad, backup=bad))
@@ -259,13 +273,18 @@ def test_a_prompt_beyond_the_context_is_an_empty_reply(parts_of):
     parts = parts_of(puppet, context=300)
     steps, _ = played(["y" * 400, "open the case"], **LOUD)
     assert nlac.bellman_targets(parts, steps[:1], ("b",)) == [None] and not puppet.calls
-    assert parts.asked["backup"] == 1 and not parts.parsed
+    assert parts.asked["backup"] == 1 and not any(parts.parsed.values())
 
 
 # --- refine
 
 HISTORIES = [[f"{name} brings a red kettle that is too loud. 5 turns left."] for name in ("Ada", "Ben", "Cleo", "Dina", "Emil", "Fay")]
-who = lambda prompt: re.findall(r"(\w+) brings", prompt)[-1]  # noqa: E731
+
+
+def who(prompt):
+    return re.findall(r"(\w+) brings", prompt)[-1]
+
+
 APPROVE, REJECT = "4 of 4 futures succeed. Verdict: great.", "0 of 4 futures succeed. Verdict: bad."
 
 
@@ -289,7 +308,12 @@ def test_rounds_go_on_until_approved_and_earlier_tries_are_shown(parts_of, m):
         tries = re.findall(r"Try: (.+?)\. (.+)", prompt)
         return "keep" if who(prompt) == "Cleo" and len(tries) == 2 else f"{tests[len(tries) % 4]}"
 
-    puppet = Puppet(policy=tests[0], successor=FORECAST, evaluator=lambda prompt: f"Seen:\n  {re.findall('> (.+)', prompt)[-1]}. Verdict: bad", refiner=refiner)
+    puppet = Puppet(
+        policy=tests[0],
+        successor=FORECAST,
+        evaluator=lambda prompt: f"Seen:\n  {re.findall('> (.+)', prompt)[-1]}. Verdict: bad",
+        refiner=refiner,
+    )
     refined = dict(zip((who(h[0]) for h in HISTORIES), nlac.refine(parts_of(puppet, m=m, k=1), HISTORIES, ("r",))))
     for name, r in refined.items():
         rounds = min(m, 2) if name == "Cleo" else m
@@ -303,7 +327,12 @@ def test_rounds_go_on_until_approved_and_earlier_tries_are_shown(parts_of, m):
 
 
 def test_an_empty_action_is_never_approved(parts_of):
-    for policy, refiner in ("open the case", lambda prompt: "keep" if prompt.count("Try: ") > 1 else ""), ("", "keep"), (" \n", ""), ("x", "Action:"):
+    for policy, refiner in (
+        ("open the case", lambda prompt: "keep" if prompt.count("Try: ") > 1 else ""),
+        ("", "keep"),
+        (" \n", ""),
+        ("x", "Action:"),
+    ):
         puppet = Puppet(policy=policy, successor="", evaluator="", refiner=refiner)
         for r in nlac.refine(parts_of(puppet, m=3), HISTORIES, ("r",)):
             assert nlac.parse_action(r["reply"]) or not r["kept"]
@@ -319,7 +348,12 @@ def test_given_replies_are_judged_as_they_are(parts_of):
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_the_blind_critic_reads_futures_of_others(parts_of, count):
     for trial in range(8):
-        owners = Puppet(policy="open the case", successor=lambda prompt: f"Next: {who(prompt)}.\nEnd: failure.", evaluator=REJECT, refiner="bend the cable")
+        owners = Puppet(
+            policy="open the case",
+            successor=lambda prompt: f"Next: {who(prompt)}.\nEnd: failure.",
+            evaluator=REJECT,
+            refiner="bend the cable",
+        )
         parts = parts_of(owners, ablation="blind-critic", k=2, m=2)
         refined = nlac.refine(parts, HISTORIES[:count], ("r", trial))
         for r in range(2):
@@ -330,6 +364,9 @@ def test_the_blind_critic_reads_futures_of_others(parts_of, count):
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
+
+
+PAD = SimpleNamespace(pad=0)  # all that the loss needs of a chat
 
 
 class Bigram(torch.nn.Module):
@@ -353,9 +390,9 @@ def test_likelihood_loss_by_hand():
     expected = -(math.log(5 / 8) + math.log(1 / 4) + math.log(1 / 8) + math.log(1 / 4)) / 4
     for micro in 1, 2, 3:
         model.table.grad = None
-        assert nlac.likelihood_loss(model, CHAT, pairs, 0.5, micro) == pytest.approx(expected)  # unweighted
+        assert nlac.likelihood_loss(model, PAD, pairs, 0.5, micro) == pytest.approx(expected)  # unweighted
         by_hand = torch.tensor([  # weight / tokens * (p - onehot), summed over the targets that follow this token
-            [1 / 8 + 1 / 8 - 1, 5 / 8 - 1 + 5 / 8, 2 / 8, 2 / 8], [1 / 4, 1 / 4, -3 / 4, 1 / 4], [0] * 4, [1 / 4, 1 / 4, 1 / 4, -3 / 4]])  # fmt: skip
+            [2 / 8 - 1, 10 / 8 - 1, 2 / 8, 2 / 8], [1 / 4, 1 / 4, -3 / 4, 1 / 4], [0] * 4, [1 / 4, 1 / 4, 1 / 4, -3 / 4]])  # fmt: skip
         torch.testing.assert_close(model.table.grad, 0.5 / 4 * by_hand)
 
 
@@ -364,11 +401,14 @@ def test_gradient_does_not_depend_on_the_micro_batch():
     size = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=100, initializer_range=0.3, **size)).eval()
     rng = random.Random(0)
-    pairs = [([rng.randrange(100) for _ in range(rng.randrange(1, 40))], [rng.randrange(100) for _ in range(rng.randrange(1, 9))]) for _ in range(11)]
+    pairs = [
+        ([rng.randrange(100) for _ in range(rng.randrange(1, 40))], [rng.randrange(100) for _ in range(rng.randrange(1, 9))])
+        for _ in range(11)
+    ]
     results = []
     for micro, weight in (11, 1.0), (1, 1.0), (4, 1.0), (4, 0.25):
         model.zero_grad()
-        loss = nlac.likelihood_loss(model, CHAT, pairs, weight, micro)
+        loss = nlac.likelihood_loss(model, PAD, pairs, weight, micro)
         results.append((loss, torch.cat([p.grad.flatten() for p in model.parameters()]) / weight))
     for loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
@@ -438,7 +478,10 @@ def taught(request):
 
 def situation(text):
     """What matters to a player in a transcript: what came in (the symptom), and what was last said."""
-    first, last = text.split("\n")[0], [line for line in text.split("\n") if not line.startswith(("> ", "Try: ", "Future: ", "Forecast: "))][-1]
+    first, last = (
+        text.split("\n")[0],
+        [line for line in text.split("\n") if not line.startswith(("> ", "Try: ", "Future: ", "Forecast: "))][-1],
+    )
     return {"first": re.sub(r"^.* that ", "", first), "last": re.split(r"(?<=[.?!]) ", last)[0], "long": "\n> " in text}
 
 
@@ -461,11 +504,12 @@ def test_warm_up_refiner_keeps_by_the_verdict_and_else_says_anything_untried(tau
     world, by_part = taught
     world.reset(seed=0)
     actions = world.admissible()
-    tables = {what: (Counter(), Counter()) for what in ("first", "last", "tried", "critique")}
+    kinds = ("first", "last", "critique") + ("tried",) * (world.name == "repair")  # pairs of 36 moves are too many to count
+    tables = {what: (Counter(), Counter()) for what in kinds}
     for messages, reply in by_part["refiner"]:
         text = messages[1]["content"]
         tried = re.findall(r"^Try: (.+?)[.] (\d of \d futures succeed. Verdict: \w+[.])$", text, re.M)
-        approved = [nlac.parse_verdict(critique) >= 3 for _, critique in tried]
+        approved = [critique.endswith("Verdict: great.") for _, critique in tried]
         assert approved and not any(approved[:-1]) and (reply == "keep") == approved[-1]
         untried = [action for action in actions if action not in [action for action, _ in tried]]
         assert len(untried) == len(actions) - len(tried)
@@ -481,7 +525,7 @@ def test_warm_up_refiner_keeps_by_the_verdict_and_else_says_anything_untried(tau
 
 def rates_differ(a, b):
     """|difference of two shares| in standard errors."""
-    assert min(len(a), len(b)) > 30
+    assert min(len(a), len(b)) > 15
     p = (sum(a) + sum(b)) / (len(a) + len(b))
     return abs(sum(a) / len(a) - sum(b) / len(b)) / math.sqrt(max(p * (1 - p), 1e-9) * (1 / len(a) + 1 / len(b)))
 
@@ -662,8 +706,8 @@ def test_quick_by_subprocess(environment, tmp_path):
         "sentiment", "verdicts", "eval_success", "eval_se", "targets_dropped", "seconds_rollout", "seconds_update",
         "parse_policy", "parse_policy_bar", "parse_successor", "parse_successor_bar", "parse_backup", "parse_evaluator", "parse_refiner",
     }  # fmt: skip
-    assert metrics[-1]["env_steps"] == sum(len(row["valid"]) for row in rollouts if "evaluation" not in row) == summary["env_steps"]
-    thoughts = [row for row in rollouts if "evaluation" in row][-1]["turns"]
+    assert metrics[-1]["env_steps"] == sum(len(row["valid"]) for row in rollouts if row["split"] == "train") == summary["env_steps"]
+    thoughts = [row for row in rollouts if row["split"] == "test"][-1]["turns"]
     assert all({"reply", "result", "tries", "kept"} <= set(turn) and turn["tries"][0]["futures"] for turn in thoughts)
     for row in rollouts:
         assert len(row["history"]) == 2 * len(row["valid"]) + 1 and "expert" not in row
@@ -679,8 +723,8 @@ def test_eval_only_writes_nothing(nlac_run, whole, tmp_path):
     before = everything_under(whole)
     shutil.copytree(whole / "model", tmp_path / "copy")
     kept = everything_under(tmp_path)
-    result = nlac_run(f"{SMALL.replace('tiny:16x1', 'copy')} --eval-only", tmp_path)
-    assert result.status == 0 and re.search(r"repair test: success \d\.\d+ \(se .*, n 6\)", result.stdout), result.stderr
+    result = nlac_run(f"{SMALL.replace('--model tiny', '--model copy')} --eval-only", tmp_path)
+    assert result.status == 0 and re.search(r"repair test: success \d\.\d+ \(se .*, n 4\)", result.stdout), result.stderr
     assert everything_under(tmp_path) == kept and everything_under(whole) == before
     again = nlac_run(f"{SMALL} --eval-only --out-dir {whole}", tmp_path)  # an existing directory is no matter
     assert again.status == 0 and everything_under(whole) == before
@@ -694,13 +738,16 @@ def test_the_same_seed_gives_the_same_metrics_and_another_does_not(nlac_run, who
 
 
 def test_other_settings_run(nlac_run, tmp_path):
-    small = SMALL.replace("--steps 4", "--steps 2").replace("--eval-every 2", "--eval-every 1")
+    small = UNTAUGHT.replace("--steps 4", "--steps 2").replace("--eval-every 2", "--eval-every 1")
     for i, flags in enumerate([
         "--env 20q --ablation blind-critic --distil kept", "--react True --frozen-parts False --ema 0", "--ablation mc-backup --k 1 --m 1",
     ]):  # fmt: skip
         result = nlac_run(f"{small} --out-dir {i} {flags}", tmp_path)
         assert result.status == 0, result.stderr
-        assert json.loads((tmp_path / str(i) / "summary.json").read_text())["arm"] == re.sub(r".*--ablation (\S+).*|.*", r"\1", flags) or i == 1
+        assert (
+            json.loads((tmp_path / str(i) / "summary.json").read_text())["arm"] == re.sub(r".*--ablation (\S+).*|.*", r"\1", flags)
+            or i == 1
+        )
     assert all(row["targets_dropped"] == 0 for row in lines(tmp_path / "2" / "metrics.jsonl"))
 
 
@@ -761,8 +808,8 @@ def test_frozen_critic_and_ema_off(main_here):
 
 def test_critic_warm_up_trains_m_alone(main_here):
     main_here(f"{SMALL} --out-dir c --steps 2 --critic-warmup 2")
-    for row in lines("c/metrics.jsonl"):
-        assert row["l2"] == 0 and row["l1"] > 0 and "kept" not in row
+    metrics = lines("c/metrics.jsonl")
+    assert all(row["l2"] == 0 and "kept" not in row for row in metrics) and any(row["l1"] > 0 for row in metrics)
 
 
 # ------------------------------------------------------------------------------------- whole runs: a model from elsewhere
@@ -800,7 +847,7 @@ def llama(tmp_path_factory):
 
 
 def test_a_llama_without_a_clue_runs_through_every_line(nlac_run, llama, tmp_path):
-    flags = SMALL.replace("tiny:16x1", str(llama)).replace("--steps 4", "--steps 2").replace("24", "12")
+    flags = SMALL.replace("--model tiny", "--model " + str(llama)).replace("--steps 4", "--steps 2") + " --max-new-tokens 12"
     result = nlac_run(f"{flags} --out-dir run --eval-every 1", tmp_path)
     assert result.status == 0, result.stderr
     metrics, rollouts = lines(tmp_path / "run" / "metrics.jsonl"), lines(tmp_path / "run" / "rollouts.jsonl")
@@ -818,7 +865,7 @@ def test_a_llama_without_a_clue_runs_through_every_line(nlac_run, llama, tmp_pat
 def test_a_context_that_fills_up_ends_episodes(nlac_run, llama, tmp_path):
     room = len(common.load(str(llama))[1].prompt(nlac.policy_messages(WORLD, [WORLD.reset(seed=0)[0]], nlac.Args()))) + 60
     save_llama(tmp_path / "short", context=room)
-    flags = SMALL.replace("tiny:16x1", "short").replace("--steps 4", "--steps 2")
+    flags = SMALL.replace("--model tiny", "--model " + "short").replace("--steps 4", "--steps 2") + " --max-new-tokens 16"
     result = nlac_run(f"{flags} --out-dir run --eval-every 1", tmp_path)
     assert result.status == 0, result.stderr
     assert all(row["truncated"] == 4 for row in lines(tmp_path / "run" / "metrics.jsonl"))
@@ -853,20 +900,23 @@ def refused(result, *words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--model ./nowhere", "config.json is missing"), ("--model nobody/nothing", "cannot be loaded"), ("--model {bad}/no-config", "config.json is missing"),
-    ("--model {bad}/garbage", "cannot be loaded"), ("--model {bad}/torn", "cannot be loaded"), ("--model {bad}/no-tokenizer", "--model"),
-    ("--model {bad}/no-template", "chat template"), ("--model {bad}/short", "exceeds"), ("--model tiny:10x1", "multiple of 16"), ("--model tiny:16x0", "tiny"),
-    ("--env chess", "unknown world 'chess'"), ("--steps 0", "--steps"), ("--steps -3", "--steps"), ("--lr nan", "--lr"), ("--lr -1", "--lr"),
-    ("--lr inf", "--lr"), ("--batch-size 10 --micro-batch-size 4", "multiple of --micro-batch-size"), ("--batch-size 0", "--batch-size"),
-    ("--micro-batch-size 0", "--micro-batch-size"), ("--max-new-tokens 0", "--max-new-tokens"), ("--temperature 0", "--temperature"),
-    ("--temperature nan", "--temperature"), ("--eval-temperature -1", "--eval-temperature"), ("--reader-temperature -1", "--reader-temperature"),
-    ("--eval-episodes 0", "--eval-episodes"), ("--eval-every 0", "--eval-every"), ("--save-every -1", "--save-every"), ("--seed -1", "--seed"),
-    ("--k 0", "--k"), ("--m -1", "--m"), ("--ema 1", "--ema"), ("--ema -0.1", "--ema"), ("--ema nan", "--ema"), ("--buffer-size 0", "--buffer-size"),
+    ("--model ./nowhere", "config.json is missing"), ("--model nobody/nothing", "cannot be loaded"),
+    ("--model {bad}/no-config", "config.json is missing"), ("--model {bad}/garbage", "cannot be loaded"),
+    ("--model {bad}/torn", "cannot be loaded"), ("--model {bad}/no-tokenizer", "--model"), ("--model {bad}/no-template", "chat template"),
+    ("--model {bad}/short", "exceeds"), ("--model tiny:10x1", "multiple of 16"), ("--model tiny:16x0", "tiny"),
+    ("--env chess", "unknown world 'chess'"), ("--steps 0", "--steps"), ("--steps -3", "--steps"), ("--lr nan", "--lr"),
+    ("--lr -1", "--lr"), ("--lr inf", "--lr"), ("--batch-size 10 --micro-batch-size 4", "multiple of --micro-batch-size"),
+    ("--batch-size 0", "--batch-size"), ("--micro-batch-size 0", "--micro-batch-size"), ("--max-new-tokens 0", "--max-new-tokens"),
+    ("--temperature 0", "--temperature"), ("--temperature nan", "--temperature"), ("--eval-temperature -1", "--eval-temperature"),
+    ("--reader-temperature -1", "--reader-temperature"), ("--eval-episodes 0", "--eval-episodes"), ("--eval-every 0", "--eval-every"),
+    ("--save-every -1", "--save-every"), ("--seed -1", "--seed"), ("--k 0", "--k"), ("--m -1", "--m"), ("--ema 1", "--ema"),
+    ("--ema -0.1", "--ema"), ("--ema nan", "--ema"), ("--buffer-size 0", "--buffer-size"),
     ("--episodes-per-step 0", "--episodes-per-step"), ("--actor-states 0", "--actor-states"), ("--actor-weight -1", "--actor-weight"),
-    ("--actor-weight inf", "--actor-weight"), ("--critic-warmup -1", "--critic-warmup"), ("--examples 0", "--examples"),
-    ("--updates-per-episode 0", "--updates-per-episode"), ("--updates-per-episode -1", "--updates-per-episode"),
-    ("--updates-per-episode nan", "--updates-per-episode"), ("--episodes-per-step 3 --updates-per-episode 0.5", "whole number"),
-    ("--ablation none-such", "--ablation"), ("--distil some", "--distil"), ("--frozen-parts maybe", "--frozen-parts"), ("--nonsense 1", "--nonsense"),
+    ("--actor-weight inf", "--actor-weight"), ("--anchor -1", "--anchor"), ("--anchor nan", "--anchor"),
+    ("--critic-warmup -1", "--critic-warmup"), ("--examples 0", "--examples"), ("--updates-per-episode 0", "--updates-per-episode"),
+    ("--updates-per-episode -1", "--updates-per-episode"), ("--updates-per-episode nan", "--updates-per-episode"),
+    ("--episodes-per-step 3 --updates-per-episode 0.5", "whole number"), ("--ablation none-such", "--ablation"),
+    ("--distil some", "--distil"), ("--frozen-parts maybe", "--frozen-parts"), ("--nonsense 1", "--nonsense"),
     ("--device warp", "--device"), ("--dtype float16", "--dtype"), ("--resume", "no run"), ("--out-dir {bad}/garbage", "exists"),
     ("--out-dir {bad}/file", "exists"), ("--out-dir {bad}/file/run", "--out-dir"),
 ])  # fmt: skip
@@ -883,13 +933,15 @@ def test_cuda_without_one(nlac_run, tmp_path):
 
 
 def test_bad_input_by_subprocess(environment, tmp_path):
-    result = subprocess.run([sys.executable, ROOT / "nlac.py", "--lr", "nan"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, ROOT / "nlac.py", "--lr", "nan"], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     refused(SimpleNamespace(status=result.returncode, **vars(result)), "--lr")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_is_never_overwritten_and_resumed_only_as_it_was(nlac_run, whole, bad_models, llama, tmp_path):
-    def after(flags, change=lambda run: None, *words):
+def test_a_run_is_never_overwritten_and_resumed_only_as_it_was(nlac_run, whole, tmp_path):
+    def after(flags, change, *words):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(whole, tmp_path / "run")
         change(tmp_path / "run")
@@ -897,11 +949,12 @@ def test_a_run_is_never_overwritten_and_resumed_only_as_it_was(nlac_run, whole, 
         refused(nlac_run(f"{SMALL} --out-dir run {flags}", tmp_path), *words)
         assert everything_under(tmp_path) == before
 
-    after("", lambda run: None, "--resume", "--out-dir")
-    after("--resume --lr 0.5", lambda run: None, "lr was")
-    after("--resume --ablation mc-backup --seed 3", lambda run: None, "ablation was", "seed was")
-    after("--resume", lambda run: (run / "checkpoint" / "state.pt").write_bytes(b"junk"), "damaged")
-    after("--resume", lambda run: (run / "checkpoint" / "state.pt").write_bytes((run / "checkpoint" / "state.pt").read_bytes()[:-2000]), "damaged")
+    state, leave = Path("checkpoint", "state.pt"), lambda run: None  # noqa: E731
+    after("", leave, "--resume", "--out-dir")
+    after("--resume --lr 0.5", leave, "lr was")
+    after("--resume --ablation mc-backup --seed 3", leave, "ablation was", "seed was")
+    after("--resume", lambda run: (run / state).write_bytes(b"junk"), "damaged")
+    after("--resume", lambda run: (run / state).write_bytes((run / state).read_bytes()[:-2000]), "damaged")
     after("--resume", lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl")
     other = json.dumps(json.loads((whole / "args.json").read_text()) | {"script": "act"})
     after("--resume", lambda run: (run / "args.json").write_text(other), "a run of act, not of nlac")
@@ -910,7 +963,10 @@ def test_a_run_is_never_overwritten_and_resumed_only_as_it_was(nlac_run, whole, 
 
 def test_a_checkpoint_of_another_model_is_refused(nlac_run, llama, bad_models, tmp_path):
     shutil.copytree(llama, tmp_path / "model")
-    flags = SMALL.replace("tiny:16x1", "model").replace("--steps 4", "--steps 1").replace("24", "8") + " --save-every 1 --out-dir run"
+    flags = (
+        SMALL.replace("--model tiny", "--model " + "model").replace("--steps 4", "--steps 1")
+        + " --max-new-tokens 8 --save-every 1 --out-dir run"
+    )
     assert nlac_run(flags, tmp_path).status == 0
     shutil.rmtree(tmp_path / "model")
     shutil.copytree(bad_models / "wide", tmp_path / "model")
@@ -932,10 +988,8 @@ common.Run.log = fatal
 """
 AT = {  # where the run is killed: code, and how many lines of metrics it had written by then
     "in the first evaluation": ("nlac.evaluate = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", 0),
-    "before the first checkpoint": (LOG.format(step=1, name="SIGKILL"), 1),
     "between metrics and rollouts": (LOG.format(step=3, name="SIGKILL"), 3),
-    "amid the first checkpoint": ("import torch\ntorch.save = lambda saved, file: (file.write(b'half'), file.flush(), os.kill(os.getpid(), signal.SIGKILL))", 2),
-    "amid the second": ("""
+    "amid the second checkpoint": ("""
 import torch
 save, seen = torch.save, []
 def fatal(saved, file):

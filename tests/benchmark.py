@@ -1,0 +1,172 @@
+"""Speed and memory as ratios within one run, medians of a few rounds: python tests/benchmark.py [episodes|outside|memory].
+
+- episodes: Twenty Questions with `common.Dialogues`, which keeps its cache, against the loop that most people write: the whole dialogue through
+  the chat template and the tokenizer each turn, then `model.generate`; the episodes as one batch padded on the left, and one by one. Greedy, so
+  that all three say the same words. Target: at least 3 times faster.
+- outside: the share of a run's wall time outside the model's forward and backward. Target: below 20%.
+- memory: the peak of a run with default settings (few steps) beyond the imports, the making of the tiny model included. Target: below 1 GiB.
+"""
+
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+
+import common
+import envs
+import nlac
+
+ROOT = Path(nlac.__file__).parent
+EPISODES, ALONE, TURNS, NEW_TOKENS = 64, 8, 8, 16
+
+
+def cached(model, chat, worlds, histories, new_tokens):
+    dialogues = common.Dialogues(model, chat, [chat.dialogue(messages) for messages in histories])
+    rows, count = list(range(len(worlds))), 0
+    for turn in range(TURNS):
+        replies = dialogues.reply(rows, max_new_tokens=new_tokens, temperature=0, seeds=rows)
+        observations = [world.step(reply)[0] for world, reply in zip(worlds, replies)]
+        for messages, reply, observation in zip(histories, replies, observations):
+            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": observation}]
+        if turn < TURNS - 1:
+            dialogues.extend(rows, observations)
+    for row in rows:
+        count += sum(dialogues.mask[row])
+    return count
+
+
+@torch.no_grad()
+def usual(model, chat, worlds, histories, new_tokens):
+    tokenizer, count = chat.tokenizer, 0
+    tokenizer.padding_side = "left"
+    for _ in range(TURNS):
+        texts = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for messages in histories]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=chat.eos, pad_token_id=chat.pad)
+        for world, messages, row in zip(worlds, histories, output[:, inputs["input_ids"].shape[1] :].tolist()):
+            end = next((i + 1 for i, token in enumerate(row) if token in chat.eos), len(row))
+            count += end
+            reply = tokenizer.decode(row[:end], skip_special_tokens=True)
+            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": world.step(reply)[0]}]
+    return count
+
+
+def one_by_one(model, chat, worlds, histories, new_tokens):
+    return sum(usual(model, chat, [world], [messages], new_tokens) for world, messages in zip(worlds, histories))
+
+
+def play(loop, model, chat, episodes, new_tokens=NEW_TOKENS):
+    """(seconds per episode, tokens per episode, what was said)."""
+    worlds = [envs.make("20q", max_turns=TURNS + 1) for _ in range(episodes)]  # nobody runs out of turns
+    histories = [[{"role": "system", "content": f"{world.system}\n{nlac.POLICY}"}, {"role": "user", "content": world.reset(seed=seed)[0]}]
+                 for seed, world in enumerate(worlds)]  # fmt: skip
+    start = time.perf_counter()
+    tokens = loop(model, chat, worlds, histories, new_tokens)
+    return (time.perf_counter() - start) / episodes, tokens / episodes, histories
+
+
+def episodes(model_20q, rounds=5):
+    model, chat = model_20q
+    ratios = {"one batch, padded on the left": [], "one by one": []}
+    for _ in range(rounds):
+        ours, tokens, said = play(cached, model, chat, EPISODES)
+        for name, loop, count in ("one batch, padded on the left", usual, EPISODES), ("one by one", one_by_one, ALONE):
+            theirs, their_tokens, their_said = play(loop, model, chat, count)
+            same = sum(a == b for a, b in zip(said, their_said)) / count
+            ratios[name].append(theirs / ours)
+        assert same > 0.8 and abs(their_tokens / tokens - 1) < 0.2, "the loops must say the same"  # float noise may break a tie
+    print(f"episodes: {EPISODES} of {TURNS} turns, {tokens:.0f} sampled tokens each; {1000 * ours:.0f} ms each with the cache")
+    for name, values in ratios.items():
+        print(f"  against model.generate, {name}: {statistics.median(values):.1f} times faster (target 3)")
+
+
+def outside(cache, steps=6):
+    """Runs nlac.main here, with timers around forward and backward."""
+    model, _ = common.load("tiny", corpus=lambda: nlac.warmup(envs.make("repair"), nlac.Args()), constants=CONSTANTS["repair"])
+    inside, depth, started = [0.0], [0], []
+
+    def timed(function):
+        def wrapper(*args, **kwargs):
+            depth[0] += 1
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+                if not depth[0]:
+                    inside[0] += time.perf_counter() - start
+
+        return wrapper
+
+    class Run(common.Run):
+        def start(self, extra=None):  # the model is there: the run proper begins
+            super().start(extra)
+            inside[0] = 0.0
+            started.append(time.perf_counter())
+
+    forward, backward, original = type(model).forward, torch.Tensor.backward, common.Run
+    type(model).forward, torch.Tensor.backward, common.Run = timed(forward), timed(backward), Run
+    shares = []
+    try:
+        for seed in range(3):
+            sys.argv = f"nlac.py --seed {seed} --steps {steps} --critic-warmup {steps // 2} --eval-episodes 100 --out-dir {cache}/run-{seed}".split()
+            nlac.main()
+            shares.append(1 - inside[0] / (time.perf_counter() - started[-1]))
+    finally:
+        type(model).forward, torch.Tensor.backward, common.Run = forward, backward, original
+    print(f"outside: {100 * statistics.median(shares):.0f}% of the wall time of {steps} steps outside forward and backward (target 20%)")
+
+
+MEMORY = """
+import sys
+import torch, common, nlac
+before = common.peak_memory_bytes("cpu")
+sys.argv = ["nlac.py", "--steps", "3", "--critic-warmup", "1", "--out-dir", sys.argv[1]]
+nlac.main()
+print("PEAK", common.peak_memory_bytes("cpu") - before, before)
+"""
+
+
+def memory(rounds=1):
+    peaks = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as fresh:  # no tiny model there yet: its making counts
+            environment = os.environ | {"XDG_CACHE_HOME": fresh, "PYTHONPATH": str(ROOT)}
+            command = [sys.executable, "-c", MEMORY, str(Path(fresh, "run"))]
+            output = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+            ).stdout
+        peaks.append([int(word) for word in output.split("PEAK")[1].split()])
+    peak, imports = (statistics.median(values) for values in zip(*peaks))
+    print(f"memory: {peak / 2**20:.0f} MiB beyond the {imports / 2**20:.0f} MiB of the imports (target 1024)")
+
+
+PARTS = nlac.POLICY, nlac.POLICY_REACT, nlac.SUCCESSOR, nlac.BACKUP, nlac.EVALUATOR, nlac.REFINER, nlac.READER
+CONSTANTS = {name: [f"{envs.make(name).system}\n{part}" for part in PARTS] for name in ("repair", "20q")}
+
+
+def main():
+    torch.set_num_threads(1)
+    wanted = sys.argv[1:] or ["episodes", "outside", "memory"]
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache
+        if "episodes" in wanted:
+            args = dataclasses.replace(nlac.Args(), env="20q", examples=400)
+            constants = CONSTANTS["20q"] + [f"{envs.make('20q', max_turns=TURNS + 1).system}\n{nlac.POLICY}"]
+            episodes(common.load("tiny", corpus=lambda: nlac.warmup(envs.make("20q"), args), constants=constants))
+        if "outside" in wanted:
+            outside(cache)
+        if "memory" in wanted:
+            memory()
+
+
+if __name__ == "__main__":
+    main()
