@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-import jinja2
+import jinja2  # comes with torch, tokenizers with transformers
 import numpy as np
 import tokenizers
 import torch

@@ -23,7 +23,9 @@ Departures from the paper, and why:
  5. A target that cannot be read (see `parse_future`) is left out of L1, and counted.
  6. The policy answers with an action; --react True lets it think first, as the paper's does.
  7. The critic's futures come from theta_bar, like the targets: averaged weights foresee more steadily than those of the moment.
- 8. Defaults are k = 4 and m = 2 (paper: 1 and 1), for a model of 0.1 million parameters.
+ 8. The buffer is sampled more evenly over turns than it fills (`sampling_weights`); version 1 of the paper ranked it by loss, version 2
+    has a plain one.
+ 9. Defaults are k = 4 and m = 2 (paper: 1 and 1), for a model of 0.1 million parameters.
 The paper's prompts, learning rate, EMA rate and buffer size are not public; those below are ours.
 
     python nlac.py                            # repair shop, tiny model: see README for minutes and numbers
@@ -85,7 +87,7 @@ class Args:
     actor_states: int = flag(64, "states refined per step (not in the paper)")
     actor_weight: float = flag(1.0, "of L2; L1 has weight 1 (not in the paper)")
     anchor: float = flag(0.1, "weight of imitating the actions just played: departure 3; 0 switches it off (not in the paper)")
-    critic_warmup: int = flag(25, "first steps, with L1 only (not in the paper)")
+    critic_warmup: int = flag(50, "first steps, with L1 only (not in the paper)")
     reader_temperature: float = flag(0.0, "of B_L and E, which read and do not imagine (not in the paper)")
     frozen_parts: bool = flag(True, "B_L, E and pi_r from the start weights: departure 1")
     distil: str = flag("kept", "kept: approved actions only, departure 2; all: the paper's", choices=["kept", "all"])
@@ -112,6 +114,7 @@ REFINER = """You improve an action. Read the episode, and the tries with their c
 Reply with keep if the last try was judged good or great; else with an action that was not tried. Nothing else."""
 READER = "You read. Repeat the first observation, the last observation and the action, a line each."  # warm-up of a tiny model only
 VERDICTS = ["bad", "weak", "fair", "good", "great"]  # the total order of sentiments that the paper's theory asks for
+APPROVED = VERDICTS.index("good")  # what REFINER says, for the warm-up of a tiny model
 
 
 def parse_action(reply):
@@ -224,6 +227,12 @@ def transitions(episode):
     history, n = episode["history"], len(episode["history"]) // 2
     return [{"seed": episode["seed"], "history": history[:2 * t + 1], "reply": history[2 * t + 1], "result": history[2 * t + 2],
              "done": t == n - 1, "won": episode["won"] and t == n - 1, "turns": n - t if episode["won"] else None} for t in range(n)]
+
+
+def sampling_weights(buffer):
+    """Late turns are rare while most episodes are lost early, and they decide the others: departure 8."""
+    turns = Counter(len(t["history"]) for t in buffer)
+    return [turns[len(t["history"])] ** -0.5 for t in buffer]
 
 
 # ------------------------------------------------------------------------------------------------------- critic and refiner
@@ -391,6 +400,13 @@ def show(episode):
 # ------------------------------------------------------------------------------------------------- warm-up of a tiny model
 
 
+def critique_text(ends):
+    """How to read k endings (turns until success, or None): how many succeed, and how soon."""
+    worth = sum(0.98 ** (n - 1) for n in ends if n) / len(ends)
+    verdict = VERDICTS[sum(worth > x for x in (0.1, 0.35, 0.6, 0.85))]
+    return f"{sum(n is not None for n in ends)} of {len(ends)} futures succeed. Verdict: {verdict}."
+
+
 def warmup(world, args):
     """What a model made from nothing is taught before NLAC begins: to read, and the form of every part's reply.
 
@@ -412,12 +428,6 @@ def warmup(world, args):
     def random_end(turns, chance=0.6):
         return rng.randint(1, turns) if rng.random() < chance else None
 
-    def critique(ends):
-        """Reads k endings (turns until success, or None): how many succeed, and how soon."""
-        worth = sum(0.98 ** (n - 1) for n in ends if n) / len(ends)
-        verdict = VERDICTS[sum(worth > x for x in (0.1, 0.35, 0.6, 0.85))]
-        return f"{sum(n is not None for n in ends)} of {len(ends)} futures succeed. Verdict: {verdict}."
-
     examples = []
     for _ in range(args.examples):
         step, other = rng.choice(steps), rng.choice(steps)
@@ -436,12 +446,12 @@ def warmup(world, args):
         chance = rng.random()
         ends = [random_end(left, chance) for _ in range(args.k)]
         seen = [future_text(rng.choice(steps)["result"], n) for n in ends]
-        examples.append((evaluator_messages(world, history, action, seen), critique(ends)))
+        examples.append((evaluator_messages(world, history, action, seen), critique_text(ends)))
         tried = rng.sample(actions, rng.randint(1, min(args.m, len(actions) - 1)))
         low = [[random_end(left, 0.2) for _ in range(args.k)] for _ in tried[1:]]  # earlier tries were not kept
-        critiques = [c if parse_verdict(c) < 3 else critique([None] * args.k) for c in map(critique, low)]
-        critiques.append(critique([random_end(left, chance) for _ in range(args.k)]))
-        keep = parse_verdict(critiques[-1]) >= 3
+        critiques = [c if parse_verdict(c) < APPROVED else critique_text([None] * args.k) for c in map(critique_text, low)]
+        critiques.append(critique_text([random_end(left, chance) for _ in range(args.k)]))
+        keep = parse_verdict(critiques[-1]) >= APPROVED
         examples.append((refiner_messages(world, history, [{"action": a, "critique": c} for a, c in zip(tried, critiques)]),
                          "keep" if keep else rng.choice([a for a in actions if a not in tried])))
     facts = world.facts() if hasattr(world, "facts") else []
@@ -473,6 +483,15 @@ def check_args(args):
         common.refuse(error)
 
 
+def load(world, args):
+    """The model that plays all parts, and its chat; a tiny one is made from `warmup`."""
+    if args.model.startswith("tiny") and args.device == "cpu":
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
+    constants = [f"{world.system}\n{part}" for part in (POLICY, POLICY_REACT, SUCCESSOR, BACKUP, EVALUATOR, REFINER, READER)]
+    model, chat = common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype)
+    return model.eval(), chat  # no dropout anywhere
+
+
 def main():
     args = common.parse_args(Args)
     if args.quick:
@@ -481,12 +500,7 @@ def main():
     world = check_args(args)
     updates = int(args.episodes_per_step * args.updates_per_episode)  # gradient steps per step
     run = None if args.eval_only else common.Run("nlac", args, args.out_dir or f"runs/nlac-{args.env}-s{args.seed}")
-    if args.model.startswith("tiny") and args.device == "cpu":
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
-    parts_of_prompts = POLICY, POLICY_REACT, SUCCESSOR, BACKUP, EVALUATOR, REFINER, READER
-    model, chat = common.load(args.model, corpus=lambda: warmup(world, args), device=args.device, dtype=args.dtype,
-                              constants=[f"{world.system}\n{part}" for part in parts_of_prompts])
-    model.eval()  # no dropout anywhere
+    model, chat = load(world, args)
     first = chat.prompt(policy_messages(world, [world.reset(seed=0)[0]], args))
     common.check(len(first) + args.max_new_tokens <= model.config.max_position_embeddings,
                  f"the first prompt has {len(first)} tokens and --max-new-tokens is {args.max_new_tokens}: "
@@ -536,7 +550,8 @@ def main():
         clock.lap("rollout")
 
         # 2. what M shall learn to foresee
-        batch = rng.choices(buffer, k=args.batch_size * updates)
+        weights = sampling_weights(buffer)
+        batch = rng.choices(buffer, weights, k=args.batch_size * updates)
         targets = [None] * len(batch) if args.ablation == "frozen-critic" else bellman_targets(parts, batch, ("bellman", step))
         critic = [(chat.prompt(successor_messages(world, t["history"], parse_action(t["reply"]))), chat.reply(text))
                   for t, text in zip(batch, targets) if text]
@@ -545,7 +560,7 @@ def main():
         # 4. what the policy shall learn to say
         states, refined, lessons = [], [], []
         if step > args.critic_warmup:
-            states = rng.choices(buffer, k=args.actor_states)
+            states = rng.choices(buffer, weights, k=args.actor_states)
             refined = refine(parts, [t["history"] for t in states], ("refine", step))
             lessons = [(chat.dialogue(policy_messages(world, t["history"], args)), chat.reply(r["reply"]))
                        for t, r in zip(states, refined) if r["kept"] or args.distil == "all" and parse_action(r["reply"])]

@@ -62,7 +62,7 @@ class Learner:
 
     def successor_lessons(self, step, rng):
         """(prompt ids, target ids) of L1, and how many targets could not be read."""
-        batch = rng.choices(self.buffer, k=self.args.batch_size * self.updates())
+        batch = rng.choices(self.buffer, nlac.sampling_weights(self.buffer), k=self.args.batch_size * self.updates())
         targets = nlac.bellman_targets(self.parts, batch, ("bellman", step))
         prompts = [self.chat.prompt(nlac.successor_messages(self.world, t["history"], nlac.parse_action(t["reply"]))) for t in batch]
         lessons = [(prompt, self.chat.reply(text)) for prompt, text in zip(prompts, targets) if text]
@@ -150,13 +150,6 @@ def steps_of(directory):
         common.refuse(f"--match {directory}: no finished run there ({type(error).__name__})")
 
 
-def load(world, args):
-    """The base model of nlac.py: the same corpus and constants, hence the same cached directory."""
-    parts = nlac.POLICY, nlac.POLICY_REACT, nlac.SUCCESSOR, nlac.BACKUP, nlac.EVALUATOR, nlac.REFINER, nlac.READER
-    return common.load(args.model, corpus=lambda: nlac.warmup(world, args), constants=[f"{world.system}\n{part}" for part in parts],
-                       device=args.device, dtype=args.dtype)
-
-
 def main(method, arguments, make_learner, quick=None):
     """Runs `make_learner` (a Learner class) with the settings `arguments` (a dataclass); `quick`: more settings of --quick."""
     args = common.parse_args(arguments)
@@ -168,10 +161,7 @@ def main(method, arguments, make_learner, quick=None):
     make_learner.check(args)
     limit = steps_of(args.match) if args.match else None
     run = common.Run(method, args, args.out_dir or f"runs/{method}-{args.env}-s{args.seed}")
-    if args.model.startswith("tiny") and args.device == "cpu":
-        torch.set_num_threads(min(2, torch.get_num_threads()))
-    model, chat = load(world, args)
-    model.eval()
+    model, chat = nlac.load(world, args)
     first = chat.prompt(nlac.policy_messages(world, [world.reset(seed=0)[0]], args))
     context = model.config.max_position_embeddings
     common.check(len(first) + args.max_new_tokens <= context,

@@ -34,13 +34,6 @@ class Args(_loop.Args):
     refiner: str = nlac.flag("model", "who refines: the model as in nlac, or a rule", choices=["model", "rule"])
 
 
-def rule_critique(ends):
-    """What the warm-up of nlac.py teaches the evaluator to say of futures that end so: turns until success, or None."""
-    worth = sum(0.98 ** (n - 1) for n in ends if n) / len(ends)
-    verdict = nlac.VERDICTS[sum(worth > x for x in (0.1, 0.35, 0.6, 0.85))]
-    return f"{sum(n is not None for n in ends)} of {len(ends)} futures succeed. Verdict: {verdict}."
-
-
 def restored(env, t, rng):
     """A world in the state of transition `t`, with what is hidden drawn anew among all that fits the dialogue."""
     world = envs.make(env)
@@ -79,13 +72,13 @@ class Parts(_loop.PlayedParts):
         contents = [m[-1]["content"] for m in messages]
         if part == "evaluator" and self.args.verdicts == "rule":
             ends = [re.findall(r"^End: (?:failure|success in (\d+) turns?)\.$", c, re.MULTILINE) for c in contents]
-            return [rule_critique([int(n) if n else None for n in e]) for e in ends]
+            return [nlac.critique_text([int(n) if n else None for n in e]) for e in ends]
         if part == "refiner" and self.args.refiner == "rule":
             return [self.rule_refiner(c, random.Random(common.row_seed(self.args.seed, *stream, part, i))) for i, c in enumerate(contents)]
         return super().answer(part, messages, stream, samples)
 
     def rule_refiner(self, content, rng):
-        if (nlac.parse_verdict(content.rpartition("\nTry: ")[2]) or 0) >= 3:  # good or great, as in REFINER
+        if (nlac.parse_verdict(content.rpartition("\nTry: ")[2]) or 0) >= nlac.APPROVED:
             return "keep"
         untried = [a for a in self.actions if f"\nTry: {a}. " not in content]
         return rng.choice(untried or self.actions)
@@ -104,7 +97,7 @@ class Ceiling(_loop.Learner):
     def learn(self, step, episodes, rng, clock):
         states, refined = [], []
         if step > self.args.critic_warmup:
-            states = rng.choices(self.buffer, k=self.args.actor_states)
+            states = rng.choices(self.buffer, nlac.sampling_weights(self.buffer), k=self.args.actor_states)
             refined = self.parts.refine(states, ("refine", step))
         self.extra.update(self.parts.extra)
         self.parts.extra.clear()

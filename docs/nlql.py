@@ -40,7 +40,7 @@ class NLQL(_loop.Learner):
         clock.lap("backup")
         actor, metrics = [], {}
         if step > args.critic_warmup:
-            states, stream = rng.choices(self.buffer, k=args.actor_states), ("refine", step)
+            states, stream = rng.choices(self.buffer, nlac.sampling_weights(self.buffer), k=args.actor_states), ("refine", step)
             replies = parts("policy", [nlac.policy_messages(world, t["history"], args) for t in states], stream, n)
             rows = [(t["history"], nlac.parse_action(reply)) for t, reply in zip([t for t in states for _ in range(n)], replies)]
             futures = parts("successor", [nlac.successor_messages(world, h, a) for h, a in rows], stream, args.k)

@@ -45,7 +45,7 @@ class SelfDistillation(_loop.Learner):
     def learn(self, step, episodes, rng, clock):
         states, refined = [], []
         if step > self.args.critic_warmup:
-            states = rng.choices(self.buffer, k=self.args.actor_states)
+            states = rng.choices(self.buffer, nlac.sampling_weights(self.buffer), k=self.args.actor_states)
             refined = self.parts.refine(states, ("refine", step))
         self.extra.update(self.parts.extra)
         self.parts.extra.clear()

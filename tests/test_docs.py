@@ -209,7 +209,7 @@ def base(cache):
     world = envs.make("repair")
     known, os.environ["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME"), str(cache)
     try:
-        return *_loop.load(world, args), world, args
+        return *nlac.load(world, args), world, args
     finally:
         del os.environ["XDG_CACHE_HOME"]
         if known is not None:
@@ -304,9 +304,9 @@ def test_the_ceiling_draws_all_that_fits_the_dialogue(base):
     world = envs.make("repair")
     seed = next(s for s in range(100) if "does not start" in world.reset(seed=s, options={"split": "train"})[0])
     won = [e["won"] for e in parts.play([(played_state(seed, []), "charge the battery")] * 200, ("a",))]
-    assert 60 < sum(won) < 140  # two faults fit, whatever is hidden
-    seen = played_state(seed, ["measure the battery"])
-    right = "charge the battery" if "empty" in seen["history"][-1] else "replace the battery"
+    assert 35 < sum(won) < 100  # three faults fit, whatever is hidden
+    seen = played_state(seed, ["check the power"])
+    right = next(repair for finding, repair in envs.make("repair").faults["does not start"][1].items() if finding in seen["history"][-1])
     assert all(e["won"] for e in parts.play([(seen, right)] * 20, ("b",)))  # a finding that was seen stays
     game = ceiling.restored("20q", played_state(3, ["Is it an animal?"], "20q"), random.Random(0))
     assert game.hidden in game.consistent()
@@ -327,9 +327,9 @@ def test_the_rules_of_the_ceiling_are_what_the_warm_up_teaches(base):
 
 
 def test_the_rules_of_the_ceiling(base):
-    assert ceiling.rule_critique([1, 1, 1, 1]) == "4 of 4 futures succeed. Verdict: great."
-    assert ceiling.rule_critique([None, None]) == "0 of 2 futures succeed. Verdict: bad."
-    assert nlac.parse_verdict(ceiling.rule_critique([2, None, 1, None])) == 2
+    assert nlac.critique_text([1, 1, 1, 1]) == "4 of 4 futures succeed. Verdict: great."
+    assert nlac.critique_text([None, None]) == "0 of 2 futures succeed. Verdict: bad."
+    assert nlac.parse_verdict(nlac.critique_text([2, None, 1, None])) == 2
     parts = parts_for(ceiling.Parts, base, ceiling, refiner="rule")
     state = played_state(0, [])
     futures = [nlac.future_text("It works again. You win.", 1), nlac.future_text("It is still broken.", None)]
@@ -340,7 +340,7 @@ def test_the_rules_of_the_ceiling(base):
     replies = parts("refiner", [nlac.refiner_messages(parts.world, state["history"], tries)] * 50, ("x",))
     assert set(replies) <= set(parts.actions) - {"swap the fuse"} and len(set(replies)) > 5
     parts.live = [state]
-    tries.append({"action": "feel the vents", "critique": "2 of 2 futures succeed. Verdict: great."})
+    tries.append({"action": "open the case", "critique": "2 of 2 futures succeed. Verdict: great."})
     assert parts("refiner", [nlac.refiner_messages(parts.world, state["history"], tries)], ("x",)) == ["keep"] and parts.live == []
 
 
@@ -372,7 +372,7 @@ def test_played_parts_notice_a_mix_up(base):
 
 def test_refine_keeps_track_of_the_states_of_later_rounds(base):
     parts = parts_for(ceiling.Parts, base, ceiling, refiner="rule", m=4)
-    states = [played_state(seed, ["measure the battery"]) for seed in range(20)]
+    states = [played_state(seed, ["check the power"]) for seed in range(20)]
     refined = parts.refine(states, ("x",))
     assert len(refined) == 20 and any(len(r["tries"]) > 1 for r in refined)
     assert len(parts.live) == sum(not r["kept"] for r in refined)

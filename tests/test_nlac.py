@@ -31,9 +31,9 @@ torch.set_num_threads(1)
 ROOT = Path(nlac.__file__).parent
 SMALL = (  # of the tiny model that --quick builds too; taught little, it writes unreadable things now and then
     "--model tiny --examples 800 --steps 4 --batch-size 8 --micro-batch-size 4 --eval-episodes 4 --eval-every 2 --save-every 2 "
-    "--episodes-per-step 4 --updates-per-episode 0.5 --actor-states 4 --critic-warmup 1 --distil all"
+    "--episodes-per-step 4 --updates-per-episode 0.5 --actor-states 4 --critic-warmup 1 --distil all --max-new-tokens 20"
 )
-UNTAUGHT = SMALL.replace("--model tiny --examples 800", "--model tiny:16x1 --examples 60 --max-new-tokens 16 --k 2")
+UNTAUGHT = SMALL.replace("--model tiny --examples 800", "--model tiny:16x1 --examples 60 --k 2")
 
 
 def lines(path):
@@ -213,8 +213,8 @@ def test_transitions():
 
 def test_bellman_targets(parts_of):
     won, _ = played(["open the case", "tighten the screw"], **LOUD)
-    lost, _ = played(["feel the vents", "clean the gears"], **LOUD)
-    timeout, _ = played(["bend the cable"] * 5, **LOUD)
+    lost, _ = played(["check the power", "clean the gears"], **LOUD)
+    timeout, _ = played(["check the power"] * 5, **LOUD)
     merged = "Next: A screw is loose.\nEnd: success in 2 turns."
     puppet = Puppet(policy="tighten the screw", successor=FORECAST, backup=f"\n{merged} ")
     parts = parts_of(puppet)
@@ -302,7 +302,7 @@ def test_keep_stops_at_once(parts_of):
 
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_rounds_go_on_until_approved_and_earlier_tries_are_shown(parts_of, m):
-    tests = WORLD.tests
+    tests = WORLD.repairs
 
     def refiner(prompt):
         tries = re.findall(r"Try: (.+?)\. (.+)", prompt)
@@ -352,7 +352,7 @@ def test_the_blind_critic_reads_futures_of_others(parts_of, count):
             policy="open the case",
             successor=lambda prompt: f"Next: {who(prompt)}.\nEnd: failure.",
             evaluator=REJECT,
-            refiner="bend the cable",
+            refiner="check the power",
         )
         parts = parts_of(owners, ablation="blind-critic", k=2, m=2)
         refined = nlac.refine(parts, HISTORIES[:count], ("r", trial))
@@ -427,7 +427,7 @@ def test_gradient_does_not_depend_on_the_micro_batch():
 
 def prompts_about(parts_of, steps, env, **settings):
     """Every prompt of every part about these transitions, asked through a world in this very state."""
-    puppet = Puppet(policy="open the case", successor=FORECAST, backup=FORECAST, evaluator=REJECT, refiner="bend the cable")
+    puppet = Puppet(policy="open the case", successor=FORECAST, backup=FORECAST, evaluator=REJECT, refiner="check the power")
     parts = parts_of(puppet, world=env, **settings)
     nlac.bellman_targets(parts, [t | {"done": False} for t in steps], ("b",))
     nlac.refine(parts, [t["history"] for t in steps], ("r",))
@@ -440,7 +440,7 @@ def test_prompts_do_not_change_with_what_is_hidden(parts_of, monkeypatch, settin
     if settings.get("react"):
         monkeypatch.setitem(PROMPTS, "policy", nlac.POLICY_REACT)
     pairs = [
-        (("repair", ["feel the vents", "nonsense", "bend the cable"]), dict(symptom="is too loud", finding="A screw is loose."),
+        (("repair", ["check the power", "nonsense", "check the power"]), dict(symptom="is too loud", finding="A screw is loose."),
          dict(symptom="is too loud", finding="The gears are dusty.")),
         (("20q", ["Is it an animal?", "Is it a cat?", "nonsense", "Does it fit in a shoebox?"]), dict(hidden="coat"), dict(hidden="piano")),
         (("20q", ["Is it an animal?"]), dict(hidden="duck"), dict(hidden="lion")),
@@ -509,7 +509,7 @@ def test_warm_up_refiner_keeps_by_the_verdict_and_else_says_anything_untried(tau
     for messages, reply in by_part["refiner"]:
         text = messages[1]["content"]
         tried = re.findall(r"^Try: (.+?)[.] (\d of \d futures succeed. Verdict: \w+[.])$", text, re.M)
-        approved = [critique.endswith("Verdict: great.") for _, critique in tried]
+        approved = [nlac.parse_verdict(critique) >= nlac.APPROVED for _, critique in tried]
         assert approved and not any(approved[:-1]) and (reply == "keep") == approved[-1]
         untried = [action for action in actions if action not in [action for action, _ in tried]]
         assert len(untried) == len(actions) - len(tried)
@@ -702,8 +702,8 @@ def test_quick_by_subprocess(environment, tmp_path):
     metrics, rollouts = lines(run / "metrics.jsonl"), lines(run / "rollouts.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, args["args"]["steps"] + 1))
     assert set(metrics[-1]) >= {
-        "success", "return", "l1", "l2", "entropy", "valid", "tokens", "env_steps", "gradient_steps", "predicted_success", "kept", "changed",
-        "sentiment", "verdicts", "eval_success", "eval_se", "targets_dropped", "seconds_rollout", "seconds_update",
+        "success", "return", "l1", "l2", "anchor", "entropy", "valid", "tokens", "env_steps", "gradient_steps", "predicted_success", "kept",
+        "changed", "sentiment", "verdicts", "eval_success", "eval_se", "targets_dropped", "seconds_rollout", "seconds_update",
         "parse_policy", "parse_policy_bar", "parse_successor", "parse_successor_bar", "parse_backup", "parse_evaluator", "parse_refiner",
     }  # fmt: skip
     assert metrics[-1]["env_steps"] == sum(len(row["valid"]) for row in rollouts if row["split"] == "train") == summary["env_steps"]
@@ -834,7 +834,8 @@ def save_llama(path, template=TEMPLATE, context=4096, width=32):
     )
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=context, bos_token_id=0, eos_token_id=[1, 4], tie_word_embeddings=False,
     )).save_pretrained(path)  # fmt: skip
     tokenizer.save_pretrained(path)
