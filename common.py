@@ -426,6 +426,7 @@ def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto",
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
         name = os.path.expanduser(name)
         check(Path(name, "config.json").is_file(), f"--model {name}: no model there (config.json is missing)")
+    transformers.utils.logging.disable_progress_bar()  # a refusal is one line
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
@@ -509,6 +510,14 @@ def build_tiny(directory, examples, constants, width, layers, seed, device):
     _new_directory(directory, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
 
 
+def fingerprint(model) -> str:
+    """A hash of all weights."""
+    state = hashlib.sha256()
+    for parameter in model.parameters():
+        state.update(parameter.detach().float().cpu().numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
 def count_parameters(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -578,6 +587,8 @@ class Run:
         if not self.resuming:
             free = not self.dir.exists() or self.dir.is_dir() and not any(self.dir.iterdir())
             check(free, f"{self.dir} exists: continue it with --resume, or choose another --out-dir")
+            above = next(path for path in self.dir.absolute().parents if path.exists())
+            check(above.is_dir() and os.access(above, os.W_OK), f"--out-dir {self.dir}: cannot write below {above}")
             return
         check((self.dir / "args.json").is_file(), f"--resume: there is no run in {self.dir}")
         try:
@@ -603,6 +614,9 @@ class Run:
                   "device": device_name(self.args.get("device", "cpu"))}
         text = _json(record | (extra or {}), indent=1).encode()
         if self.resuming:
+            before = json.loads((self.dir / "args.json").read_text(encoding="utf-8"))
+            same = all(before.get(key) == value for key, value in (extra or {}).items())
+            check(same, f"--resume: the model of {self.dir} was another one")
             _write_atomic(self.dir / "args.json", lambda file: file.write(text))
         else:
             made = _new_directory(self.dir, lambda path: (path / "args.json").write_bytes(text))

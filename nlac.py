@@ -14,18 +14,22 @@ One language model plays every part through its own prompt. Per step (Algorithm 
 Departures from the paper, and why:
  1. Backup, evaluator and refiner are served from the start weights (--frozen-parts True). Nobody trains them, so in shared weights they are
     forgotten; the paper reports that forgetting in all of its runs. --frozen-parts False is the paper's way.
- 2. L2 is taken only where the refiner kept an action that the critic approved (--distil kept). The paper distils every refined action
-    (--distil all); but the last proposal of the last round has never been judged, and a small model proposes at random.
+ 2. The refiner may answer "keep", which ends the rounds, and L2 is taken only there (--distil kept): on judged actions. With m = 1 that is
+    the policy's own sample, filtered by the critic. The paper distils every refined action (--distil all), but the last proposal of the
+    last round has never been judged, and a small model proposes at random.
  3. A quarter as many of the actions just played are imitated beside L1 and L2 (--anchor): a sampled KL to the policy of this step. M is
     trained far more than pi, and in shared weights that alone would make pi drift where it has no lesson. For the same reason the start
     policy acts while only M learns (--critic-warmup).
  4. The target of a terminal transition is composed from the observation and the outcome, not written by B_L: it grounds M.
  5. A target that cannot be read (see `parse_future`) is left out of L1, and counted.
  6. The policy answers with an action; --react True lets it think first, as the paper's does.
- 7. The critic's futures come from theta_bar, like the targets: averaged weights foresee more steadily than those of the moment.
+ 7. The critic's futures come from theta_bar, and so does a' in the targets: averaged weights are steadier than those of the moment.
  8. The buffer is sampled more evenly over turns than it fills (`sampling_weights`); version 1 of the paper ranked it by loss, version 2
     has a plain one.
- 9. Defaults are k = 4 and m = 2 (paper: 1 and 1), for a model of 0.1 million parameters.
+ 9. A forecast has two lines, the next observation and the end with its distance, and a critique one: what a small model can learn to write
+    and a log can read. The paper's are free text; for a large model, loosen SUCCESSOR, BACKUP and EVALUATOR and their parsers.
+10. B_L and E, which read and do not imagine, decode greedily (--reader-temperature).
+11. Defaults are k = 4 and m = 2 (paper: 1 and 1), for a model of 0.1 million parameters.
 The paper's prompts, learning rate, EMA rate and buffer size are not public; those below are ours.
 
     python nlac.py                            # repair shop, tiny model: see README for minutes and numbers
@@ -66,8 +70,8 @@ class Args:
     batch_size: int = flag(64, "transitions per gradient step (not in the paper)")
     micro_batch_size: int = flag(16, "sequences per backward pass; changes memory and speed, not the gradient")
     max_new_tokens: int = flag(40, "of one reply of any part")
-    temperature: float = flag(1.0, "of policy, successor and refiner while training (not in the paper)")
-    eval_temperature: float = flag(1.0, "of the policy in evaluation (not in the paper)")
+    temperature: float = flag(0.7, "of policy, successor and refiner while training, and of their likelihoods (not in the paper)")
+    eval_temperature: float = flag(0.7, "of the policy in evaluation (not in the paper)")
     eval_episodes: int = flag(500, "test episodes of the first and the last evaluation; a fifth of them in between")
     eval_every: int = flag(25, "steps between evaluations")
     eval_only: bool = flag(False, "evaluate --model and stop; writes nothing")
@@ -76,7 +80,7 @@ class Args:
     resume: bool = flag(False, "continue the run in --out-dir")
     device: str = flag("cpu", "cpu, cuda, cuda:1, mps")
     dtype: str = flag("auto", "auto (float32 weights; bfloat16 compute on a GPU), float32, bfloat16")
-    quick: bool = flag(False, "a small run through every line, to see that it works")
+    quick: bool = flag(False, "a small run through every line, to see that it works; overrides the sizes")
     # NLAC
     k: int = flag(4, "futures per critique (paper: 1)")
     m: int = flag(2, "rounds of refinement (paper: 1)")
@@ -86,7 +90,7 @@ class Args:
     updates_per_episode: float = flag(0.125, "gradient steps per collected episode (not in the paper)")
     actor_states: int = flag(64, "states refined per step (not in the paper)")
     actor_weight: float = flag(1.0, "of L2; L1 has weight 1 (not in the paper)")
-    anchor: float = flag(0.1, "weight of imitating the actions just played: departure 3; 0 switches it off (not in the paper)")
+    anchor: float = flag(0.3, "weight of imitating the actions just played: departure 3; 0 switches it off (not in the paper)")
     critic_warmup: int = flag(50, "first steps, with L1 only (not in the paper)")
     reader_temperature: float = flag(0.0, "of B_L and E, which read and do not imagine (not in the paper)")
     frozen_parts: bool = flag(True, "B_L, E and pi_r from the start weights: departure 1")
@@ -137,7 +141,7 @@ def parse_verdict(critique):
 def future_text(observation, turns):
     """What M is to write when `observation` comes next and success takes `turns` turns (None: failure)."""
     end = "failure" if turns is None else f"success in {envs.count(turns, 'turn')}"
-    return f"Next: {first_sentence(observation)}\nEnd: {end}."
+    return f"Next: {' '.join(first_sentence(observation).split())}\nEnd: {end}."
 
 
 def first_sentence(text):
@@ -198,7 +202,9 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, prefixes=No
     context = model.config.max_position_embeddings - args.max_new_tokens
     dialogues = common.Dialogues(model, chat, [chat.dialogue(policy_messages(w, e["history"], args)) for w, e in zip(worlds, episodes)])
     prompts = [len(ids) for ids in dialogues.ids]
-    live = [i for i, e in enumerate(episodes) if not e["over"]]
+    for i, e in enumerate(episodes):  # a full context ends the episode; old turns are never dropped
+        e["truncated"] = not e["over"] and prompts[i] > context
+    live = [i for i, e in enumerate(episodes) if not e["over"] and not e["truncated"]]
     while live:
         replies = dialogues.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature, seeds=[
             common.row_seed(args.seed, *stream, i, len(episodes[i]["history"])) for i in live])
@@ -206,7 +212,7 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, prefixes=No
             take_turn(worlds[i], episodes[i], reply)
         live = [i for i in live if not episodes[i]["over"]]
         dialogues.extend(live, [episodes[i]["history"][-1] for i in live])
-        for i in live:  # a full context ends the episode; old turns are never dropped
+        for i in live:
             episodes[i]["truncated"] = len(dialogues.ids[i]) > context
         live = [i for i in live if not episodes[i]["truncated"]]
     for i, e in enumerate(episodes):
@@ -226,7 +232,8 @@ def transitions(episode):
     """(s, a, s', done) as text. `turns`: from here to success, None for failure; read by --ablation mc-backup and by the logs alone."""
     history, n = episode["history"], len(episode["history"]) // 2
     return [{"seed": episode["seed"], "history": history[:2 * t + 1], "reply": history[2 * t + 1], "result": history[2 * t + 2],
-             "done": t == n - 1, "won": episode["won"] and t == n - 1, "turns": n - t if episode["won"] else None} for t in range(n)]
+             "done": t == n - 1 and episode["over"], "won": episode["won"] and t == n - 1,
+             "turns": n - t if episode["won"] else None} for t in range(n)]
 
 
 def sampling_weights(buffer):
@@ -313,14 +320,16 @@ def refine(parts, histories, stream, replies=None):
         futures = parts("successor", [successor_messages(world, histories[i], a) for i, a in zip(live, actions)], key, args.k)
         futures = [futures[j * args.k:(j + 1) * args.k] for j in range(len(live))]  # d^(1..k) ~ M(. | s, a)
         if args.ablation == "blind-critic":  # futures of other states: a floor
-            random.Random(str(key)).shuffle(futures)
+            shift = random.Random(str(key)).randrange(1, max(2, len(futures)))
+            futures = futures[shift:] + futures[:shift]
         critiques = parts("evaluator", [evaluator_messages(world, histories[i], a, f) for i, a, f in zip(live, actions, futures)], key)
         for i, action, future, critique in zip(live, actions, futures, critiques):
             refined[i]["tries"].append({"action": action, "futures": future, "critique": " ".join(critique.split())})
         for i, reply in zip(live, parts("refiner", [refiner_messages(world, histories[i], refined[i]["tries"]) for i in live], key)):
-            refined[i]["kept"] = parse_action(reply).rstrip(".").lower() == "keep"
-            if not refined[i]["kept"]:
-                refined[i]["reply"] = reply.strip()
+            keep = parse_action(reply).rstrip(".").lower() == "keep"
+            refined[i]["kept"] = keep and parse_action(refined[i]["reply"]) != ""  # there is nothing to keep of an empty action
+            if not keep:
+                refined[i]["reply"] = ("Action: " if args.react else "") + parse_action(reply)
         live = [i for i in live if not refined[i]["kept"]]
     return refined
 
@@ -328,16 +337,17 @@ def refine(parts, histories, stream, replies=None):
 # --------------------------------------------------------------------------------------------------------------------- loss
 
 
-def likelihood_loss(model, chat, pairs, weight, micro_batch_size):
+def likelihood_loss(model, chat, pairs, weight, micro_batch_size, temperature=1.0):
     """Accumulates the gradient of weight * mean over all target tokens of -log p(target | prompt); returns the unweighted mean.
 
     L1 = KL(B_L M_theta_bar || M_theta) up to a constant, with a sampled target; L2 = -log pi_theta(a^r | s).
+    `temperature` is the sampling temperature: at any other one, learning from own samples would sharpen (or flatten) step by step.
     The mean spans all of `pairs` [(prompt ids, target ids)], so the gradient does not depend on the micro-batch.
     """
     total, mean = sum(len(target) for _, target in pairs), 0.0
     pairs = sorted(pairs, key=lambda pair: len(pair[0]))  # neighbours of one length need little padding
     for i in range(0, len(pairs), micro_batch_size):
-        logprobs, mask = common.target_logprobs(model, chat, *zip(*pairs[i:i + micro_batch_size]))  # [B, L]
+        logprobs, mask = common.target_logprobs(model, chat, *zip(*pairs[i:i + micro_batch_size]), temperature)  # [B, L]
         loss = -(logprobs * mask).sum() / total
         (weight * loss).backward()
         mean += loss.item()
@@ -475,7 +485,7 @@ def check_args(args):
     common.check(args.reader_temperature >= 0, f"--reader-temperature must be at least 0, not {args.reader_temperature}")
     common.check(args.critic_warmup >= 0, f"--critic-warmup must be at least 0, not {args.critic_warmup}")
     updates = args.episodes_per_step * args.updates_per_episode
-    common.check(updates >= 1 and updates == int(updates),
+    common.check(round(updates) >= 1 and abs(updates - round(updates)) < 1e-6,
                  f"--episodes-per-step x --updates-per-episode must be a whole number of gradient steps, not {updates:g}")
     try:
         return envs.make(args.env)
@@ -498,7 +508,7 @@ def main():
         args = dataclasses.replace(args, steps=4, critic_warmup=2, episodes_per_step=8, batch_size=16, actor_states=8, eval_episodes=20,
                                    eval_every=2, save_every=2, examples=800)
     world = check_args(args)
-    updates = int(args.episodes_per_step * args.updates_per_episode)  # gradient steps per step
+    updates = round(args.episodes_per_step * args.updates_per_episode)  # gradient steps per step
     run = None if args.eval_only else common.Run("nlac", args, args.out_dir or f"runs/nlac-{args.env}-s{args.seed}")
     model, chat = load(world, args)
     first = chat.prompt(policy_messages(world, [world.reset(seed=0)[0]], args))
@@ -508,14 +518,14 @@ def main():
     if args.eval_only:
         success, se, _ = evaluate(model, chat, args, "test", args.eval_episodes)
         return print(f"{args.env} test: success {success:.3f} (se {se:.3f}, n {args.eval_episodes})")
-    run.start({"parameters": common.count_parameters(model)})
+    run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
     print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; a step plays "
           f"{args.episodes_per_step} episodes and takes {updates} gradient steps of {args.batch_size} transitions, "
           f"with {args.actor_states} states refined")
 
     target = copy.deepcopy(model)  # theta_bar
-    start = copy.deepcopy(model) if args.frozen_parts or args.ablation == "frozen-critic" else None
-    parts, after = Parts(model, target, start, chat, world, args), None
+    start = copy.deepcopy(model)
+    parts, after, after_episode = Parts(model, target, start, chat, world, args), None, None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     buffer, totals, seconds, done = [], Counter(), Counter(), 0
     if state := run.resume():
@@ -523,7 +533,7 @@ def main():
         target.load_state_dict(state["target"])
         optimizer.load_state_dict(state["optimizer"])
         buffer, totals, seconds, done = state["buffer"], Counter(state["totals"]), Counter(state["seconds"]), state["step"]
-        before, before_episode = state["before"], state["before_episode"]
+        before, before_episode, after, after_episode = (state[key] for key in ("before", "before_episode", "after", "after_episode"))
     else:
         success, se, played = evaluate(model, chat, args, "test", args.eval_episodes)
         before, before_episode = {"success": success, "se": se}, with_thoughts(parts, played[0], ("before",))
@@ -531,7 +541,8 @@ def main():
 
     def checkpoint(step):
         run.save({"model": model.state_dict(), "target": target.state_dict(), "optimizer": optimizer.state_dict(), "buffer": buffer,
-                  "step": step, "totals": dict(totals), "seconds": dict(seconds), "before": before, "before_episode": before_episode})
+                  "step": step, "totals": dict(totals), "seconds": dict(seconds), "before": before, "before_episode": before_episode,
+                  "after": after, "after_episode": after_episode})
 
     bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, desc="nlac", dynamic_ncols=True)
     for step in bar:
@@ -543,7 +554,7 @@ def main():
         # 1. act
         seeds = range((step - 1) * args.episodes_per_step, step * args.episodes_per_step)
         seeds = [args.seed * 1_000_000_007 + i for i in seeds]
-        actor = start if start and step <= args.critic_warmup else model  # while only M learns, the start policy acts
+        actor = start if step <= args.critic_warmup else model  # while only M learns, the start policy acts
         episodes = rollout(actor, chat, args, "train", seeds, temperature=args.temperature, stream=("act", step))
         fresh = [t for e in episodes for t in transitions(e)]
         buffer = (buffer + fresh)[-args.buffer_size:]
@@ -575,12 +586,12 @@ def main():
         for u in range(updates):
             l1, l2, l3 = critic[u::updates], lessons[u::updates], anchor[u::updates]
             if l1:
-                losses["l1"] += likelihood_loss(model, chat, l1, 1.0, args.micro_batch_size) / updates
+                losses["l1"] += likelihood_loss(model, chat, l1, 1.0, args.micro_batch_size, args.temperature) / updates
             if l2:  # states without a lesson count in the mean: few lessons, a small step
                 weight = args.actor_weight * len(l2) * updates / args.actor_states
-                losses["l2"] += likelihood_loss(model, chat, l2, weight, args.micro_batch_size) / updates
+                losses["l2"] += likelihood_loss(model, chat, l2, weight, args.micro_batch_size, args.temperature) / updates
             if l3:
-                losses["anchor"] += likelihood_loss(model, chat, l3, args.anchor, args.micro_batch_size) / updates
+                losses["anchor"] += likelihood_loss(model, chat, l3, args.anchor, args.micro_batch_size, args.temperature) / updates
             if l1 or l2 or l3:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -609,7 +620,7 @@ def main():
             after, after_episode = {"success": success, "se": se}, with_thoughts(parts, played[0], ("after", step))
             metrics |= {"eval_success": success, "eval_se": se, "eval_episodes": n}
         clock.lap("watching")
-        metrics |= {f"parse_{part}": parts.parsed[part] / asked for part, asked in parts.asked.items()}
+        metrics |= {f"parse_{part}": parts.parsed[part] / asked for part, asked in parts.asked.items() if asked}
         totals["tokens"] += sum(parts.tokens.values()) + sum(e["tokens"] for e in episodes)
         totals["env_steps"] += len(fresh)
         totals["episodes"] += len(episodes)
@@ -627,8 +638,6 @@ def main():
         if run.stopping:
             sys.exit(run.stopping)
 
-    if after is None:  # resumed after its last step
-        return print(f"{run.dir} has its {args.steps} steps already")
     ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes) for name, player in
             (("random", envs.random_player), ("expert", envs.expert_player))}
     print(f"\nbefore\n{show(before_episode)}\n\nafter\n{show(after_episode)}\n")

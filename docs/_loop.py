@@ -58,7 +58,7 @@ class Learner:
     # what NLAC's relatives do as nlac.main does
 
     def updates(self):
-        return int(self.args.episodes_per_step * self.args.updates_per_episode)
+        return round(self.args.episodes_per_step * self.args.updates_per_episode)
 
     def successor_lessons(self, step, rng):
         """(prompt ids, target ids) of L1, and how many targets could not be read."""
@@ -83,10 +83,10 @@ class Learner:
         for u in range(updates):
             l1, l2 = critic[u::updates], actor[u::updates]
             if l1:
-                losses["l1"] += nlac.likelihood_loss(self.model, self.chat, l1, 1.0, args.micro_batch_size) / updates
+                losses["l1"] += nlac.likelihood_loss(self.model, self.chat, l1, 1.0, args.micro_batch_size, args.temperature) / updates
             if l2:  # states without a lesson count in the mean
                 weight = args.actor_weight * len(l2) * updates / args.actor_states
-                losses["l2"] += nlac.likelihood_loss(self.model, self.chat, l2, weight, args.micro_batch_size) / updates
+                losses["l2"] += nlac.likelihood_loss(self.model, self.chat, l2, weight, args.micro_batch_size, args.temperature) / updates
             if l1 or l2:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                 self.optimizer.step()

@@ -793,7 +793,7 @@ def test_every_parameter_moves_and_frozen_parts_do_not(main_here):
 
 
 def test_frozen_critic_and_ema_off(main_here):
-    parts = main_here(f"{SMALL} --out-dir b --steps 3 --ema 0 --ablation frozen-critic --frozen-parts False")
+    parts = main_here(f"{SMALL} --out-dir b --steps 3 --lr 0.1 --ema 0 --ablation frozen-critic --frozen-parts False")
     moved = [name for name, now in parts.theta.named_parameters() if not torch.equal(now, parts.first[name])]
     assert moved  # the policy still learns, from L2
     assert all(torch.equal(a, b) for a, b in zip(parts.theta.parameters(), parts.bar.parameters()))  # EMA 0: a copy
@@ -904,7 +904,7 @@ def refused(result, *words):
     ("--model ./nowhere", "config.json is missing"), ("--model nobody/nothing", "cannot be loaded"),
     ("--model {bad}/no-config", "config.json is missing"), ("--model {bad}/garbage", "cannot be loaded"),
     ("--model {bad}/torn", "cannot be loaded"), ("--model {bad}/no-tokenizer", "--model"), ("--model {bad}/no-template", "chat template"),
-    ("--model {bad}/short", "exceeds"), ("--model tiny:10x1", "multiple of 16"), ("--model tiny:16x0", "tiny"),
+    ("--model {bad}/short", "context"), ("--model tiny:10x1", "multiple of 16"), ("--model tiny:16x0", "tiny"),
     ("--env chess", "unknown world 'chess'"), ("--steps 0", "--steps"), ("--steps -3", "--steps"), ("--lr nan", "--lr"),
     ("--lr -1", "--lr"), ("--lr inf", "--lr"), ("--batch-size 10 --micro-batch-size 4", "multiple of --micro-batch-size"),
     ("--batch-size 0", "--batch-size"), ("--micro-batch-size 0", "--micro-batch-size"), ("--max-new-tokens 0", "--max-new-tokens"),
