@@ -21,12 +21,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-import jinja2  # comes with torch, tokenizers with transformers
 import numpy as np
-import tokenizers
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, PreTrainedTokenizerFast
 
@@ -106,6 +103,8 @@ class Chat:
     """
 
     def __init__(self, tokenizer, model=None, thinking=False):
+        from jinja2 import TemplateError  # transformers renders chat templates with it
+
         self.tokenizer, self.thinking, self.system_role = tokenizer, thinking, True
         check(tokenizer.chat_template, f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template")
         control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -113,11 +112,11 @@ class Chat:
         system, user, assistant = "zqsystem", "zquser", "zqassistant"  # in no template
         try:
             self.system_role = system in self._render([("system", system), ("user", user)])
-        except jinja2.TemplateError:  # how a template says that it knows no system role
+        except TemplateError:  # how a template says that it knows no system role
             self.system_role = False
         try:
             text = self._render([("user", "hello"), ("assistant", assistant), ("user", f"\t{user}\t")])
-        except jinja2.TemplateError as error:
+        except TemplateError as error:
             refuse(f"the chat template cannot render a dialogue of three messages: {error}")
         check(assistant in text and user in text, "the chat template drops messages from a dialogue")
         between, _, after = text.split(assistant)[-1].partition(user)
@@ -458,6 +457,8 @@ def _tiny_directory(name, corpus, constants, seed, device, cache_dir):
 
 def tiny_tokenizer(texts, constants=()):
     """Every constant line is one token, every other word of `texts` is one token, anything else falls to bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # transformers stands on it
+
     lines = [line for line in dict.fromkeys(constants) if line]
     split = re.compile("|".join(re.escape(line) for line in sorted([*lines, *CONTROL], key=len, reverse=True)))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -519,6 +520,7 @@ def fingerprint(model) -> str:
 
 
 def count_parameters(model) -> int:
+    """Of all parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -667,7 +669,8 @@ class Run:
 
 
 def versions() -> dict:
-    return {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, transformers, tokenizers, np)}
+    """Of Python and of the packages that decide what a run computes."""
+    return {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, transformers, np)}
 
 
 def git_commit() -> str | None:
@@ -681,6 +684,7 @@ def git_commit() -> str | None:
 
 
 def device_name(device) -> str:
+    """The device in words, for args.json and summary.json."""
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else str(device)
 
 

@@ -135,6 +135,7 @@ def random_player(env, info, rng):
 
 
 def expert_player(env, info, rng):
+    """What the world's expert does."""
     return env.expert()
 
 
@@ -789,11 +790,14 @@ def play(env, split, seed, lines):
 
 
 class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, exit status 2."""
+
     def error(self, message):
         self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
 def main(argv=None):
+    """The command line above."""
     parser = OneLineParser(description="Text worlds: list them, or play one.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command")
     player = commands.add_parser("play", help="play a world at the terminal", allow_abbrev=False)

@@ -56,11 +56,14 @@ import envs
 
 
 def flag(default, text, **options):
+    """A field of `Args`: its default, its help text, its choices."""
     return field(default=default, metadata={"help": text, **options})
 
 
 @dataclass
 class Args:
+    """The command line. "not in the paper" marks what the paper leaves open."""
+
     # shared by all scripts
     model: str = flag("tiny", "tiny, tiny:WIDTHxLAYERS, a local directory or a hub id")
     env: str = flag("repair", "a world of envs.py")
@@ -145,6 +148,7 @@ def future_text(observation, turns):
 
 
 def first_sentence(text):
+    """What a forecast repeats of an observation: not the turns left or the tally."""
     return re.split(r"(?<=[.?!])\s", text.strip(), maxsplit=1)[0]
 
 
@@ -155,6 +159,7 @@ def transcript(history):
 
 
 def policy_messages(world, history, args):
+    """The policy alone plays in a growing dialogue."""
     system = f"{world.system}\n{POLICY_REACT if args.react else POLICY}"
     return [{"role": "system", "content": system}] + [
         {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(history)]
@@ -166,18 +171,22 @@ def part_messages(part, world, history, *lines):
 
 
 def successor_messages(world, history, action):
+    """M(. | s, a)"""
     return part_messages(SUCCESSOR, world, history, f"> {action}")
 
 
 def backup_messages(world, history, action, result, forecast):
+    """B_L: s, a, the s' that was seen, and the forecast that starts there."""
     return part_messages(BACKUP, world, history, f"> {action}", result, f"Forecast: {forecast}")
 
 
 def evaluator_messages(world, history, action, futures):
+    """E(s, a, d^(1..k))"""
     return part_messages(EVALUATOR, world, history, f"> {action}", *(f"Future: {future}" for future in futures))
 
 
 def refiner_messages(world, history, tries):
+    """pi_r(. | s, a^1, Q_L(s, a^1), ...)"""
     return part_messages(REFINER, world, history, *(f"Try: {t['action']}. {t['critique']}" for t in tries))
 
 
@@ -221,6 +230,7 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, prefixes=No
 
 
 def take_turn(world, episode, reply):
+    """One step of the world, written down in `episode`."""
     observation, reward, terminated, truncated, info = world.step(parse_action(reply))
     episode["history"] += [reply, observation]
     episode["valid"].append(info["valid"])
@@ -503,6 +513,7 @@ def load(world, args):
 
 
 def main():
+    """Algorithm 1."""
     args = common.parse_args(Args)
     if args.quick:
         args = dataclasses.replace(args, steps=4, critic_warmup=2, episodes_per_step=8, batch_size=16, actor_states=8, eval_episodes=20,
@@ -655,6 +666,7 @@ def main():
 
 
 def mean(values):
+    """0.0 of nothing."""
     values = list(values)
     return sum(values) / len(values) if values else 0.0
 
