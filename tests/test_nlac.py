@@ -676,7 +676,8 @@ def same_run(one, other, steps=None):
         assert a == b and a, name
     if not steps:
         a, b = (json.loads((path / "summary.json").read_text()) for path in (one, other))
-        assert {**a, "seconds": 0, "peak_memory_bytes": 0} == {**b, "seconds": 0, "peak_memory_bytes": 0}
+        machine = {"seconds": 0, "peak_memory_bytes": 0, "git_commit": ""}  # somebody may commit while the tests run
+        assert a | machine == b | machine
         assert (one / "model" / "model.safetensors").read_bytes() == (other / "model" / "model.safetensors").read_bytes()
 
 
