@@ -585,7 +585,7 @@ class TwentyQuestions(World):
             self.possible = [thing for thing in self.possible if FACTS[thing][what] == value]
             reply = {"yes": "Yes.", "no": "No.", "unclear": "I can't tell."}[value]
             question = QUESTIONS[what]
-            return (reply if plain(text) == plain(question) else f"{question} {reply}"), True
+            return (reply if plain(text) == plain(question) else f"{reply} (You asked: {question})"), True
         if kind == "guess" and what in self.things:
             if what == self.hidden:
                 self.won, self.possible = True, [what]

@@ -386,8 +386,9 @@ def calibration(parts, batch, stream):
 
 
 def refinement_gain(parts, model, batch, refined, stream):
-    """Replays states whose action was changed and approved: success after a^1 and after a^r, the current policy going on."""
-    changed = [(t, r) for t, r in zip(batch, refined) if r["kept"] and parse_action(r["reply"]) != r["tries"][0]["action"]]
+    """Replays states that teach a changed action: success after a^1 and after a^r, the current policy going on."""
+    changed = [(t, r) for t, r in zip(batch, refined)
+               if (r["kept"] or parts.args.distil == "all") and parse_action(r["reply"]) != r["tries"][0]["action"]]
     if not changed:
         return {"gain_states": 0}
     won = [[float(e["won"]) for e in rollout(
@@ -532,7 +533,7 @@ def main():
     run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
     print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; a step plays "
           f"{args.episodes_per_step} episodes and takes {updates} gradient steps of {args.batch_size} transitions, "
-          f"with {args.actor_states} states refined")
+          f"with {args.actor_states} states refined; the policy learns from step {args.critic_warmup + 1}")
 
     target = copy.deepcopy(model)  # theta_bar
     start = copy.deepcopy(model)

@@ -39,8 +39,8 @@ class Learner:
     def __init__(self, model, chat, world, args):
         self.model, self.chat, self.world, self.args = model, chat, world, args
         self.target = copy.deepcopy(model)  # theta_bar
-        start = copy.deepcopy(model) if args.frozen_parts else None
-        self.parts = self.Parts(model, self.target, start, chat, world, args)
+        self.start = copy.deepcopy(model)
+        self.parts = self.Parts(model, self.target, self.start, chat, world, args)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.buffer, self.extra = [], Counter()  # extra: env_steps, simulation_steps, tokens, gradient_steps
 
@@ -49,7 +49,8 @@ class Learner:
         """Refuses what is impossible for this rival, before anything is loaded."""
 
     def act(self, step, seeds):
-        return nlac.rollout(self.model, self.chat, self.args, "train", seeds, temperature=self.args.temperature, stream=("act", step))
+        actor = self.start if step <= self.args.critic_warmup else self.model
+        return nlac.rollout(actor, self.chat, self.args, "train", seeds, temperature=self.args.temperature, stream=("act", step))
 
     def learn(self, step, episodes, rng, clock):
         """Learns from the episodes just played, and from `self.buffer`, which holds their transitions by now. Returns metrics."""
@@ -75,19 +76,28 @@ class Learner:
         return [self.policy_lesson(t["history"], r["reply"]) for t, r in zip(states, refined)
                 if r["kept"] or self.args.distil == "all" and nlac.parse_action(r["reply"])]
 
-    def update(self, step, critic, actor):
-        """L1 + weight * L2, then the EMA: the update of nlac.main. Returns the two losses."""
+    def anchor_lessons(self, episodes, rng):
+        """Some of the actions just played, to hold the policy where it has no lesson while M learns in the same weights."""
+        fresh = [t for e in episodes for t in nlac.transitions(e)]
+        played = rng.sample(fresh, min(self.args.batch_size // 4 * self.updates(), len(fresh))) if self.args.anchor else []
+        return [self.policy_lesson(t["history"], t["reply"]) for t in played]
+
+    def update(self, step, critic, actor, anchor=()):
+        """L1 + weight * L2 + the anchor, then the EMA: the update of nlac.main. Returns the losses."""
         args, losses, updates = self.args, Counter(l1=0.0, l2=0.0), self.updates()
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * min(1, step / 10)
         for u in range(updates):
-            l1, l2 = critic[u::updates], actor[u::updates]
+            l1, l2, l3 = critic[u::updates], actor[u::updates], anchor[u::updates]
             if l1:
                 losses["l1"] += nlac.likelihood_loss(self.model, self.chat, l1, 1.0, args.micro_batch_size, args.temperature) / updates
             if l2:  # states without a lesson count in the mean
                 weight = args.actor_weight * len(l2) * updates / args.actor_states
                 losses["l2"] += nlac.likelihood_loss(self.model, self.chat, l2, weight, args.micro_batch_size, args.temperature) / updates
-            if l1 or l2:
+            if l3:
+                losses["anchor"] += nlac.likelihood_loss(self.model, self.chat, l3, args.anchor, args.micro_batch_size,
+                                                         args.temperature) / updates
+            if l1 or l2 or l3:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                 self.optimizer.step()
                 self.optimizer.zero_grad()

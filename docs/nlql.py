@@ -3,6 +3,7 @@
  1. Act, and train the successor model M by L1, exactly as nlac.py does.
  2. For sampled states the policy proposes 4 actions; M writes k futures of each, the evaluator a critique of each.
  3. L2: the policy learns to write the action with the best verdict (the first of the best). Where all verdicts tie there is no lesson.
+    The anchor and the start policy's acting while only M learns are nlac.py's, too.
 
 --m only shapes the base model, which is nlac.py's; --distil is without effect. It cannot be resumed.
 
@@ -54,7 +55,7 @@ class NLQL(_loop.Learner):
                        "verdicts": {name: verdicts.count(i) for i, name in enumerate(nlac.VERDICTS)},
                        "sentiment": nlac.mean((v or 0) / 4 for v in verdicts)}
         clock.lap("refinement")
-        metrics |= self.update(step, critic, actor) | {"targets_dropped": dropped}
+        metrics |= self.update(step, critic, actor, self.anchor_lessons(episodes, rng)) | {"targets_dropped": dropped}
         clock.lap("update")
         fresh = self.buffer[-sum(len(e["valid"]) for e in episodes):]
         return metrics | nlac.calibration(parts, rng.sample(fresh, min(32, len(fresh))), ("calibration", step))

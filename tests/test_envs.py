@@ -228,7 +228,7 @@ def test_a_dialogue_word_for_word():
     assert env.observation == f"I am thinking of one of {n} things. {n} things are still possible. 20 turns left."
     animals = sum(row["animal"] == "yes" for row in FACTS.values())
     assert say("Is it an animal?") == f"Yes. {animals} things are still possible. 19 turns left."
-    assert say("Is this a beast") == f"Is it an animal? Yes. {animals} things are still possible. 18 turns left."
+    assert say("Is this a beast") == f"Yes. (You asked: Is it an animal?) {animals} things are still possible. 18 turns left."
     assert say("is it a Common pet") == "No. 19 things are still possible. 17 turns left."
     assert say("Can it fly?") == "I can't tell. 1 thing is still possible. 16 turns left."
     assert say("duck") == "No, it is not a duck. 1 thing is still possible. 15 turns left."
