@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,6 +41,11 @@ def check(condition, message):
     """`refuse(message)` unless `condition` holds."""
     if not condition:
         refuse(message)
+
+
+def flag(default, text, **options):
+    """A field of `Args`: its default, its help text, its choices."""
+    return dataclasses.field(default=default, metadata={"help": text, **options})
 
 
 class _Parser(HfArgumentParser):
@@ -701,3 +707,22 @@ def mean_se(values) -> tuple[float, float]:
     values = np.asarray(list(values), dtype=float)
     n = len(values)
     return float(values.mean()) if n else math.nan, float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+
+
+def mean(values):
+    """0.0 of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+class Clock:
+    """Wall time by phase, in seconds: of this step in `laps`, of the run in `totals`."""
+
+    def __init__(self, totals):
+        self.totals, self.laps, self.last = totals, {}, time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.laps[name] = now - self.last
+        self.totals[name] += now - self.last
+        self.last = now

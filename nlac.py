@@ -44,9 +44,8 @@ import dataclasses
 import random
 import re
 import sys
-import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -55,52 +54,47 @@ import common
 import envs
 
 
-def flag(default, text, **options):
-    """A field of `Args`: its default, its help text, its choices."""
-    return field(default=default, metadata={"help": text, **options})
-
-
 @dataclass
 class Args:
     """The command line. "not in the paper" marks what the paper leaves open."""
 
     # shared by all scripts
-    model: str = flag("tiny", "tiny, tiny:WIDTHxLAYERS, a local directory or a hub id")
-    env: str = flag("repair", "a world of envs.py")
-    seed: int = flag(0, "of everything sampled; the tiny model is built with seed 0")
-    steps: int = flag(150, "steps of the loop above (not in the paper: it counts 30,720 gradient steps)")
-    lr: float = flag(1e-3, "AdamW, constant after 10 steps (not in the paper; a pretrained model wants about 1e-6)")
-    batch_size: int = flag(64, "transitions per gradient step (not in the paper)")
-    micro_batch_size: int = flag(16, "sequences per backward pass; changes memory and speed, not the gradient")
-    max_new_tokens: int = flag(40, "of one reply of any part")
-    temperature: float = flag(0.7, "of policy, successor and refiner while training, and of their likelihoods (not in the paper)")
-    eval_temperature: float = flag(0.7, "of the policy in evaluation (not in the paper)")
-    eval_episodes: int = flag(500, "test episodes of the first and the last evaluation; a fifth of them in between")
-    eval_every: int = flag(25, "steps between evaluations")
-    eval_only: bool = flag(False, "evaluate --model and stop; writes nothing")
-    save_every: int = flag(25, "steps between checkpoints")
-    out_dir: str = flag("", "default: runs/nlac-ENV-sSEED")
-    resume: bool = flag(False, "continue the run in --out-dir")
-    device: str = flag("cpu", "cpu, cuda, cuda:1, mps")
-    dtype: str = flag("auto", "auto (float32 weights; bfloat16 compute on a GPU), float32, bfloat16")
-    quick: bool = flag(False, "a small run through every line, to see that it works; overrides the sizes")
+    model: str = common.flag("tiny", "tiny, tiny:WIDTHxLAYERS, a local directory or a hub id")
+    env: str = common.flag("repair", "a world of envs.py")
+    seed: int = common.flag(0, "of everything sampled; the tiny model is built with seed 0")
+    steps: int = common.flag(150, "steps of the loop above (not in the paper: it counts 30,720 gradient steps)")
+    lr: float = common.flag(1e-3, "AdamW, constant after 10 steps (not in the paper; a pretrained model wants about 1e-6)")
+    batch_size: int = common.flag(64, "transitions per gradient step (not in the paper)")
+    micro_batch_size: int = common.flag(16, "sequences per backward pass; changes memory and speed, not the gradient")
+    max_new_tokens: int = common.flag(40, "of one reply of any part")
+    temperature: float = common.flag(0.7, "of policy, successor and refiner while training, and of their likelihoods (not in the paper)")
+    eval_temperature: float = common.flag(0.7, "of the policy in evaluation (not in the paper)")
+    eval_episodes: int = common.flag(500, "test episodes of the first and the last evaluation; a fifth of them in between")
+    eval_every: int = common.flag(25, "steps between evaluations")
+    eval_only: bool = common.flag(False, "evaluate --model and stop; writes nothing")
+    save_every: int = common.flag(25, "steps between checkpoints")
+    out_dir: str = common.flag("", "default: runs/nlac-ENV-sSEED")
+    resume: bool = common.flag(False, "continue the run in --out-dir")
+    device: str = common.flag("cpu", "cpu, cuda, cuda:1, mps")
+    dtype: str = common.flag("auto", "auto (float32 weights; bfloat16 compute on a GPU), float32, bfloat16")
+    quick: bool = common.flag(False, "a small run through every line, to see that it works; overrides the sizes")
     # NLAC
-    k: int = flag(4, "futures per critique (paper: 1)")
-    m: int = flag(2, "rounds of refinement (paper: 1)")
-    ema: float = flag(0.95, "share of the old weights kept in theta_bar per gradient step; 0 switches EMA off (not in the paper)")
-    buffer_size: int = flag(20_000, "transitions in the replay buffer (not in the paper)")
-    episodes_per_step: int = flag(64, "episodes collected per step (not in the paper)")
-    updates_per_episode: float = flag(0.125, "gradient steps per collected episode (not in the paper)")
-    actor_states: int = flag(64, "states refined per step (not in the paper)")
-    actor_weight: float = flag(1.0, "of L2; L1 has weight 1 (not in the paper)")
-    anchor: float = flag(0.3, "weight of imitating the actions just played: departure 3; 0 switches it off (not in the paper)")
-    critic_warmup: int = flag(50, "first steps, with L1 only (not in the paper)")
-    reader_temperature: float = flag(0.0, "of B_L and E, which read and do not imagine (not in the paper)")
-    frozen_parts: bool = flag(True, "B_L, E and pi_r from the start weights: departure 1")
-    distil: str = flag("kept", "kept: approved actions only, departure 2; all: the paper's", choices=["kept", "all"])
-    react: bool = flag(False, "thought before action (paper: yes): departure 6")
-    ablation: str = flag("none", "one line each, below", choices=["none", "mc-backup", "blind-critic", "frozen-critic"])
-    examples: int = flag(4000, "rounds of warm-up examples that make a tiny model")
+    k: int = common.flag(4, "futures per critique (paper: 1)")
+    m: int = common.flag(2, "rounds of refinement (paper: 1)")
+    ema: float = common.flag(0.95, "share of the old weights kept in theta_bar per gradient step; 0 switches EMA off (not in the paper)")
+    buffer_size: int = common.flag(20_000, "transitions in the replay buffer (not in the paper)")
+    episodes_per_step: int = common.flag(64, "episodes collected per step (not in the paper)")
+    updates_per_episode: float = common.flag(0.125, "gradient steps per collected episode (not in the paper)")
+    actor_states: int = common.flag(64, "states refined per step (not in the paper)")
+    actor_weight: float = common.flag(1.0, "of L2; L1 has weight 1 (not in the paper)")
+    anchor: float = common.flag(0.3, "weight of imitating the actions just played: departure 3; 0 switches it off (not in the paper)")
+    critic_warmup: int = common.flag(50, "first steps, with L1 only (not in the paper)")
+    reader_temperature: float = common.flag(0.0, "of B_L and E, which read and do not imagine (not in the paper)")
+    frozen_parts: bool = common.flag(True, "B_L, E and pi_r from the start weights: departure 1")
+    distil: str = common.flag("kept", "kept: approved actions only, departure 2; all: the paper's", choices=["kept", "all"])
+    react: bool = common.flag(False, "thought before action (paper: yes): departure 6")
+    ablation: str = common.flag("none", "one line each, below", choices=["none", "mc-backup", "blind-critic", "frozen-critic"])
+    examples: int = common.flag(4000, "rounds of warm-up examples that make a tiny model")
 
 
 # ------------------------------------------------------------------------------------------------------ prompts and parsers
@@ -558,7 +552,7 @@ def main():
 
     bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, desc="nlac", dynamic_ncols=True)
     for step in bar:
-        clock = Clock(seconds)
+        clock = common.Clock(seconds)
         rng = random.Random(f"{args.seed} {step}")
         for counter in (parts.tokens, parts.asked, parts.parsed):
             counter.clear()
@@ -611,18 +605,18 @@ def main():
             common.ema_update(target, model, args.ema)
         clock.lap("update")
 
-        metrics = {"step": step, "success": mean(e["won"] for e in episodes), "return": mean(e["reward"] for e in episodes),
+        metrics = {"step": step, "success": common.mean(e["won"] for e in episodes), "return": common.mean(e["reward"] for e in episodes),
                    "l1": losses["l1"], "l2": losses["l2"], "anchor": losses["anchor"], "lessons": len(lessons),
                    "entropy": -sum(e["logprob"] for e in episodes) / max(1, sum(e["tokens"] for e in episodes)),
-                   "turns": mean(len(e["valid"]) for e in episodes), "valid": mean(v for e in episodes for v in e["valid"]),
+                   "turns": common.mean(len(e["valid"]) for e in episodes), "valid": common.mean(v for e in episodes for v in e["valid"]),
                    "truncated": sum(e["truncated"] for e in episodes), "targets_dropped": targets.count(None)}
         metrics |= calibration(parts, rng.sample(fresh, min(32, len(fresh))), ("calibration", step))
         if refined:
             verdicts = [parse_verdict(t["critique"]) for r in refined for t in r["tries"]]
-            metrics |= {"kept": mean(r["kept"] for r in refined),
-                        "changed": mean(parse_action(r["reply"]) != r["tries"][0]["action"] for r in refined),
+            metrics |= {"kept": common.mean(r["kept"] for r in refined),
+                        "changed": common.mean(parse_action(r["reply"]) != r["tries"][0]["action"] for r in refined),
                         "verdicts": {name: verdicts.count(i) for i, name in enumerate(VERDICTS)},
-                        "sentiment": mean((v or 0) / 4 for v in verdicts)}
+                        "sentiment": common.mean((v or 0) / 4 for v in verdicts)}
         evaluating = step % args.eval_every == 0 or step == args.steps
         if evaluating:
             if refined:
@@ -664,25 +658,6 @@ def main():
     for name, (value, se) in {"before": before.values(), "after": after.values(), **ends}.items():
         print(f"{name:10}{value:9.3f}{se:8.3f}")
     print(f"whole episodes: {run.dir / 'rollouts.jsonl'}")
-
-
-def mean(values):
-    """0.0 of nothing."""
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
-
-
-class Clock:
-    """Wall time by phase, in seconds: of this step in `laps`, of the run in `totals`."""
-
-    def __init__(self, totals):
-        self.totals, self.laps, self.last = totals, {}, time.perf_counter()
-
-    def lap(self, name):
-        now = time.perf_counter()
-        self.laps[name] = now - self.last
-        self.totals[name] += now - self.last
-        self.last = now
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ QUICK = dict(steps=4, critic_warmup=1, episodes_per_step=8, updates_per_episode=
 
 @dataclass
 class Args(nlac.Args):
-    match: str = nlac.flag("", "directory of a finished run: stop after as many environment steps as it took, whatever --steps says")
+    match: str = common.flag("", "directory of a finished run: stop after as many environment steps as it took, whatever --steps says")
 
 
 class Learner:
@@ -146,10 +146,10 @@ class PlayedParts(nlac.Parts):
 
 def refinement_metrics(refined):
     verdicts = [nlac.parse_verdict(t["critique"]) for r in refined for t in r["tries"]]
-    return {"kept": nlac.mean(r["kept"] for r in refined),
-            "changed": nlac.mean(nlac.parse_action(r["reply"]) != r["tries"][0]["action"] for r in refined),
+    return {"kept": common.mean(r["kept"] for r in refined),
+            "changed": common.mean(nlac.parse_action(r["reply"]) != r["tries"][0]["action"] for r in refined),
             "verdicts": {name: verdicts.count(i) for i, name in enumerate(nlac.VERDICTS)},
-            "sentiment": nlac.mean((v or 0) / 4 for v in verdicts)}
+            "sentiment": common.mean((v or 0) / 4 for v in verdicts)}
 
 
 def steps_of(directory):
@@ -189,7 +189,7 @@ def main(method, arguments, make_learner, quick=None):
     bar = tqdm(total=limit or args.steps, desc=method, unit=" environment steps" if limit else " steps", dynamic_ncols=True)
     while not last:
         step += 1
-        clock = nlac.Clock(seconds)
+        clock = common.Clock(seconds)
         for counter in (learner.parts.tokens, learner.parts.asked, learner.parts.parsed):
             counter.clear()
         seeds = range((step - 1) * args.episodes_per_step, step * args.episodes_per_step)
@@ -198,9 +198,9 @@ def main(method, arguments, make_learner, quick=None):
         learner.buffer = (learner.buffer + fresh)[-args.buffer_size:]
         clock.lap("rollout")
 
-        metrics = {"step": step, "success": nlac.mean(e["won"] for e in episodes), "return": nlac.mean(e["reward"] for e in episodes),
+        metrics = {"step": step, "success": common.mean(e["won"] for e in episodes), "return": common.mean(e["reward"] for e in episodes),
                    "entropy": -sum(e["logprob"] for e in episodes) / max(1, sum(e["tokens"] for e in episodes)),
-                   "turns": nlac.mean(len(e["valid"]) for e in episodes), "valid": nlac.mean(v for e in episodes for v in e["valid"]),
+                   "turns": common.mean(len(e["valid"]) for e in episodes), "valid": common.mean(v for e in episodes for v in e["valid"]),
                    "truncated": sum(e["truncated"] for e in episodes)}
         metrics |= learner.learn(step, episodes, random.Random(f"{args.seed} {step}"), clock)
         spent = Counter(episodes=len(episodes), env_steps=len(fresh), tokens=sum(e["tokens"] for e in episodes))

@@ -29,9 +29,9 @@ import nlac
 
 @dataclass
 class Args(_loop.Args):
-    critic_warmup: int = nlac.flag(0, "first steps, without learning (there is no critic to wait for)")
-    verdicts: str = nlac.flag("rule", "who critiques: a rule over the outcomes, or the model as in nlac", choices=["rule", "model"])
-    refiner: str = nlac.flag("model", "who refines: the model as in nlac, or a rule", choices=["model", "rule"])
+    critic_warmup: int = common.flag(0, "first steps, without learning (there is no critic to wait for)")
+    verdicts: str = common.flag("rule", "who critiques: a rule over the outcomes, or the model as in nlac", choices=["rule", "model"])
+    refiner: str = common.flag("model", "who refines: the model as in nlac, or a rule", choices=["model", "rule"])
 
 
 def restored(env, t, rng):

@@ -21,7 +21,7 @@ import nlac
 
 @dataclass
 class Args(_loop.Args):
-    candidates: int = nlac.flag(4, "actions per state (paper: 4)")
+    candidates: int = common.flag(4, "actions per state (paper: 4)")
 
 
 def best(verdicts):
@@ -51,9 +51,9 @@ class NLQL(_loop.Learner):
             chosen = [best(verdicts[i * n:(i + 1) * n]) for i in range(len(states))]
             actor = [self.policy_lesson(t["history"], replies[i * n + c]) for i, (t, c) in enumerate(zip(states, chosen))
                      if c is not None and rows[i * n + c][1]]
-            metrics = {"ties": chosen.count(None) / len(states), "changed": nlac.mean(bool(c) for c in chosen),
+            metrics = {"ties": chosen.count(None) / len(states), "changed": common.mean(bool(c) for c in chosen),
                        "verdicts": {name: verdicts.count(i) for i, name in enumerate(nlac.VERDICTS)},
-                       "sentiment": nlac.mean((v or 0) / 4 for v in verdicts)}
+                       "sentiment": common.mean((v or 0) / 4 for v in verdicts)}
         clock.lap("refinement")
         metrics |= self.update(step, critic, actor, self.anchor_lessons(episodes, rng)) | {"targets_dropped": dropped}
         clock.lap("update")

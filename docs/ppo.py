@@ -25,14 +25,14 @@ import nlac
 
 @dataclass
 class Args(_loop.Args):
-    lr: float = nlac.flag(3e-4, "AdamW, constant after 10 steps; see docs/experiments.sh for the search")
-    batch_size: int = nlac.flag(32, "episodes per gradient step; divides --episodes-per-step")
-    epochs: int = nlac.flag(4, "passes over the episodes of a step")
-    clip: float = nlac.flag(0.2, "of the ratio")
-    gamma: float = nlac.flag(0.95, "discount per turn")
-    gae_lambda: float = nlac.flag(0.95, "per turn")
-    value_coef: float = nlac.flag(0.5, "weight of the value loss")
-    entropy_coef: float = nlac.flag(0.01, "weight of the entropy bonus")
+    lr: float = common.flag(3e-4, "AdamW, constant after 10 steps; see docs/experiments.sh for the search")
+    batch_size: int = common.flag(32, "episodes per gradient step; divides --episodes-per-step")
+    epochs: int = common.flag(4, "passes over the episodes of a step")
+    clip: float = common.flag(0.2, "of the ratio")
+    gamma: float = common.flag(0.95, "discount per turn")
+    gae_lambda: float = common.flag(0.95, "per turn")
+    value_coef: float = common.flag(0.5, "weight of the value loss")
+    entropy_coef: float = common.flag(0.01, "weight of the entropy bonus")
 
 
 # ------------------------------------------------------------------------------------------------------ advantages and loss
@@ -156,7 +156,7 @@ class PPO(_loop.Learner):
                 self.optimizer.zero_grad()
         self.extra["gradient_steps"] += updates
         clock.lap("update")
-        return losses | {"value_first": nlac.mean(v[0] for v in values), "value_last": nlac.mean(v[-1] for v in values),
+        return losses | {"value_first": common.mean(v[0] for v in values), "value_last": common.mean(v[-1] for v in values),
                          "logprob_gap": played / sum(map(len, old))}
 
 

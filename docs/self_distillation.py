@@ -20,13 +20,14 @@ from dataclasses import dataclass
 
 import _loop
 
+import common
 import nlac
 
 
 @dataclass
 class Args(_loop.Args):
-    critic_warmup: int = nlac.flag(0, "first steps, without learning (there is no critic to wait for)")
-    k: int = nlac.flag(4, "rollouts per critique (paper: 4)")
+    critic_warmup: int = common.flag(0, "first steps, without learning (there is no critic to wait for)")
+    k: int = common.flag(4, "rollouts per critique (paper: 4)")
 
 
 class Parts(_loop.PlayedParts):
