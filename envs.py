@@ -775,6 +775,7 @@ MANY = "countertop cabinet drawer shelf sidetable".split()  # a room may have se
 CLOSED = "cabinet drawer fridge microwave safe".split()  # must be opened first
 HOLLOW = [*CLOSED, "sinkbasin", "garbagecan", "bathtub"]  # things are in these, and on all others
 LAMP = "desklamp 1"
+TASKS = ("place", "clean", "heat", "cool", "light", "two")
 # verb: where, what it makes of a thing, for which kinds
 TREATMENTS = {"clean": ("sinkbasin", "clean", "food dish tool wash"), "heat": ("microwave", "hot", "food dish"),
               "cool": ("fridge", "cool", "food dish")}  # fmt: skip
@@ -787,7 +788,7 @@ def word(name):
 
 def numbered(words):
     """numbered(["mug", "cup", "mug"]) -> ["cup 1", "mug 1", "mug 2"]."""
-    return [f"{word} {i + 1}" for word in sorted(set(words)) for i in range(words.count(word))]
+    return [f"{name} {i + 1}" for name in sorted(set(words)) for i in range(words.count(name))]
 
 
 def with_article(name):
@@ -814,9 +815,9 @@ def share(text, parts):
 def household_episodes(rooms, receptacles, copies, tasks):
     """{(split, task): [(room, layout, object, target), ...]}: what an episode can be about, each at most once, in one split.
 
-    A layout is a room with its receptacles; each room has a pool of up to 48, fixed by its name and the sizes, and every fourth of it
-    is kept for ood. So is a fourth of the pairings of an object with a target: ood has the layouts *and* pairings that were kept, train
-    and test have the others, and what mixes the two is not played. Train and test share layouts and pairings, but no combination.
+    A layout is a room with its receptacles; each room has a pool of up to 96, fixed by its name and the sizes, and every fourth of it
+    is kept for ood. So is a quarter of the pairings of an object with a target: ood has the layouts *and* pairings that were kept,
+    train and test have the others, and what mixes the two is not played. Train and test share layouts and pairings, but no combination.
     """
     episodes = {(split, task): [] for split in Household.splits for task in tasks}
     for room in rooms:
@@ -824,58 +825,66 @@ def household_episodes(rooms, receptacles, copies, tasks):
         for place in ROOMS[room]:
             supply += [place] * (copies if place in MANY else 1)
         for _ in range(400):
-            size = min(rng.randint(*receptacles), len(supply))
-            layouts[tuple(numbered(rng.sample(supply, size)))] = None
-        for i, layout in enumerate(list(layouts)[:48]):
+            layouts[tuple(numbered(rng.sample(supply, min(rng.randint(*receptacles), len(supply)))))] = None
+        targets = [*ROOMS[room], "desklamp"]
+        pairings = [pair for pair in itertools.product(KIND, targets) if pair[1] == "desklamp" or belongs(*pair, room)]
+        kept = {pair for pair in pairings if share(" ".join(pair), 4) == 0}
+        for i, layout in enumerate(list(layouts)[:96]):
             present = {word(place) for place in layout}
-            things = [thing for thing in KIND if any(KIND[thing] in kinds.split() for kinds in ROOMS[room].values())]
-            for task, thing, target in itertools.product(tasks, things, ["desklamp", *sorted(present)]):
-                appliance, _, kinds = TREATMENTS.get(task, (None, None, KIND[thing]))
-                starts = {place for place in present - {target} if belongs(thing, place, room)}
-                if thing == "desklamp" or not starts or KIND[thing] not in kinds.split():
+            lit = any(belongs("desklamp", place, room) for place in present)
+            for thing, target in pairings:
+                if ((thing, target) in kept) != (i % 4 == 0) or thing == "desklamp":
                     continue
-                if (task == "light") != (target == "desklamp") or appliance and appliance not in present - {target}:
+                if target not in present and not (target == "desklamp" and lit):
                     continue
-                if not any(belongs(target, place, room) for place in present) if task == "light" else not belongs(thing, target, room):
+                if not any(belongs(thing, place, room) for place in present - {target}):  # it starts elsewhere
                     continue
-                new_pairing = share(f"{thing} {target}", 4) == 0
-                if new_pairing == (i % 4 == 0):
-                    split = "ood" if new_pairing else "test" if share(f"{task} {thing} {target} {room} {layout}", 5) == 0 else "train"
-                    episodes[split, task].append((room, layout, thing, target))
+                for task in dict.fromkeys(tasks):
+                    appliance, _, kinds = TREATMENTS.get(task, (None, None, KIND[thing]))
+                    if (task == "light") != (target == "desklamp") or KIND[thing] not in kinds.split():
+                        continue
+                    if appliance is None or appliance in present - {target}:
+                        held_out = share(f"{task} {thing} {target} {room} {layout}", 5) == 0
+                        split = "ood" if i % 4 == 0 else "test" if held_out else "train"
+                        episodes[split, task].append((room, layout, thing, target))
     return episodes
 
 
 class Household(World):
-    """One of six chores in a room, with ALFWorld's verbs: find a thing, perhaps clean, heat or cool it, and bring it to its place.
+    """A chore in a room, with ALFWorld's verbs: find a thing, perhaps clean, heat or cool it, and bring it to its place or to a lamp.
 
-    Where things are is hidden until a place is seen inside. `train`, `test` and `ood` see `household_episodes`. This is the small
-    world; `HouseholdFull` has all rooms. What makes the size stands here, or is given to the constructor.
+    Where things are is hidden until a place has been seen inside. `test` plays chores that `train` lacks in the same rooms; `ood` has
+    sets of receptacles and pairings of object and target that neither has (see `household_episodes`), all in words that train covers.
+    This is the small world; `HouseholdFull` is the full one. What makes the size stands here and can be given to the constructor.
     """
 
     name = "household"
     splits = ("train", "test", "ood")
     max_turns = 15
     rooms = ("kitchen", "bedroom")
-    receptacles = (4, 4)  # fewest, most
+    receptacles = (3, 4)  # fewest, most
     copies = 1  # most of a name, where a room may have several
     objects = (2, 3)  # fewest, most; a lamp comes on top where there is a place for it
-    tasks = ("place", "clean", "heat", "cool", "light", "two")
+    tasks = TASKS[:5]  # drawn evenly; one listed twice comes twice as often
+    offered = ("go", "open", "take", "put", "clean", "heat", "cool", "use")  # verbs in `admissible`; all are understood
     task = "Do a household chore."
     system = (
-        "You are in a room and have one task. Each turn, reply with one action and nothing else. O is an object and R a receptacle,"
-        " both with their number, such as mug 1 and cabinet 2. The actions:\n"
+        "You are in a room of a house and have one task. Each turn, reply with one action and nothing else. The actions, with O an"
+        " object such as mug 1 and R a receptacle such as cabinet 2:\n"
         "go to R, open R, close R, take O from R, put O in/on R, clean O with R, heat O with R, cool O with R, use desklamp 1,"
         " examine R, examine O, look, inventory.\n"
-        "You reach only what is where you are, and carry one object at a time. Hold an object to clean it with a sinkbasin, to heat it"
-        " with a microwave, to cool it with a fridge, or to examine it with the desklamp: hold it where the lamp is and use the lamp."
+        "You reach only what is where you are, you carry one object at a time, and what is closed must be opened. To clean, heat or cool"
+        " an object, hold it at a sinkbasin, a microwave or a fridge; to examine it with the desklamp, hold it where the lamp is and use"
+        " the lamp."
     )
 
-    def __init__(self, rooms=None, receptacles=None, copies=None, objects=None, tasks=None, max_turns=None):
-        given = {"rooms": rooms, "receptacles": receptacles, "copies": copies, "objects": objects, "tasks": tasks, "max_turns": max_turns}
+    def __init__(self, rooms=None, receptacles=None, copies=None, objects=None, tasks=None, offered=None, max_turns=None):
+        given = {"rooms": rooms, "receptacles": receptacles, "copies": copies, "objects": objects, "tasks": tasks,
+                 "offered": offered, "max_turns": max_turns}  # fmt: skip
         for name, value in given.items():
             if value is not None:
                 setattr(self, name, tuple(value) if isinstance(value, (list, tuple)) else value)
-        for what, chosen, known in ("room", self.rooms, ROOMS), ("task", self.tasks, Household.tasks):
+        for what, chosen, known in ("room", self.rooms, ROOMS), ("task", self.tasks, TASKS):
             unknown = [name for name in chosen if name not in known]
             if unknown or not chosen:
                 raise ValueError(f"no such {what} in the household: {unknown[0]!r}" if unknown else f"household needs a {what}")
@@ -965,7 +974,10 @@ class Household(World):
         return actions
 
     def admissible(self):
-        return sorted(self.possible())
+        """What can be done now, in alphabetical order; going nowhere is left out."""
+        offered = {action: meaning for action, meaning in self.possible().items() if meaning[0] in self.offered}
+        offered.pop(f"go to {self.here}", None)
+        return sorted(offered)
 
     def act(self, text):
         words = [w for w in text.lower().strip("> \t\r\n.").split() if w not in ("a", "an", "the")]
@@ -985,13 +997,13 @@ class Household(World):
         if place and place not in self.closed and place not in self.seen:
             self.seen.append(place)
         if self.goal == "light":
-            self.won = verb == "use" and word(self.held() or "no 1") == self.wanted
+            self.won = verb == "use" and word(self.held() or "no thing") == self.wanted
         else:
             self.won = sum(self.finished(thing) for thing in self.at) == (2 if self.goal == "two" else 1)
         return self.reply(verb, thing, place), True
 
     def reply(self, verb, thing, place):
-        """One sentence."""
+        """What is said to an action that was done, in one sentence."""
         if verb == "go" or verb == "look" and place:
             return self.describe(place)
         if verb == "examine":
@@ -1046,7 +1058,9 @@ class Household(World):
     def search(self, thing):
         """The next step to seeing one more place, first where the thing may be, then what is near, then what is open."""
         homes, unseen = self.homes(thing), [place for place in self.places if place not in self.seen]
+        unseen = unseen or self.places  # all is seen only after the end
         return self.reach([min(unseen, key=lambda place: (place not in homes, place != self.here, place in self.closed))], "look")
+
 
 class HouseholdFull(Household):
     """All rooms, several receptacles of a kind, 30 turns."""
@@ -1057,6 +1071,8 @@ class HouseholdFull(Household):
     receptacles = (6, 10)
     copies = 3
     objects = (4, 8)
+    tasks = TASKS
+    offered = (*Household.offered, "close", "examine", "look", "inventory")
 
 
 # --------------------------------------------------------------------------------------------------------- command line
