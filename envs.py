@@ -884,7 +884,8 @@ class Household(World):
         for name, value in given.items():
             if value is not None:
                 setattr(self, name, tuple(value) if isinstance(value, (list, tuple)) else value)
-        for what, chosen, known in ("room", self.rooms, ROOMS), ("task", self.tasks, TASKS):
+        verbs = HouseholdFull.offered
+        for what, chosen, known in ("room", self.rooms, ROOMS), ("task", self.tasks, TASKS), ("verb", self.offered, verbs):
             unknown = [name for name in chosen if name not in known]
             if unknown or not chosen:
                 raise ValueError(f"no such {what} in the household: {unknown[0]!r}" if unknown else f"household needs a {what}")
@@ -1004,15 +1005,16 @@ class Household(World):
 
     def reply(self, verb, thing, place):
         """What is said to an action that was done, in one sentence."""
-        if verb == "go" or verb == "look" and place:
-            return self.describe(place)
+        if verb in ("go", "look"):
+            return self.describe(place) if place else self.describe_room()
+        if verb == "open":
+            return f"You open the {place} and see {listed(self.inside(place))}."
+        if verb == "inventory":
+            return f"You are carrying {listed([thing] if thing else [])}."
         if verb == "examine":
             states = [state for name, state in self.states if name == thing]
             return f"This is {with_article(' '.join([*states, thing]))}."
         return {
-            "look": self.describe_room(),
-            "inventory": f"You are carrying {listed([thing] if thing else [])}.",
-            "open": f"You open the {place} and see {listed(self.inside(place))}.",
             "close": f"You close the {place}.",
             "take": f"You pick up the {thing} from the {place}.",
             "put": f"You put the {thing} in/on the {place}.",
