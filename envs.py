@@ -801,6 +801,7 @@ def listed(names):
     return f"{', '.join(first)} and {last}" if first else last
 
 
+@functools.lru_cache(maxsize=None)
 def belongs(thing, place, room):
     """Whether a thing of this name may be found at a place of this name."""
     return KIND[word(thing)] in ROOMS[room][word(place)].split()

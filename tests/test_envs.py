@@ -1,5 +1,6 @@
 """The ground, Twenty Questions, the repair shop and the household: facts, parser, splits, secrecy, experts, bad input, command line."""
 
+import copy
 import itertools
 import os
 import random
@@ -662,6 +663,35 @@ def test_household_expert_wins_from_where_a_random_player_got_to(name):
         while not home.over:
             assert home.step(home.expert())[4]["valid"]
         assert home.won
+
+
+@pytest.mark.parametrize("goal", envs.TASKS)
+def test_household_expert_plan_is_shortest_once_all_is_seen(goal):
+    def state(home):
+        return home.here, tuple(home.closed), tuple(home.at.items()), tuple(sorted(home.states))
+
+    def shortest(home):
+        level, known = [home], {state(home)}
+        for turns in itertools.count(1):
+            level, old = [], level
+            for here, action in [(here, action) for here in old for action in here.admissible()]:
+                there = copy.copy(here)
+                there.closed, there.at, there.seen = list(here.closed), dict(here.at), list(here.seen)
+                there.step(action)
+                if there.won:
+                    return turns
+                if state(there) not in known:
+                    known.add(state(there))
+                    level.append(there)
+
+    home = make("household", tasks=[goal], max_turns=99, objects=(1, 2))
+    for seed in range(4):
+        home.reset(seed=seed, options={"split": "test"})
+        home.seen = list(home.places)
+        turns = shortest(home)
+        while not home.over:
+            home.step(home.expert())
+        assert home.won and home.turns == turns
 
 
 @pytest.mark.parametrize("name", HOUSEHOLDS)
