@@ -674,7 +674,7 @@ def test_household_expert_plan_is_shortest_once_all_is_seen(goal):
         level, known = [home], {state(home)}
         for turns in itertools.count(1):
             level, old = [], level
-            for here, action in [(here, action) for here in old for action in here.admissible()]:
+            for here, action in [(before, action) for before in old for action in before.admissible()]:
                 there = copy.copy(here)
                 there.closed, there.at, there.seen = list(here.closed), dict(here.at), list(here.seen)
                 there.step(action)
