@@ -749,9 +749,339 @@ class RepairShop(World):
         return findings[self.finding] if self.found else test
 
 
+# ----------------------------------------------------------------------------------------------------------- household
+
+# what belongs where, by kind; things start only where they belong
+ROOMS = {
+    "kitchen": {
+        "countertop": "food dish tool", "diningtable": "food dish tool", "cabinet": "dish tool", "drawer": "tool", "shelf": "dish",
+        "sinkbasin": "dish tool", "garbagecan": "food", "fridge": "food dish", "microwave": "food dish"},
+    "bathroom": {
+        "countertop": "wash bottle", "cabinet": "wash bottle", "drawer": "wash", "shelf": "wash bottle", "sinkbasin": "wash",
+        "bathtub": "wash bottle", "toilet": "bottle", "garbagecan": "bottle"},
+    "bedroom": {
+        "bed": "paper large", "desk": "paper small large lamp", "dresser": "small large lamp", "drawer": "paper small",
+        "sidetable": "paper small lamp", "shelf": "paper large", "safe": "small", "garbagecan": "paper"},
+    "living room": {
+        "sofa": "paper large", "armchair": "paper small", "coffeetable": "paper small large", "sidetable": "paper small lamp",
+        "tvstand": "small large lamp", "cabinet": "large", "drawer": "paper small", "safe": "small", "garbagecan": "paper"},
+}  # fmt: skip
+KINDS = {
+    "food": "apple potato tomato egg", "dish": "mug cup plate bowl", "tool": "fork spoon spatula ladle",
+    "wash": "brush sponge towel soapbar", "bottle": "soapbottle spraybottle candle toiletroll", "paper": "book newspaper pencil pen",
+    "small": "watch creditcard keychain cellphone", "large": "laptop pillow box statue", "lamp": "desklamp"}  # fmt: skip
+KIND = {thing: kind for kind, things in KINDS.items() for thing in things.split()}
+MANY = "countertop cabinet drawer shelf sidetable".split()  # a room may have several of these
+CLOSED = "cabinet drawer fridge microwave safe".split()  # must be opened first
+HOLLOW = [*CLOSED, "sinkbasin", "garbagecan", "bathtub"]  # things are in these, and on all others
+LAMP = "desklamp 1"
+TASKS = ("place", "clean", "heat", "cool", "light", "two")
+# verb: where, what it makes of a thing, for which kinds
+TREATMENTS = {"clean": ("sinkbasin", "clean", "food dish tool wash"), "heat": ("microwave", "hot", "food dish"),
+              "cool": ("fridge", "cool", "food dish")}  # fmt: skip
+
+
+def word(name):
+    """word("mug 1") -> "mug"."""
+    return name.split()[0]
+
+
+def numbered(words):
+    """numbered(["mug", "cup", "mug"]) -> ["cup 1", "mug 1", "mug 2"]."""
+    return [f"{name} {i + 1}" for name in sorted(set(words)) for i in range(words.count(name))]
+
+
+def with_article(name):
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def listed(names):
+    """listed(["apple 1", "cup 1", "mug 1"]) -> "an apple 1, a cup 1 and a mug 1"."""
+    *first, last = map(with_article, names) if names else ["nothing"]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+@functools.lru_cache(maxsize=None)
+def belongs(thing, place, room):
+    """Whether a thing of this name may be found at a place of this name."""
+    return KIND[word(thing)] in ROOMS[room][word(place)].split()
+
+
+def share(text, parts):
+    """A number below `parts` that depends on nothing but the text."""
+    return hashlib.sha256(text.encode()).digest()[0] % parts
+
+
+@functools.lru_cache
+def household_episodes(rooms, receptacles, copies, tasks):
+    """{(split, task): [(room, layout, object, target), ...]}: what an episode can be about, each at most once, in one split.
+
+    A layout is a room with its receptacles; each room has a pool of up to 96, fixed by its name and the sizes, and every fourth of it
+    is kept for ood. So is a quarter of the pairings of an object with a target: ood has the layouts *and* pairings that were kept,
+    train and test have the others, and what mixes the two is not played. Train and test share layouts and pairings, but no combination.
+    """
+    episodes = {(split, task): [] for split in Household.splits for task in tasks}
+    for room in rooms:
+        rng, supply, layouts = random.Random(f"layouts of the {room}"), [], {}
+        for place in ROOMS[room]:
+            supply += [place] * (copies if place in MANY else 1)
+        for _ in range(400):
+            layouts[tuple(numbered(rng.sample(supply, min(rng.randint(*receptacles), len(supply)))))] = None
+        targets = [*ROOMS[room], "desklamp"]
+        pairings = [pair for pair in itertools.product(KIND, targets) if pair[1] == "desklamp" or belongs(*pair, room)]
+        kept = {pair for pair in pairings if share(" ".join(pair), 4) == 0}
+        for i, layout in enumerate(list(layouts)[:96]):
+            present = {word(place) for place in layout}
+            lit = any(belongs("desklamp", place, room) for place in present)
+            for thing, target in pairings:
+                if ((thing, target) in kept) != (i % 4 == 0) or thing == "desklamp":
+                    continue
+                if target not in present and not (target == "desklamp" and lit):
+                    continue
+                if not any(belongs(thing, place, room) for place in present - {target}):  # it starts elsewhere
+                    continue
+                for task in dict.fromkeys(tasks):
+                    appliance, _, kinds = TREATMENTS.get(task, (None, None, KIND[thing]))
+                    if (task == "light") != (target == "desklamp") or KIND[thing] not in kinds.split():
+                        continue
+                    if appliance is None or appliance in present - {target}:
+                        held_out = share(f"{task} {thing} {target} {room} {layout}", 5) == 0
+                        split = "ood" if i % 4 == 0 else "test" if held_out else "train"
+                        episodes[split, task].append((room, layout, thing, target))
+    return episodes
+
+
+class Household(World):
+    """A chore in a room, with ALFWorld's verbs: find a thing, perhaps clean, heat or cool it, and bring it to its place or to a lamp.
+
+    Where things are is hidden until a place has been seen inside. `test` plays chores that `train` lacks in the same rooms; `ood` has
+    sets of receptacles and pairings of object and target that neither has (see `household_episodes`), all in words that train covers.
+    This is the small world; `HouseholdFull` is the full one. What makes the size stands here and can be given to the constructor.
+    """
+
+    name = "household"
+    splits = ("train", "test", "ood")
+    max_turns = 15
+    rooms = ("kitchen", "bedroom")
+    receptacles = (3, 4)  # fewest, most
+    copies = 1  # most of a name, where a room may have several
+    objects = (2, 3)  # fewest, most; a lamp comes on top where there is a place for it
+    tasks = TASKS[:5]  # drawn evenly; one listed twice comes twice as often
+    offered = ("go", "open", "take", "put", "clean", "heat", "cool", "use")  # verbs in `admissible`; all are understood
+    task = "Do a household chore."
+    system = (
+        "You are in a room of a house and have one task. Each turn, reply with one action and nothing else. The actions, with O an"
+        " object such as mug 1 and R a receptacle such as cabinet 2:\n"
+        "go to R, open R, close R, take O from R, put O in/on R, clean O with R, heat O with R, cool O with R, use desklamp 1,"
+        " examine R, examine O, look, inventory.\n"
+        "You reach only what is where you are, you carry one object at a time, and what is closed must be opened. To clean, heat or cool"
+        " an object, hold it at a sinkbasin, a microwave or a fridge; to examine it with the desklamp, hold it where the lamp is and use"
+        " the lamp."
+    )
+
+    def __init__(self, rooms=None, receptacles=None, copies=None, objects=None, tasks=None, offered=None, max_turns=None):
+        given = {"rooms": rooms, "receptacles": receptacles, "copies": copies, "objects": objects, "tasks": tasks,
+                 "offered": offered, "max_turns": max_turns}  # fmt: skip
+        for name, value in given.items():
+            if value is not None:
+                setattr(self, name, tuple(value) if isinstance(value, (list, tuple)) else value)
+        verbs = HouseholdFull.offered
+        for what, chosen, known in ("room", self.rooms, ROOMS), ("task", self.tasks, TASKS), ("verb", self.offered, verbs):
+            unknown = [name for name in chosen if name not in known]
+            if unknown or not chosen:
+                raise ValueError(f"no such {what} in the household: {unknown[0]!r}" if unknown else f"household needs a {what}")
+        for name, low, high in ("receptacles", *self.receptacles), ("objects", *self.objects):
+            if not 1 <= low <= high:
+                raise ValueError(f"{name} must be (fewest, most), at least 1, not {(low, high)}")
+        if self.copies < 1 or self.max_turns < 1:
+            raise ValueError(f"copies and max_turns must be at least 1, not {self.copies} and {self.max_turns}")
+        for (split, task), choices in self.episodes().items():
+            if not choices:
+                raise ValueError(f"these rooms and sizes leave nothing to do for task {task!r} in split {split}")
+
+    def episodes(self):
+        return household_episodes(self.rooms, self.receptacles, self.copies, self.tasks)
+
+    # -- the room
+
+    def begin(self, rng, split):
+        self.goal = rng.choice(self.tasks)
+        self.room, self.places, self.wanted, self.target = rng.choice(self.episodes()[split, self.goal])
+        words = [self.wanted] * (2 if self.goal == "two" else 1)
+        others = [thing for thing in KIND if thing not in (self.wanted, "desklamp") and self.homes(thing)]
+        words += rng.sample(others, min(len(others), max(0, rng.randint(*self.objects) - len(words))))
+        things = numbered(words + ["desklamp"] * bool(self.homes("desklamp")))
+        self.at = {thing: rng.choice(self.homes(thing)) for thing in things}  # a place, or "hand"
+        self.here, self.seen, self.states = None, [], []  # seen: the places whose inside is known; states: ("mug 1", "hot")
+        self.closed = [place for place in self.places if word(place) in CLOSED]
+        state = TREATMENTS[self.goal][1] + " " if self.goal in TREATMENTS else ""
+        where = f"{'in' if self.target in HOLLOW else 'on'} {self.target}"
+        plural = self.wanted + ("es" if self.wanted[-1] in "oxsh" else "s")
+        self.task = {"two": f"put two {plural} {where}.", "light": f"examine the {self.wanted} with the desklamp."}.get(
+            self.goal, f"put {with_article(state + self.wanted)} {where}."
+        )
+        return f"{self.describe_room()} Your task is to: {self.task}"
+
+    def homes(self, thing):
+        """The places of this room where a thing of this name may start: what is asked for is not yet where it should go."""
+        done = self.target if word(thing) == self.wanted else None
+        return [place for place in self.places if belongs(thing, place, self.room) and word(place) != done]
+
+    def resample(self, rng):
+        """Puts what was never seen elsewhere, uniformly: the dialogue would have been the same. For simulators."""
+        for thing, place in self.at.items():
+            if place != "hand" and place not in self.seen:
+                self.at[thing] = rng.choice([home for home in self.homes(thing) if home not in self.seen])
+
+    def held(self):
+        return next((thing for thing, place in self.at.items() if place == "hand"), None)
+
+    def inside(self, place):
+        return [thing for thing, where in self.at.items() if where == place]
+
+    def describe_room(self):
+        return f"You are in a {self.room} and see {listed(self.places)}."
+
+    def describe(self, place):
+        if place in self.closed:
+            return f"The {place} is closed."
+        return f"{'In' if word(place) in HOLLOW else 'On'} the {place}, you see {listed(self.inside(place))}."
+
+    def possible(self):
+        """What can be done now: action -> (verb, object, place)."""
+        here, held = self.here, self.held()
+        actions = {"look": ("look", None, here), "inventory": ("inventory", held, here)}
+        for place in self.places:
+            actions[f"go to {place}"] = "go", None, place
+        if held:
+            actions[f"examine {held}"] = "examine", held, here
+        if here is None:
+            return actions
+        actions[f"examine {here}"] = "look", None, here
+        if word(here) in CLOSED:
+            verb = "open" if here in self.closed else "close"
+            actions[f"{verb} {here}"] = verb, None, here
+        if held:
+            for verb, (appliance, _, kinds) in TREATMENTS.items():
+                if word(here) == appliance and KIND[word(held)] in kinds.split():
+                    actions[f"{verb} {held} with {here}"] = verb, held, here
+            if here not in self.closed:
+                actions[f"put {held} in/on {here}"] = "put", held, here
+        elif here not in self.closed:
+            for thing, place in self.at.items():
+                if place == here and thing != LAMP:
+                    actions[f"take {thing} from {here}"] = "take", thing, here
+        if self.at.get(LAMP) == here:
+            actions[f"use {LAMP}"] = "use", LAMP, here
+        return actions
+
+    def admissible(self):
+        """What can be done now, in alphabetical order; going nowhere is left out."""
+        offered = {action: meaning for action, meaning in self.possible().items() if meaning[0] in self.offered}
+        offered.pop(f"go to {self.here}", None)
+        return sorted(offered)
+
+    def act(self, text):
+        words = [w for w in text.lower().strip("> \t\r\n.").split() if w not in ("a", "an", "the")]
+        action = re.sub(r"^(?:put|move) (.+) (?:in/on|in|on|to|into|onto) (.+)$", r"put \1 in/on \2", " ".join(words))
+        verb, thing, place = self.possible().get(action, (None, None, None))
+        if verb is None:
+            return "Nothing happens.", False
+        if verb == "go":
+            self.here = place
+        elif verb in ("open", "close"):
+            (self.closed.remove if verb == "open" else self.closed.append)(place)
+        elif verb in ("take", "put"):
+            self.at[thing] = "hand" if verb == "take" else place
+        elif verb in TREATMENTS:  # what gets hot is no longer cool, and stays clean
+            kept = [(name, state) for name, state in self.states if name != thing or (state == "clean") != (verb == "clean")]
+            self.states = [*kept, (thing, TREATMENTS[verb][1])]
+        if place and place not in self.closed and place not in self.seen:
+            self.seen.append(place)
+        if self.goal == "light":
+            self.won = verb == "use" and word(self.held() or "no thing") == self.wanted
+        else:
+            self.won = sum(self.finished(thing) for thing in self.at) == (2 if self.goal == "two" else 1)
+        return self.reply(verb, thing, place), True
+
+    def reply(self, verb, thing, place):
+        """What is said to an action that was done, in one sentence."""
+        if verb in ("go", "look"):
+            return self.describe(place) if place else self.describe_room()
+        if verb == "open":
+            return f"You open the {place} and see {listed(self.inside(place))}."
+        if verb == "inventory":
+            return f"You are carrying {listed([thing] if thing else [])}."
+        if verb == "examine":
+            states = [state for name, state in self.states if name == thing]
+            return f"This is {with_article(' '.join([*states, thing]))}."
+        return {
+            "close": f"You close the {place}.",
+            "take": f"You pick up the {thing} from the {place}.",
+            "put": f"You put the {thing} in/on the {place}.",
+            "use": f"You turn on the {thing}.",
+        }.get(verb) or f"You {verb} the {thing} using the {place}."
+
+    # -- what the chore needs
+
+    def ready(self, thing):
+        """Whether it is what is asked for, in the state asked for, wherever it is."""
+        return word(thing) == self.wanted and (self.goal not in TREATMENTS or (thing, TREATMENTS[self.goal][1]) in self.states)
+
+    def finished(self, thing):
+        return self.ready(thing) and word(self.at[thing]) == self.target
+
+    def expert(self):
+        """Looks for the thing where it belongs, open places first, until it is seen; then the shortest way to do the chore."""
+        held = self.held()
+        known = {thing: place for thing, place in self.at.items() if place in self.seen}
+        if held and word(held) != self.wanted:  # out of the hand
+            return self.reach([self.here], f"put {held} in/on {{}}")
+        if held and self.goal == "light":
+            return self.reach([known[LAMP]], f"use {LAMP}") if LAMP in known else self.search("desklamp")
+        if held:
+            verb, place = (None, self.target) if self.ready(held) else (self.goal, TREATMENTS[self.goal][0])
+            return self.reach(self.named(place), f"{verb} {held} with {{}}" if verb else f"put {held} in/on {{}}")
+        candidates = [thing for thing in known if word(thing) == self.wanted and not self.finished(thing)]
+        if not candidates:
+            return self.search(self.wanted)
+        thing = min(candidates, key=lambda thing: known[thing] != self.here)
+        return self.reach([known[thing]], f"take {thing} from {{}}")
+
+    def named(self, name):
+        return [place for place in self.places if word(place) == name]
+
+    def reach(self, places, action):
+        """The next step to doing `action` at one of `places` ("{}"): go there, open it unless it is for heating and the like, do it."""
+        place = min(places, key=lambda place: (place != self.here, place in self.closed))
+        if place != self.here:
+            return f"go to {place}"
+        return f"open {place}" if place in self.closed and word(action) not in TREATMENTS else action.format(place)
+
+    def search(self, thing):
+        """The next step to seeing one more place, first where the thing may be, then what is near, then what is open."""
+        homes, unseen = self.homes(thing), [place for place in self.places if place not in self.seen]
+        unseen = unseen or self.places  # all is seen only after the end
+        return self.reach([min(unseen, key=lambda place: (place not in homes, place != self.here, place in self.closed))], "look")
+
+
+class HouseholdFull(Household):
+    """All rooms, several receptacles of a kind, 30 turns."""
+
+    name = "household-full"
+    max_turns = 30
+    rooms = tuple(ROOMS)
+    receptacles = (6, 10)
+    copies = 3
+    objects = (4, 8)
+    tasks = TASKS
+    offered = (*Household.offered, "close", "examine", "look", "inventory")
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 
-WORLDS = {"repair": RepairShop, "20q": TwentyQuestions, "20q-full": TwentyQuestionsFull}
+WORLDS = {"repair": RepairShop, "20q": TwentyQuestions, "20q-full": TwentyQuestionsFull, "household": Household,
+          "household-full": HouseholdFull}  # fmt: skip
 
 
 def make(name, **settings):
@@ -764,11 +1094,11 @@ def make(name, **settings):
 def list_worlds(episodes=200):
     """A line per world: the two ends of every result table, as mean and standard error over test episodes."""
     print(f"score over {episodes} test episodes: mean (standard error)")
-    print(f"{'world':<12}{'turns':>6}{'random':>18}{'expert':>18}")
+    print(f"{'world':<16}{'turns':>6}{'random':>18}{'expert':>18}")
     for name in WORLDS:
         env = make(name)
         scores = ["%.3f (%.3f)" % mean_score(env, player, episodes) for player in (random_player, expert_player)]
-        print(f"{name:<12}{env.max_turns:>6}{scores[0]:>18}{scores[1]:>18}")
+        print(f"{name:<16}{env.max_turns:>6}{scores[0]:>18}{scores[1]:>18}")
     print("play one: python envs.py play 20q")
 
 

@@ -1,5 +1,6 @@
-"""The ground, Twenty Questions and the repair shop: facts, parser, splits, secrecy, experts, bad input, command line."""
+"""The ground, Twenty Questions, the repair shop and the household: facts, parser, splits, secrecy, experts, bad input, command line."""
 
+import copy
 import itertools
 import os
 import random
@@ -613,6 +614,274 @@ def test_shop_replay_and_random_strings():
         assert replay(other, seed, actions[:cut], "test") == steps[cut]
         assert [other.step(action) for action in actions[cut:]] == steps[cut + 1 :]
         assert steps[-1][2]  # seven turns: over
+
+
+# ------------------------------------------------------------------------------------------------------------- household
+
+HOUSEHOLDS = ["household", "household-full"]
+
+
+def at_home(goal, split="train", name="household", seed=0):
+    home = make(name, tasks=[goal])
+    home.reset(seed=seed, options={"split": split})
+    return home
+
+
+def household_random_actions(home, rng, n):
+    """Mostly what can be done, all verbs; now and then a form of it, or what cannot be done."""
+    for _ in range(n):
+        action = rng.choice(sorted(home.possible()))
+        yield action if rng.random() < 0.9 else rng.choice([action.upper(), f"> {action}.", f"{action} 7", "eat apple 1", ""])
+
+
+def household_walk(home, seed, split, rng, n):
+    seen, actions = [home.reset(seed=seed, options={"split": split})], []
+    for action in household_random_actions(home, rng, n):
+        actions.append(action)
+        seen.append(home.step(action))
+        if home.over:
+            break
+    return seen, actions
+
+
+@pytest.mark.parametrize("name", HOUSEHOLDS)
+@pytest.mark.parametrize("goal", envs.TASKS)
+def test_household_expert_always_wins(name, goal):
+    home = make(name, tasks=[goal])
+    for split in home.splits:
+        for seed in range(500):
+            result = run_episode(home, envs.expert_player, seed, split)
+            assert result["won"] and result["invalid"] == 0 and home.goal == goal, (split, seed)
+
+
+@pytest.mark.parametrize("name", HOUSEHOLDS)
+def test_household_expert_wins_from_where_a_random_player_got_to(name):
+    home, rng = make(name, tasks=envs.TASKS, max_turns=80), random.Random(10)
+    for seed in range(150):
+        household_walk(home, seed, rng.choice(home.splits), rng, rng.randrange(30))
+        home.expert()  # also after the end
+        while not home.over:
+            assert home.step(home.expert())[4]["valid"]
+        assert home.won
+
+
+@pytest.mark.parametrize("goal", envs.TASKS)
+def test_household_expert_plan_is_shortest_once_all_is_seen(goal):
+    def state(home):
+        return home.here, tuple(home.closed), tuple(home.at.items()), tuple(sorted(home.states))
+
+    def shortest(home):
+        level, known = [home], {state(home)}
+        for turns in itertools.count(1):
+            level, old = [], level
+            for here, action in [(before, action) for before in old for action in before.admissible()]:
+                there = copy.copy(here)
+                there.closed, there.at, there.seen = list(here.closed), dict(here.at), list(here.seen)
+                there.step(action)
+                if there.won:
+                    return turns
+                if state(there) not in known:
+                    known.add(state(there))
+                    level.append(there)
+
+    home = make("household", tasks=[goal], max_turns=99, objects=(1, 2))
+    for seed in range(4):
+        home.reset(seed=seed, options={"split": "test"})
+        home.seen = list(home.places)
+        turns = shortest(home)
+        while not home.over:
+            home.step(home.expert())
+        assert home.won and home.turns == turns
+
+
+@pytest.mark.parametrize("name", HOUSEHOLDS)
+def test_household_splits(name):
+    home = make(name, tasks=envs.TASKS)
+    episodes, drawn = home.episodes(), {split: set() for split in home.splits}
+    every = {split: {(task, *row) for task in home.tasks for row in episodes[split, task]} for split in home.splits}
+    for split in home.splits:
+        for seed in range(400):
+            _, info = home.reset(seed=seed, options={"split": split})
+            drawn[split].add((home.goal, home.room, home.places, home.wanted, home.target))
+            words = {envs.word(place) for place in home.places}
+            assert home.goal == "light" or home.target in words
+            assert home.receptacles[0] <= len(home.places) <= home.receptacles[1]
+            assert not any(home.finished(thing) for thing in home.at) and all(envs.belongs(t, p, home.room) for t, p in home.at.items())
+            assert home.task.replace("with the", "").split()[-1].strip(".") == home.target and info["task"] == home.task
+        assert drawn[split] <= every[split] and {row[0] for row in drawn[split]} == set(envs.TASKS)
+    assert not every["train"] & every["test"]
+    known = every["train"] | every["test"]
+    assert not {row[1:3] for row in known} & {row[1:3] for row in every["ood"]}  # layouts
+    assert not {row[3:] for row in known} & {row[3:] for row in every["ood"]}  # pairings
+    for split in "test", "ood":  # every word in train, and test in rooms that train has
+        assert {row[3] for row in every[split]} <= {row[3] for row in every["train"]}
+        assert {row[4] for row in every[split]} <= {row[4] for row in every["train"]}
+        places = [{place for row in every[part] for place in row[2]} for part in (split, "train")]
+        assert places[0] <= places[1]
+    assert {row[1:3] for row in every["test"]} <= {row[1:3] for row in every["train"]}
+    assert len(every["test"]) > 0.15 * len(known)
+
+
+@pytest.mark.parametrize("name", HOUSEHOLDS)
+def test_household_says_little_and_accepts_what_it_offers(name):
+    rng = random.Random(11)
+    for seed in range(60):
+        home, split = make(name, tasks=envs.TASKS), rng.choice(["train", "test", "ood"])
+        seen, actions = household_walk(home, seed, split, rng, 12)
+        for step in seen[1:]:
+            well_formed(step)
+        if home.over:
+            continue
+        offered = home.admissible()
+        assert offered == sorted(set(offered)) and set(offered) <= set(home.possible()) and home.expert() in offered
+        for action in home.possible():
+            other = make(name, tasks=envs.TASKS)
+            assert replay(other, seed, actions, split) == seen[-1]
+            step = other.step(action)
+            assert step[4]["valid"] and len(re.findall(r"[.!?](?: |$)", step[0])) == 2  # one sentence, then the turns left
+            assert step[1] == float(other.won) == step[4]["score"]
+
+
+@pytest.mark.parametrize("name", HOUSEHOLDS)
+def test_household_resample_keeps_the_dialogue(name):
+    rng, moved = random.Random(12), 0
+    for seed in range(40):
+        home, split = make(name, tasks=envs.TASKS), rng.choice(["train", "test", "ood"])
+        seen, actions = household_walk(home, seed, split, rng, rng.randrange(10))
+        if home.over:
+            continue
+        known = {thing: place for thing, place in home.at.items() if place in home.seen or place == "hand"}
+        before, expert = (home.observation, home.turns, home.info(True)), home.expert()
+        start = make(name, tasks=envs.TASKS)
+        start.reset(seed=seed, options={"split": split})
+        for _ in range(5):
+            old = dict(home.at)
+            home.resample(rng)
+            moved += home.at != old
+            assert known.items() <= home.at.items() and (home.observation, home.turns, home.info(True)) == before
+            assert home.expert() == expert and not any(home.finished(t) for t in home.at if t not in known)
+            other = make(name, tasks=envs.TASKS)
+            other.reset(seed=seed, options={"split": split})
+            other.at = {thing: start.at[thing] if thing in known else place for thing, place in home.at.items()}
+            assert [seen[0]] + [other.step(action) for action in actions] == seen  # it could have been so all along
+    assert moved > 60
+
+
+@pytest.mark.parametrize("name", HOUSEHOLDS)
+def test_household_replay_and_random_strings(name):
+    rng = random.Random(13)
+    for seed in range(60):
+        seen, actions = household_walk(make(name), seed, "ood", rng, 9)
+        actions += [random_string(rng) for _ in range(3)]
+        home = make(name)
+        steps = [home.reset(seed=seed, options={"split": "ood"})] + [home.step(action) for action in actions]
+        assert steps[: len(seen)] == seen
+        for step in steps[1:]:
+            well_formed(step)
+        cut = rng.randrange(1, len(actions))
+        other = make(name)
+        assert replay(other, seed, actions[:cut], "ood") == steps[cut]
+        assert [other.step(action) for action in actions[cut:]] == steps[cut + 1 :]
+
+
+def kitchen(goal="heat", wanted="mug", target="cabinet", at=None):
+    """A kitchen by hand: a mug in the fridge, an apple on the countertop."""
+    home = at_home("heat")
+    home.goal, home.room, home.wanted, home.target, home.max_turns = goal, "kitchen", wanted, target, 50
+    home.places = ("cabinet 1", "countertop 1", "fridge 1", "microwave 1", "sinkbasin 1")
+    home.closed, home.seen, home.states, home.here = ["cabinet 1", "fridge 1", "microwave 1"], [], [], None
+    home.at = at or {"apple 1": "countertop 1", "mug 1": "fridge 1"}
+    return home
+
+
+def say(home, text):
+    """The reply without the turns left; "!" in front when it was not valid."""
+    observation, _, _, _, info = home.step(text)
+    return "!" * (not info["valid"]) + re.sub(r" \d+ turns? left\.$", "", observation)
+
+
+def test_a_household_dialogue_word_for_word():
+    home = kitchen()
+    nothing = "!Nothing happens."
+    for text, reply in [
+        ("look", "You are in a kitchen and see a cabinet 1, a countertop 1, a fridge 1, a microwave 1 and a sinkbasin 1."),
+        ("inventory", "You are carrying nothing."),
+        ("open fridge 1", nothing), ("take apple 1 from countertop 1", nothing), ("go to fridge 2", nothing),
+        ("> GO TO the Fridge 1.", "The fridge 1 is closed."), ("take mug 1 from fridge 1", nothing), ("close fridge 1", nothing),
+        ("examine fridge 1", "The fridge 1 is closed."), ("open fridge 1", "You open the fridge 1 and see a mug 1."),
+        ("open fridge 1", nothing), ("cool mug 1 with fridge 1", nothing), ("examine mug 1", nothing), ("use desklamp 1", nothing),
+        ("take the mug 1 from the fridge 1", "You pick up the mug 1 from the fridge 1."), ("take mug 1 from fridge 1", nothing),
+        ("look", "In the fridge 1, you see nothing."), ("inventory", "You are carrying a mug 1."),
+        ("cool mug 1 with fridge 1", "You cool the mug 1 using the fridge 1."), ("heat mug 1 with microwave 1", nothing),
+        ("clean mug 1 with fridge 1", nothing), ("close fridge 1", "You close the fridge 1."), ("put mug 1 in/on fridge 1", nothing),
+        ("go to microwave 1", "The microwave 1 is closed."), ("examine mug 1", "This is a cool mug 1."),
+        ("heat mug 1 with microwave 1", "You heat the mug 1 using the microwave 1."), ("examine mug 1", "This is a hot mug 1."),
+        ("go to countertop 1", "On the countertop 1, you see an apple 1."), ("take apple 1 from countertop 1", nothing),
+        ("move mug 1 to countertop 1", "You put the mug 1 in/on the countertop 1."),
+        ("go to countertop 1", "On the countertop 1, you see an apple 1 and a mug 1."), ("heat mug 1 with microwave 1", nothing),
+        ("Take mug 1 from countertop 1", "You pick up the mug 1 from the countertop 1."),
+        ("go to sinkbasin 1", "In the sinkbasin 1, you see nothing."),
+        ("clean mug 1 with sinkbasin 1", "You clean the mug 1 using the sinkbasin 1."), ("examine mug 1", "This is a hot clean mug 1."),
+        ("go to cabinet 1", "The cabinet 1 is closed."), ("put mug 1 in cabinet 1", nothing), ("dance\n", nothing), ("", nothing),
+        ("open cabinet 1", "You open the cabinet 1 and see nothing."),
+    ]:  # fmt: skip
+        assert say(home, text) == reply, text
+        assert not home.won and home.score() == 0
+    observation, reward, terminated, _, info = home.step("Put mug 1 in cabinet 1")
+    assert observation.startswith("You put the mug 1 in/on the cabinet 1. You win after ")
+    assert (reward, terminated, info["won"], info["score"]) == (1.0, True, True, 1.0)
+
+
+@pytest.mark.parametrize("form", ["put mug 1 in/on {}", "put mug 1 in {}", "put mug 1 on {}", "move mug 1 to {}", "PUT THE MUG 1 INTO {}."])
+def test_household_ways_to_put(form):
+    home = kitchen(at={"mug 1": "hand"})
+    say(home, "go to countertop 1")
+    assert say(home, form.format("countertop 1")) == "You put the mug 1 in/on the countertop 1."
+
+
+def test_household_state_is_needed_and_pick_two_needs_two():
+    home = kitchen("cool", at={"mug 1": "hand"})
+    steps = ["go to cabinet 1", "open cabinet 1", "put mug 1 in/on cabinet 1"]
+    assert [home.step(action)[1] for action in steps] == [0, 0, 0] and not home.won  # not cool
+    assert home.expert() == "take mug 1 from cabinet 1"
+    home = kitchen("two", at={"mug 1": "hand", "mug 2": "countertop 1"})
+    assert [home.step(action)[1] for action in steps] == [0, 0, 0]
+    steps = ["go to countertop 1", "take mug 2 from countertop 1", "go to cabinet 1", "put mug 2 in/on cabinet 1"]
+    assert [home.step(action)[1] for action in steps] == [0, 0, 0, 1] and home.won
+
+
+def test_household_light_needs_the_thing_in_hand_at_the_lamp():
+    home = make("household", tasks=["light"])
+    for seed in range(30):
+        home.reset(seed=seed)
+        thing, lamp = f"{home.wanted} 1", home.at["desklamp 1"]
+        home.max_turns, home.at[thing] = 50, lamp
+        assert say(home, "use desklamp 1") == "!Nothing happens."
+        assert lamp in say(home, f"go to {lamp}") and say(home, f"take desklamp 1 from {lamp}") == "!Nothing happens."
+        assert say(home, "use desklamp 1") == "You turn on the desklamp 1." and not home.won
+        assert "use desklamp 1" in home.admissible() and say(home, f"take {thing} from {lamp}").startswith("You pick up")
+        assert not home.won and home.step("use desklamp 1")[1] == 1.0
+
+
+def test_household_offers_do_not_reveal_what_is_hidden():
+    home = kitchen()
+    gos = [f"go to {place}" for place in home.places]
+    assert home.admissible() == gos
+    say(home, "go to fridge 1")
+    assert home.admissible() == [*(go for go in gos if "fridge" not in go), "open fridge 1"]
+    assert say(home, "go to fridge 1") == "The fridge 1 is closed."  # understood, not offered
+    full = make("household-full")
+    assert {"look", "inventory"} <= set(full.reset(seed=0)[1]["admissible"])
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"rooms": ["attic"]}, "attic"), ({"tasks": ["dance"]}, "dance"), ({"tasks": []}, "needs a task"), ({"max_turns": 0}, "max_turns"),
+    ({"receptacles": (5, 4)}, "receptacles"), ({"objects": (0, 1)}, "objects"), ({"rooms": ["bathroom"], "tasks": ["heat"]}, "'heat'"),
+    ({"offered": ["dance"]}, "dance"),
+])  # fmt: skip
+def test_household_impossible_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        make("household", **settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- any world
