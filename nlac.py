@@ -224,12 +224,13 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, prefixes=No
 
 
 def take_turn(world, episode, reply):
-    """One step of the world, written down in `episode`."""
+    """One step of the world, written down in `episode`. Returns the world's info."""
     observation, reward, terminated, truncated, info = world.step(parse_action(reply))
     episode["history"] += [reply, observation]
     episode["valid"].append(info["valid"])
     episode["reward"] += reward
     episode.update(won=info["won"], score=info["score"], over=terminated or truncated)
+    return info
 
 
 def transitions(episode):
@@ -431,13 +432,14 @@ def warmup(world, args):
     No part sees an expert.
     """
     rng = random.Random("warm-up")
-    steps, actions = [], None
+    steps = []
     for seed in range(max(50, args.examples // 4)):
         observation, info = world.reset(seed=seed, options={"split": "train"})
-        episode, actions = {"seed": seed, "history": [observation], "valid": [], "reward": 0.0, "over": False}, info["admissible"]
+        episode, possible = {"seed": seed, "history": [observation], "valid": [], "reward": 0.0, "over": False}, []
         while not episode["over"]:
-            take_turn(world, episode, rng.choice(actions))
-        steps += transitions(episode)
+            possible.append(info["admissible"])
+            info = take_turn(world, episode, rng.choice(possible[-1]))
+        steps += [t | {"possible": actions} for t, actions in zip(transitions(episode), possible)]
     futures = [future_text(t["result"], t["turns"]) for t in steps]
 
     def random_end(turns, chance=0.6):
@@ -446,7 +448,7 @@ def warmup(world, args):
     examples = []
     for _ in range(args.examples):
         step, other = rng.choice(steps), rng.choice(steps)
-        history, action = step["history"], step["reply"]
+        history, action, actions = step["history"], step["reply"], step["possible"]
         left = world.max_turns - len(history) // 2  # turns, this one counted
         examples += [
             (policy_messages(world, history, args), ("Action: " if args.react else "") + rng.choice(actions)),
@@ -462,13 +464,13 @@ def warmup(world, args):
         ends = [random_end(left, chance) for _ in range(args.k)]
         seen = [future_text(rng.choice(steps)["result"], n) for n in ends]
         examples.append((evaluator_messages(world, history, action, seen), critique_text(ends)))
-        tried = rng.sample(actions, rng.randint(1, min(args.m, len(actions) - 1)))
+        tried = rng.sample(actions, rng.randint(1, max(1, min(args.m, len(actions) - 1))))
         low = [[random_end(left, 0.2) for _ in range(args.k)] for _ in tried[1:]]  # earlier tries were not kept
         critiques = [c if parse_verdict(c) < APPROVED else critique_text([None] * args.k) for c in map(critique_text, low)]
         critiques.append(critique_text([random_end(left, chance) for _ in range(args.k)]))
         keep = parse_verdict(critiques[-1]) >= APPROVED
         examples.append((refiner_messages(world, history, [{"action": a, "critique": c} for a, c in zip(tried, critiques)]),
-                         "keep" if keep else rng.choice([a for a in actions if a not in tried])))
+                         "keep" if keep else rng.choice([a for a in actions if a not in tried] or actions)))
     facts = world.facts() if hasattr(world, "facts") else []
     for fact in facts * (4 * args.examples // max(1, len(facts))):
         examples.append(([{"role": "user", "content": " ".join(fact.split()[:-1])}], fact))
