@@ -792,7 +792,7 @@ class Java:
         # without memory management: what is made is kept for reuse, and no finalizer talks to Java at a time of its own choosing
         parameters = GatewayParameters(port=port, auth_token=token, auto_convert=True, enable_memory_management=False)
         self.gateway = JavaGateway(gateway_parameters=parameters)
-        self.free, self.seeds, self.worlds = {}, {}, weakref.WeakSet()
+        self.free, self.seeds, self.owners, self.worlds = {}, {}, {}, weakref.WeakSet()
         atexit.register(self.stop)
 
     def take(self, game, parameters):
@@ -837,6 +837,7 @@ class TextWorldExpress(World):
         "sorting": "take 12ml of water, put 12ml of water in box",
         "peckingorder": "read instructions book, take apple",
     }
+    walkers = {"coin": "CoinGoldAgent", "twc": "TWCGoldAgent"}  # gold paths that differ each time they are asked for
     opposite = {"open": "close", "close": "open", "north": "south", "south": "north", "east": "west", "west": "east"}
 
     def __init__(self, name, max_turns=None):
@@ -889,10 +890,14 @@ class TextWorldExpress(World):
         self.connect()
         numbers = self.java.seeds[self.game, split]
         self.episode = numbers[self.seed % len(numbers)], split
-        self.gold, self.played = None, []  # played: (action, what else was possible, did it change the room)
-        self.state = json.loads(self.interface.generateNewGameJSON(*self.episode, False), strict=False)
+        self.gold, self.played = None, []  # played: (action, what was possible, did it change the room)
+        self.state = self.generate()
         self.task = readable(self.interface.getTaskDescription())
         return f"{self.task}\n{readable(self.state['observation'])}"
+
+    def generate(self):
+        self.java.owners[self.game, self.episode] = self.played
+        return json.loads(self.interface.generateNewGameJSON(*self.episode, False), strict=False)
 
     def admissible(self):
         return sorted(set(self.state["validActions"]))
@@ -906,25 +911,42 @@ class TextWorldExpress(World):
         action = next((known for known in self.state["validActions"] if known.lower() == action), None)
         if action is None:
             return "That is not possible here. (look around and inventory say what is.)" if self.state["look"] else "What?", False
+        # a bug of 1.1.0: in sorting, all games of one seed share their objects, so that whoever made one last has them
+        if self.game == "sorting" and self.java.owners[self.game, self.episode] is not self.played:
+            self.generate()
+            for done, *_ in self.played:
+                self.interface.stepJSON(done)
         before, self.state = self.state, json.loads(self.interface.stepJSON(action), strict=False)
         self.played.append((action, before["validActions"], before["look"] != self.state["look"]))
         self.won, self.over = bool(self.state["tasksuccess"]), bool(self.state["taskfailure"])
         return readable(self.state["observation"]), True
 
+    def gold_path(self):
+        """Made by a second game. Where the package's walker draws from a clock's seed, it is called with one of this episode."""
+        interface, jvm = self.java.take(self.game, self.parameters), self.java.gateway.jvm
+        self.java.owners[self.game, self.episode] = None
+        if self.game not in self.walkers:
+            interface.generateNewGameJSON(*self.episode, True)
+            path = list(interface.getGoldActionSequence())
+        else:
+            walker, rng, path = getattr(jvm.textworldexpress.goldagent, self.walkers[self.game]), jvm.scala.util.Random(self.episode[0]), []
+            for _ in range(50):  # it may lose its way
+                interface.generateNewGameJSON(*self.episode, False)
+                found = walker(interface.game()).mkGoldPath(rng)
+                if found.productElement(0):
+                    path = list(found.productElement(1))
+                    break
+        self.java.free[self.game, self.parameters].append(interface)
+        return path
+
     def expert(self):
         """The next action of the game's own gold path: that of a walker who looks around, so it wins, but not by the shortest way.
 
         Off the path it goes back to where it left (moves, doors, lids and what was put somewhere are undone), then on, without what
-        was done early. RuntimeError when the path has nothing more to offer (some games of sorting have a wrong one: a quirk of the
-        package), or the game is over.
+        was done early. RuntimeError when the path has nothing more to offer, or the game is over.
         """
         if self.gold is None:
-            interface = self.java.take(self.game, self.parameters)
-            interface.generateNewGameJSON(*self.episode, True)
-            path = interface.getGoldActionSequence()
-            self.gold = list(path)
-            self.java.gateway.detach(path)
-            self.java.free[self.game, self.parameters].append(interface)
+            self.gold = self.gold_path()
         done, back = 0, []
         for action, possible, changed in self.played:
             if not back:
