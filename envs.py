@@ -948,25 +948,27 @@ class TextWorldExpress(World):
         if self.gold is None:
             self.gold = self.gold_path()
         done, back = 0, []
-        for action, possible, changed in self.played:
+        for action, possible, changed in [*self.played, ("", self.state["validActions"], False)]:
+            while back and back[-1] not in possible:  # undone already, by another action
+                back.pop()
             if not back:
                 done = next((i for i in range(done, len(self.gold)) if self.gold[i] in possible), len(self.gold))
                 if self.gold[done : done + 1] == [action]:
                     done += 1
                     continue
-            verb, *rest = action.split()
+            verb, _, rest = action.partition(" ")
             if back and action == back[-1]:
                 back.pop()
             elif changed and verb in ("open", "close"):
-                back.append(" ".join([self.opposite[verb], *rest]))
+                back.append(f"{self.opposite[verb]} {rest}")
             elif changed and verb == "move":
-                back.append(f"move {self.opposite[rest[0]]}")
+                back.append(f"move {self.opposite[rest]}")
             elif changed and verb == "put":
-                back.append(f"take {action.removeprefix('put ').rsplit(' in ', 1)[0]}")
-        action = next((action for action in back[::-1] + self.gold[done:] if action in self.state["validActions"]), None)
-        if action is None or self.over:
+                back.append(f"take {rest.rpartition(' in ')[0]}")
+        plan = back[::-1] + self.gold[done:]
+        if self.over or not plan:
             raise RuntimeError(f"{self.name}: the gold path says nothing more from here")
-        return action
+        return plan[0]
 
 
 def readable(text):
