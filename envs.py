@@ -2,6 +2,7 @@
 
     python envs.py                          list the worlds with random and expert scores
     python envs.py play 20q [--split test] [--seed 3]
+    python envs.py play twx:coin            a game of textworld-express, where that is installed
 
 A world is a class below `World`; `WORLDS` names them, `make(name)` builds one. The contract, for every world:
 
@@ -13,13 +14,19 @@ A world is a class below `World`; `WORLDS` names them, `make(name)` builds one. 
 """
 
 import argparse
+import atexit
 import functools
 import hashlib
+import importlib.util
 import itertools
+import json
 import math
+import os
 import random
 import re
+import shutil
 import sys
+import weakref
 
 # --------------------------------------------------------------------------------------------------------------- ground
 
@@ -1078,6 +1085,227 @@ class HouseholdFull(Household):
     offered = (*Household.offered, "close", "examine", "look", "inventory")
 
 
+# ---------------------------------------------------------------------------------------------------- textworld-express
+
+
+class Java:
+    """The one Java process behind all `twx:` worlds of this Python process. A game is an object in it, some milliseconds to make.
+
+    It ends with the last `close()`, and with Python however that ends, SIGKILL included: it reads the pipe that Python holds.
+    """
+
+    running = None
+
+    @classmethod
+    def get(cls):
+        if cls.running is None or cls.running.pid != os.getpid() or cls.running.process.poll() is not None:
+            cls.running = cls()  # the first, or a forked child, which must not use its parent's sockets, or Java has died
+        return cls.running
+
+    def __init__(self):
+        """ValueError, in one line, if Java is missing or does not start."""
+        from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
+        from py4j.protocol import Py4JError
+        from textworld_express.constants import BASEPATH, JAR_PATH
+
+        self.pid = os.getpid()
+        if shutil.which("java") is None:
+            raise ValueError("textworld-express needs Java, and there is no java on the PATH (apt install default-jre-headless, say)")
+        try:
+            # a process group of its own: Ctrl-C is for Python, which may want to finish its step
+            port, token, self.process = launch_gateway(
+                classpath=JAR_PATH, cwd=BASEPATH, die_on_exit=True, create_new_process_group=True, enable_auth=True, return_proc=True,
+                javaopts=["-Xmx1g", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"])  # fmt: skip
+        except (OSError, ValueError, Py4JError) as error:
+            raise ValueError(f"textworld-express needs Java, and java did not start: {error}") from error
+        # without memory management: what is made is kept for reuse, and no finalizer talks to Java at a time of its own choosing
+        parameters = GatewayParameters(port=port, auth_token=token, auto_convert=True, enable_memory_management=False)
+        self.gateway = JavaGateway(gateway_parameters=parameters)
+        self.free, self.seeds, self.owners, self.worlds = {}, {}, {}, weakref.WeakSet()
+        atexit.register(self.stop)
+
+    def take(self, game, parameters):
+        """A player's end of `game`, to be put back into `self.free`. ValueError for what the game does not know."""
+        free = self.free.setdefault((game, parameters), [])
+        if free:
+            return free.pop()
+        interface = self.gateway.jvm.textworldexpress.runtime.PythonInterface()
+        if message := interface.load(game, parameters):
+            raise ValueError(f"twx:{game}: {' '.join(message.removeprefix('ERROR: ').split())}")
+        for split in "train", "dev", "test":
+            if (game, split) not in self.seeds:
+                self.seeds[game, split] = list(getattr(interface, f"getSeeds{split.capitalize()}")())
+        return interface
+
+    def stop(self):
+        if self.pid == os.getpid():
+            atexit.unregister(self.stop)
+            self.gateway.close()
+            self.process.kill()  # it has nothing to save
+            self.process.wait()
+
+
+class TextWorldExpress(World):
+    """`twx:GAME`: the games of textworld-express (Jansen and Cote, 2022), if `pip install textworld-express` and Java are there.
+
+    `twx:coin,numLocations=3,includeDoors=0` sets parameters of the game, `max_turns` among them. Splits are its folds; seeds beyond
+    a fold (1000 games) begin again at its first game. What it understands is exactly the list of admissible actions, so that
+    nothing else is sent to Java; capitals, spaces and a final period do not matter.
+    """
+
+    max_turns = 50
+    splits = ("train", "dev", "test")
+    commands = {  # what can be said, beyond "look around" and "inventory"
+        "cookingworld": "read cookbook, move north, open door to west, open fridge, examine counter, take carrot, put carrot in fridge,"
+        " chop carrot, slice carrot, dice carrot, cook carrot in stove (it fries; the oven roasts, the barbeque grills), prepare meal,"
+        " eat meal",
+        "coin": "move north, open door to west, close door to west, take coin",
+        "twc": "move north, take brown sneakers, open shoe cabinet, close shoe cabinet, put brown sneakers in shoe cabinet",
+        "mapreader": "task, read map, move north, take coin, put coin in box",
+        "arithmetic": "take math problem, read math problem, take 12 apples, put 12 apples in box",
+        "sorting": "take 12ml of water, put 12ml of water in box",
+        "peckingorder": "read instructions book, take apple",
+    }
+    walkers = {"coin": "CoinGoldAgent", "twc": "TWCGoldAgent"}  # gold paths that differ each time they are asked for
+    opposite = {"open": "close", "close": "open", "north": "south", "south": "north", "east": "west", "west": "east"}
+
+    def __init__(self, name, max_turns=None):
+        """`name` is twx:GAME or twx:GAME,PARAMETER=NUMBER,...; ValueError, in one line, if it cannot be played."""
+        if not importlib.util.find_spec("textworld_express"):
+            raise ValueError(f"{name!r} is played with another package: pip install textworld-express (it needs Java as well)")
+        from textworld_express.constants import GAME_NAMES
+
+        self.name, (self.game, *settings) = name, name.removeprefix("twx:").split(",")
+        if self.game not in GAME_NAMES:
+            raise ValueError(f"unknown game {name!r}; textworld-express has: {', '.join(f'twx:{game}' for game in GAME_NAMES)}")
+        for setting in settings:
+            if not re.fullmatch(r"\w+=[0-9]{1,6}", setting):  # Java would take silence for an answer
+                raise ValueError(f"{name!r}: a parameter is written as numLocations=3, not {setting!r}")
+        turns = [int(setting.split("=")[1]) for setting in settings if setting.startswith("max_turns=")]
+        self.max_turns = max_turns if max_turns is not None else (turns or [self.max_turns])[-1]
+        if not isinstance(self.max_turns, int) or self.max_turns < 1:
+            raise ValueError(f"max_turns must be a positive whole number, not {self.max_turns!r}")
+        self.parameters = ",".join(setting for setting in settings if not setting.startswith("max_turns="))
+        says = "the command that Simon says, word for word"
+        if self.game != "simonsays":
+            says = f"a command such as: look around, inventory, {self.commands.get(self.game, 'move north, take coin, put coin in box')}"
+        self.system = f"You are playing a text game, {self.game}. It tells you your task and what you see.\nEach turn, reply with {says}."
+        self.java = self.interface = self.release = None
+        self.connect()
+
+    def connect(self):
+        """Takes part in the shared Java process. Its interface goes back there with `close()` or when nothing refers to this world."""
+        java = Java.get()
+        java.worlds.add(self)
+        if self.java is not java or self.interface is None:
+            self.java, self.interface = java, java.take(self.game, self.parameters)
+            self.release = weakref.finalize(self, java.free[self.game, self.parameters].append, self.interface)
+            self.release.atexit = False
+
+    def close(self):
+        """The last one to close ends Java. A closed world may be reset again."""
+        if self.interface is not None:
+            self.release()
+            self.interface = self.observation = None
+            self.java.worlds.discard(self)
+            if not self.java.worlds:
+                self.java.stop()
+
+    def reset(self, *, seed=None, options=None):
+        self.seed = random.SystemRandom().getrandbits(32) if seed is None else int(seed)
+        return super().reset(seed=self.seed, options=options)
+
+    def begin(self, rng, split):
+        self.connect()
+        numbers = self.java.seeds[self.game, split]
+        self.episode = numbers[self.seed % len(numbers)], split
+        self.gold, self.played = None, []  # played: (action, what was possible, did it change the room)
+        self.state = self.generate()
+        self.task = readable(self.interface.getTaskDescription())
+        return f"{self.task}\n{readable(self.state['observation'])}"
+
+    def generate(self):
+        self.java.owners[self.game, self.episode] = self.played
+        return json.loads(self.interface.generateNewGameJSON(*self.episode, False), strict=False)
+
+    def admissible(self):
+        return sorted(set(self.state["validActions"]))
+
+    def score(self):
+        return min(max(float(self.state["score"]), 0.0), 1.0)  # it counts a lost game as -1
+
+    def act(self, text):
+        action = " ".join(text.lower().split()).rstrip(".")
+        # names keep their capitals ("TV stand")
+        action = next((known for known in self.state["validActions"] if known.lower() == action), None)
+        if action is None:
+            return "That is not possible here. (look around and inventory say what is.)" if self.state["look"] else "What?", False
+        # a bug of 1.1.0: in sorting, all games of one seed share their objects, so that whoever made one last has them
+        if self.game == "sorting" and self.java.owners[self.game, self.episode] is not self.played:
+            self.generate()
+            for done, *_ in self.played:
+                self.interface.stepJSON(done)
+        before, self.state = self.state, json.loads(self.interface.stepJSON(action), strict=False)
+        self.played.append((action, before["validActions"], before["look"] != self.state["look"]))
+        self.won, self.over = bool(self.state["tasksuccess"]), bool(self.state["taskfailure"])
+        return readable(self.state["observation"]), True
+
+    def gold_path(self):
+        """Made by a second game. Where the package's walker draws from a clock's seed, it is called with one of this episode."""
+        interface, jvm = self.java.take(self.game, self.parameters), self.java.gateway.jvm
+        self.java.owners[self.game, self.episode] = None
+        if self.game not in self.walkers:
+            interface.generateNewGameJSON(*self.episode, True)
+            path = list(interface.getGoldActionSequence())
+        else:
+            walker, rng, path = getattr(jvm.textworldexpress.goldagent, self.walkers[self.game]), jvm.scala.util.Random(self.episode[0]), []
+            for _ in range(50):  # it may lose its way
+                interface.generateNewGameJSON(*self.episode, False)
+                found = walker(interface.game()).mkGoldPath(rng)
+                if found.productElement(0):
+                    path = list(found.productElement(1))
+                    break
+        self.java.free[self.game, self.parameters].append(interface)
+        return path
+
+    def expert(self):
+        """The next action of the game's own gold path: that of a walker who looks around, so it wins, but not by the shortest way.
+
+        Off the path it goes back to where it left (moves, doors, lids and what was put somewhere are undone), then on, without what
+        was done early. RuntimeError when the path has nothing more to offer, or the game is over.
+        """
+        if self.gold is None:
+            self.gold = self.gold_path()
+        done, back = 0, []
+        for action, possible, changed in [*self.played, ("", self.state["validActions"], False)]:
+            while back and back[-1] not in possible:  # undone already, by another action
+                back.pop()
+            if not back:
+                done = next((i for i in range(done, len(self.gold)) if self.gold[i] in possible), len(self.gold))
+                if self.gold[done : done + 1] == [action]:
+                    done += 1
+                    continue
+            verb, _, rest = action.partition(" ")
+            if back and action == back[-1]:
+                back.pop()
+            elif changed and verb in ("open", "close"):
+                back.append(f"{self.opposite[verb]} {rest}")
+            elif changed and verb == "move":
+                back.append(f"move {self.opposite[rest]}")
+            elif changed and verb == "put":
+                back.append(f"take {rest.rpartition(' in ')[0]}")
+        plan = back[::-1] + self.gold[done:]
+        if self.over or not plan:
+            raise RuntimeError(f"{self.name}: the gold path says nothing more from here")
+        return plan[0]
+
+
+def readable(text):
+    """Without the blanks at the ends of lines and the empty lines, and with a period at the end, as lists and recipes lack it."""
+    text = "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
+    return text if not text or text[-1] in ".!?" else f"{text}."
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 
 WORLDS = {"repair": RepairShop, "20q": TwentyQuestions, "20q-full": TwentyQuestionsFull, "household": Household,
@@ -1085,9 +1313,11 @@ WORLDS = {"repair": RepairShop, "20q": TwentyQuestions, "20q-full": TwentyQuesti
 
 
 def make(name, **settings):
-    """A world by name; `settings` go to its constructor."""
+    """A world by name; `settings` go to its constructor. `twx:GAME` is a game of textworld-express."""
+    if name.startswith("twx:"):
+        return TextWorldExpress(name, **settings)
     if name not in WORLDS:
-        raise ValueError(f"unknown world {name!r}; there are: {', '.join(WORLDS)}")
+        raise ValueError(f"unknown world {name!r}; there are: {', '.join(WORLDS)}, and twx:GAME with textworld-express")
     return WORLDS[name](**settings)
 
 
@@ -1099,6 +1329,8 @@ def list_worlds(episodes=200):
         env = make(name)
         scores = ["%.3f (%.3f)" % mean_score(env, player, episodes) for player in (random_player, expert_player)]
         print(f"{name:<16}{env.max_turns:>6}{scores[0]:>18}{scores[1]:>18}")
+    installed = "is installed" if importlib.util.find_spec("textworld_express") else "is not installed"
+    print(f"textworld-express {installed}: its games are worlds named twx:GAME (twx:coin, say)")
     print("play one: python envs.py play 20q")
 
 
@@ -1131,7 +1363,7 @@ def main(argv=None):
     parser = OneLineParser(description="Text worlds: list them, or play one.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command")
     player = commands.add_parser("play", help="play a world at the terminal", allow_abbrev=False)
-    player.add_argument("world", help=", ".join(WORLDS))
+    player.add_argument("world", help=", ".join([*WORLDS, "twx:GAME"]))
     player.add_argument("--split", default="train")
     player.add_argument("--seed", type=int, default=None, help="the episode (default: any)")
     args = parser.parse_args(argv)
