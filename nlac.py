@@ -218,6 +218,8 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, prefixes=No
         for i in live:
             episodes[i]["truncated"] = len(dialogues.ids[i]) > context
         live = [i for i in live if not episodes[i]["truncated"]]
+    for world in worlds:
+        world.close()
     for i, e in enumerate(episodes):
         e["tokens"], e["logprob"] = sum(dialogues.mask[i][prompts[i]:]), sum(dialogues.logprobs[i][prompts[i]:])
     return episodes
@@ -517,7 +519,7 @@ def main():
                                    eval_every=2, save_every=2, examples=800)
     world = check_args(args)
     updates = round(args.episodes_per_step * args.updates_per_episode)  # gradient steps per step
-    run = None if args.eval_only else common.Run("nlac", args, args.out_dir or f"runs/nlac-{args.env}-s{args.seed}")
+    run = None if args.eval_only else common.Run("nlac", args, args.out_dir or f"runs/nlac-{args.env.replace(':', '-')}-s{args.seed}")
     model, chat = load(world, args)
     first = chat.prompt(policy_messages(world, [world.reset(seed=0)[0]], args))
     common.check(len(first) + args.max_new_tokens <= model.config.max_position_embeddings,
