@@ -74,7 +74,7 @@ def check_common(args):
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
 
     def demand(name, valid, rule):
-        check(name not in values or valid(values[name]), f"--{name.replace('_', '-')} must be {rule}, not {values.get(name)}")
+        check(values.get(name) is None or valid(values[name]), f"--{name.replace('_', '-')} must be {rule}, not {values.get(name)}")
 
     for name in values:
         demand(name, lambda v: all(not isinstance(x, float) or math.isfinite(x) for x in (v if isinstance(v, list) else [v])), "finite")
@@ -669,9 +669,19 @@ class Run:
 
     def finish(self, summary: dict, model, chat):
         """model/ in the Hugging Face format, then summary.json: a run that has one is complete."""
-        shutil.rmtree(self.dir / "model", ignore_errors=True)
-        _new_directory(self.dir / "model", lambda path: (model.save_pretrained(path), chat.tokenizer.save_pretrained(path)))
+        save_model(self.dir / "model", model, chat)
         _write_atomic(self.dir / "summary.json", lambda file: file.write(_json(summary, indent=1).encode()))
+
+
+def save_model(directory, model, chat):
+    """Model and tokenizer in the Hugging Face format, whole or not at all; what was there before is replaced."""
+    shutil.rmtree(directory, ignore_errors=True)
+    _new_directory(directory, lambda path: (model.save_pretrained(path), chat.tokenizer.save_pretrained(path)))
+
+
+def write_jsonl(path, records):
+    """A file with a line of JSON per record, in one move."""
+    _write_atomic(Path(path), lambda file: file.write("".join(_json(record) + "\n" for record in records).encode()))
 
 
 def versions() -> dict:
