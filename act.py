@@ -1,6 +1,7 @@
 """Agentic Critical Training (Liu et al., arXiv 2603.08706): learn which of two actions is better, then imitate, then reinforce.
 
-A demonstration says what to do, never why. ACT asks: here is a state of it, and two actions, the expert's and one of your own; which is better? The model reasons freely and only the right choice is paid.
+A demonstration says what to do, never why. ACT asks: here is a state of it, and two actions, the expert's and one of your own; which is
+better? The model reasons freely and only the right choice is paid.
 
  1. pairs: at each state of the demonstrations the start policy proposes actions; those that are not the expert's each make a pair with it.
  2. act: GRPO on the choice. Both actions are shown in random order; reward 1 for the expert's, 0.1 for another one that is possible,
@@ -201,10 +202,10 @@ def make_pairs(model, chat, world, args, states, stream):
 
 
 @torch.no_grad()
-def rollout(model, chat, args, split, seeds, *, temperature, stream):
+def rollout(model, chat, args, split, seeds, *, temperature, stream, first=0):
     """Plays an episode per seed, all at once. Returns dicts; `ids` and `mask` are for the loss.
 
-    `stream` names the randomness: a row's replies depend on (--seed, stream, row, turn) and on nothing else.
+    `stream` names the randomness: a row's replies depend on (--seed, stream, row, turn) and on nothing else; rows count from `first`.
     """
     worlds, episodes = [envs.make(args.env) for _ in seeds], []
     for world, seed in zip(worlds, seeds):
@@ -217,7 +218,7 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream):
     live = list(range(len(episodes)))
     while live := [i for i in live if not episodes[i]["over"] and not episodes[i]["truncated"]]:
         replies = dialogues.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature, seeds=[
-            common.row_seed(args.seed, *stream, i, len(episodes[i]["history"])) for i in live])
+            common.row_seed(args.seed, *stream, first + i, len(episodes[i]["history"])) for i in live])
         for i, reply in zip(live, replies):
             e = episodes[i]
             observation, reward, terminated, truncated, info = worlds[i].step(parse_action(reply) or "")
@@ -456,9 +457,15 @@ def schedule(args, stage, examples, index):
 # ----------------------------------------------------------------------------------------------------- evaluation and records
 
 
+AT_ONCE = 256  # episodes of an evaluation that share a cache: what bounds its memory
+
+
 def evaluate(model, chat, args, split, episodes):
     """The policy on fixed episodes of a split: nothing but its dialogue. Returns ({"success", "se", ...}, episodes)."""
-    played = rollout(model, chat, args, split, range(episodes), temperature=args.eval_temperature, stream=("evaluate",))
+    played = []
+    for i in range(0, episodes, AT_ONCE):
+        played += rollout(model, chat, args, split, range(i, min(i + AT_ONCE, episodes)), temperature=args.eval_temperature,
+                          stream=("evaluate",), first=i)
     return {"success": common.mean(e["won"] for e in played), "se": common.mean_se([float(e["won"]) for e in played])[1],
             "turns": common.mean(len(e["valid"]) for e in played),
             "invalid": common.mean(not v for e in played for v in e["valid"])}, played
@@ -609,7 +616,7 @@ def main():
     print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; {len(demos)} expert states, "
           f"{len(pairs or ())} pairs {counts or ''}; {' -> '.join(stages)}, {len(plan)} updates")
 
-    reference, optimizer, totals, done = copy.deepcopy(model), None, Counter(), 0
+    reference, optimizer, totals, done, after_episode = copy.deepcopy(model), None, Counter(), 0, None
     if state := run.resume():
         model.load_state_dict(state["model"])
         reference.load_state_dict(state["reference"])
@@ -660,7 +667,7 @@ def main():
         if run.stopping:
             sys.exit(run.stopping)
 
-    ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes) for name, player in
+    ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes, key="won") for name, player in
             (("random", envs.random_player), ("expert", envs.expert_player))}
     print(f"\nbefore\n{show(before_episode)}\n\nafter\n{show(after_episode)}\n")
     score = lambda numbers: {"success": numbers["success"], "se": numbers["se"]}  # noqa: E731

@@ -172,9 +172,9 @@ def run_episode(env, player, seed, split="train"):
     }
 
 
-def mean_score(env, player, episodes, split="test"):
-    """(mean, standard error) of the score over the seeds 0 .. episodes-1."""
-    scores = [run_episode(env, player, seed, split)["score"] for seed in range(episodes)]
+def mean_score(env, player, episodes, split="test", key="score"):
+    """(mean, standard error) over the seeds 0 .. episodes-1, of the score or, with key="won", of success."""
+    scores = [float(run_episode(env, player, seed, split)[key]) for seed in range(episodes)]
     mean = sum(scores) / episodes
     variance = sum((score - mean) ** 2 for score in scores) / max(1, episodes - 1)
     return mean, math.sqrt(variance / episodes)

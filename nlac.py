@@ -188,10 +188,10 @@ def refiner_messages(world, history, tries):
 
 
 @torch.no_grad()
-def rollout(model, chat, args, split, seeds, *, temperature, stream, prefixes=None):
+def rollout(model, chat, args, split, seeds, *, temperature, stream, prefixes=None, first=0):
     """Plays an episode per seed, all at once, and returns them as dicts.
 
-    `stream` names the randomness: a row's replies depend on (--seed, stream, episode, turn) and on nothing else.
+    `stream` names the randomness: a row's replies depend on (--seed, stream, episode, turn) alone; episodes count from `first`.
     `prefixes`: replies to replay first, a list per episode, so that play goes on from a given state.
     """
     worlds = [envs.make(args.env) for _ in seeds]
@@ -210,7 +210,7 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, prefixes=No
     live = [i for i, e in enumerate(episodes) if not e["over"] and not e["truncated"]]
     while live:
         replies = dialogues.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature, seeds=[
-            common.row_seed(args.seed, *stream, i, len(episodes[i]["history"])) for i in live])
+            common.row_seed(args.seed, *stream, first + i, len(episodes[i]["history"])) for i in live])
         for i, reply in zip(live, replies):
             take_turn(worlds[i], episodes[i], reply)
         live = [i for i in live if not episodes[i]["over"]]
@@ -364,9 +364,15 @@ def likelihood_loss(model, chat, pairs, weight, micro_batch_size, temperature=1.
 # ----------------------------------------------------------------------------------------------------- evaluation and records
 
 
+AT_ONCE = 256  # episodes of an evaluation that share a cache: what bounds its memory
+
+
 def evaluate(model, chat, args, split, episodes):
     """The plain policy on fixed test episodes: no critic, no refinement. Returns (success, standard error, episodes)."""
-    played = rollout(model, chat, args, split, range(episodes), temperature=args.eval_temperature, stream=("evaluate",))
+    played = []
+    for i in range(0, episodes, AT_ONCE):
+        played += rollout(model, chat, args, split, range(i, min(i + AT_ONCE, episodes)), temperature=args.eval_temperature,
+                          stream=("evaluate",), first=i)
     return *common.mean_se([float(e["won"]) for e in played]), played
 
 
@@ -648,7 +654,7 @@ def main():
         if run.stopping:
             sys.exit(run.stopping)
 
-    ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes) for name, player in
+    ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes, key="won") for name, player in
             (("random", envs.random_player), ("expert", envs.expert_player))}
     print(f"\nbefore\n{show(before_episode)}\n\nafter\n{show(after_episode)}\n")
     run.finish({"script": "nlac", "method": "nlac", "arm": args.ablation, "env": args.env, "model": args.model, "seed": args.seed,

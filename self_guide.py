@@ -18,7 +18,8 @@ Departures from the paper, and why:
  2. The actions that are possible now are not listed: in a dialogue that only grows the lists would pile up. The world's system prompt says
     how to act.
  3. The system prompt explains rating and acting once; a turn asks for one of them in a word.
- 4. A rating that cannot be read counts as neutral (the paper does not say), and is counted.
+ 4. A rating that is not a reason and a label counts as neutral (the paper does not say), and is counted.
+ 5. R_env is the score of the world, without the penalty for invalid actions that a public script of its framework has.
 The paper leaves open: group size, learning rate and KL weight of its GRPO runs, the scale of R_env, if "full reward at once" ever ends.
 
     python self_guide.py                                        # household, tiny model: see README for minutes and numbers
@@ -104,9 +105,9 @@ LABELS = ["negative", "neutral", "positive"]
 
 
 def parse_rating(reply):
-    """A rating -> -1, 0 or 1 for its label, or None if it has none."""
-    found = re.findall(r"Label:\W*(negative|neutral|positive)\b", reply, re.IGNORECASE)
-    return LABELS.index(found[-1].lower()) - 1 if found else None
+    """A rating -> -1, 0 or 1 for its label, or None if it is not a reason and a label."""
+    found = re.fullmatch(r"Reason:.*\nLabel:\W*(negative|neutral|positive)\W*", reply.strip(), re.IGNORECASE | re.ASCII | re.DOTALL)
+    return LABELS.index(found[1].lower()) - 1 if found else None
 
 
 def parse_action(reply):
@@ -124,10 +125,10 @@ def opening(world, observation, guided):
 
 
 @torch.no_grad()
-def rollout(model, chat, args, split, seeds, *, guided, temperature, stream):
+def rollout(model, chat, args, split, seeds, *, guided, temperature, stream, first=0):
     """Plays an episode per seed, all at once: rate and act by turns, or act only. Returns dicts; `ids` and `mask` are for the loss.
 
-    `stream` names the randomness: a row's replies depend on (--seed, stream, row, turn) and on nothing else.
+    `stream` names the randomness: a row's replies depend on (--seed, stream, row, turn) and on nothing else; rows count from `first`.
     """
     worlds, episodes = [envs.make(args.env) for _ in seeds], []
     for world, seed in zip(worlds, seeds):
@@ -139,7 +140,7 @@ def rollout(model, chat, args, split, seeds, *, guided, temperature, stream):
 
     def say(rows, part):
         return dialogues.reply(rows, max_new_tokens=args.max_new_tokens, temperature=temperature, seeds=[
-            common.row_seed(args.seed, *stream, i, len(episodes[i]["history"]), part) for i in rows])
+            common.row_seed(args.seed, *stream, first + i, len(episodes[i]["history"]), part) for i in rows])
 
     live = list(range(len(episodes)))
     while live := [i for i in live if not episodes[i]["over"] and not episodes[i]["truncated"]]:
@@ -183,7 +184,7 @@ def trust(args, share):
 
 def rewards(args, episode):
     """(R_env, sum_t g(z_t)) of a trajectory. Not divided by its length, as in the paper: long self-praise pays."""
-    return args.reward_scale * episode["reward"], args.rating_reward * sum(label or 0 for label in episode["labels"])
+    return args.reward_scale * episode["score"], args.rating_reward * sum(label or 0 for label in episode["labels"])
 
 
 def total_reward(args, episode, weight):
@@ -315,9 +316,15 @@ def correlation(episodes):
     return float(np.corrcoef(x, y)[0, 1]) if min(x) < max(x) and min(y) < max(y) else None
 
 
+AT_ONCE = 256  # episodes of an evaluation that share a cache: what bounds its memory
+
+
 def evaluate(model, chat, args, split, episodes, guided):
     """The policy on fixed episodes of a split. Returns ({"success", "se", ...}, episodes)."""
-    played = rollout(model, chat, args, split, range(episodes), guided=guided, temperature=args.eval_temperature, stream=("evaluate",))
+    played = []
+    for i in range(0, episodes, AT_ONCE):
+        played += rollout(model, chat, args, split, range(i, min(i + AT_ONCE, episodes)), guided=guided, temperature=args.eval_temperature,
+                          stream=("evaluate",), first=i)
     return watch(played) | {"se": common.mean_se([float(e["won"]) for e in played])[1]}, played
 
 
@@ -402,7 +409,8 @@ def check_args(args):
         common.check(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
     common.check(args.group_size > 1, "--group-size must be at least 2: an advantage is a difference within a group")
     common.check(args.batch_size % args.group_size == 0, f"--batch-size must be a multiple of --group-size, not {args.batch_size}")
-    common.check(args.batch_size % args.updates == 0, f"--batch-size must be a multiple of --updates, not {args.batch_size}")
+    common.check(args.batch_size // args.group_size % args.updates == 0,
+                 f"--updates must divide the {args.batch_size // args.group_size} groups of a step, not {args.updates}")
     points = [0.0, *args.trust_points, 1.0]
     common.check(len(points) == 6 and points == sorted(points) and len(set(args.trust_points)) == 4,
                  f"--trust-points must be four growing shares of --steps, not {args.trust_points}")
@@ -433,7 +441,7 @@ def main():
     out_dir = args.out_dir or f"runs/self_guide-{args.env.replace(':', '-')}-s{args.seed}"
     run = None if args.eval_only else common.Run("self_guide", args, out_dir)
     model, chat = load(world, args)
-    first = chat.dialogue(opening(world, world.reset(seed=0)[0], guided))
+    first = chat.dialogue(opening(world, world.reset(seed=0)[0], args.guide != "off"))
     common.check(len(first) + 2 * (args.max_new_tokens + len(chat.turn(ACT))) <= model.config.max_position_embeddings,
                  f"the first prompt has {len(first)} tokens and --max-new-tokens is {args.max_new_tokens}: "
                  f"beyond the model's context of {model.config.max_position_embeddings}")
@@ -452,20 +460,22 @@ def main():
     print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; a step plays {groups} groups "
           f"of {args.group_size} episodes and takes {args.updates} gradient steps of {args.batch_size // args.updates} episodes")
 
-    reference = copy.deepcopy(model)  # the start policy
+    reference = copy.deepcopy(model) if args.kl else None  # the start policy
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     totals, seconds, done, task = Counter(), Counter(), 0, 0
     if state := run.resume():
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        common.check(not guided or args.trust in ("zero", "immediate") or state["steps"] == args.steps,
+                     f"--resume: the trust schedule is made of shares of --steps, which was {state['steps']}")
         totals, seconds, done, task = Counter(state["totals"]), Counter(state["seconds"]), state["step"], state["task"]
         before, before_episode = state["before"], state["before_episode"]
     else:
         before, before_episode = evaluations(guided)
 
     def checkpoint(step):
-        run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "task": task, "totals": dict(totals),
-                  "seconds": dict(seconds), "before": before, "before_episode": before_episode})
+        run.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "steps": args.steps, "task": task,
+                  "totals": dict(totals), "seconds": dict(seconds), "before": before, "before_episode": before_episode})
 
     def finished(step):
         return totals["tokens"] >= args.token_budget if args.token_budget else step >= args.steps or args.guide == "inference"
@@ -475,18 +485,17 @@ def main():
                unit="token" if args.token_budget else "step", dynamic_ncols=True, disable=args.guide == "inference")
     while not finished(step):
         step += 1
-        clock, weight = common.Clock(seconds), trust(args, (step - 1) / args.steps)
+        clock, weight = common.Clock(seconds), trust(args, (step - 1) / args.steps) if guided else 0.0
 
         # 1, 2. groups of episodes; dapo plays others in place of those without spread in R
-        batch, replaced = [], 0
+        batch, all_played, replaced = [], [], 0
         for attempt in range(1 + (args.resample if args.estimator == "dapo" else 0)):
             missing = groups - len(batch) // args.group_size
             seeds = [args.seed * 1_000_000_007 + task + g for g in range(missing) for _ in range(args.group_size)]
             task += missing
             episodes = rollout(model, chat, args, "train", seeds, guided=guided, temperature=args.temperature,
                                stream=("train", step, attempt))
-            totals.update(episodes=len(episodes), env_steps=sum(len(e["valid"]) for e in episodes),
-                          tokens=sum(sum(e["mask"]) for e in episodes))
+            all_played += episodes
             played = [episodes[i:i + args.group_size] for i in range(0, len(episodes), args.group_size)]
             if args.estimator == "dapo" and attempt < args.resample:
                 spread = [group for group in played if without_spread([total_reward(args, e, weight) for e in group], args.group_size) == 0]
@@ -494,6 +503,8 @@ def main():
             batch += [e for group in played for e in group]
             if len(batch) == args.batch_size:
                 break
+        totals.update(episodes=len(all_played), env_steps=sum(len(e["valid"]) for e in all_played),
+                      tokens=sum(sum(e["mask"]) for e in all_played))
         clock.lap("rollout")
 
         # 3, 5. rewards, advantages, gradient steps
@@ -505,7 +516,7 @@ def main():
         totals["gradient_steps"] += args.updates
         clock.lap("update")
 
-        metrics = {"step": step, **watch(batch), **losses, "trust": weight, "reward_env": common.mean(env for env, _ in parts),
+        metrics = {"step": step, **watch(all_played), **losses, "trust": weight, "reward_env": common.mean(env for env, _ in parts),
                    "reward_guide": common.mean(guide for _, guide in parts), "return": common.mean(returns), "groups": groups,
                    "groups_without_spread": without_spread(returns, args.group_size), "groups_replaced": replaced,
                    "groups_without_spread_env": without_spread([env for env, _ in parts], args.group_size)}
@@ -517,7 +528,7 @@ def main():
                        f"environment steps")
         clock.lap("watching")
         run.log(metrics | dict(totals) | {f"seconds_{name}": round(value, 2) for name, value in clock.laps.items()})
-        run.write_rollouts([{"step": step, **record(e)} for e in batch])
+        run.write_rollouts([{"step": step, **record(e)} for e in all_played])
         bar.update((totals["tokens"] if args.token_budget else step) - bar.n)
         bar.set_postfix(success=f"{metrics['success']:.2f}", trust=f"{weight:.2f}")
         if step % args.save_every == 0 or finished(step) or run.stopping:
@@ -527,10 +538,10 @@ def main():
     bar.close()
 
     after, after_episode = evaluations(args.guide != "off")
-    ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes) for name, player in
+    ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes, key="won") for name, player in
             (("random", envs.random_player), ("expert", envs.expert_player))}
     print(f"\nbefore\n{show(before_episode)}\n\nafter\n{show(after_episode)}\n")
-    arm = {"off": "grpo", "inference": "inference", "on": args.trust}[args.guide] + ("-dapo" if args.estimator == "dapo" else "")
+    arm = {"off": args.estimator, "inference": "inference", "on": f"{args.estimator}-{args.trust}"}[args.guide]
     score = lambda numbers: {"success": numbers["success"], "se": numbers["se"]}  # noqa: E731
     run.finish({"script": "self_guide", "method": "self-guide", "arm": arm, "env": args.env, "model": args.model, "seed": args.seed,
                 "split": "test", "eval_episodes": args.eval_episodes, "before": score(before["test"]), "after": score(after["test"]),

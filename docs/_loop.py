@@ -224,7 +224,7 @@ def main(method, arguments, make_learner, quick=None):
     bar.close()
 
     after = {"success": success, "se": se}
-    ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes) for name, player in
+    ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes, key="won") for name, player in
             (("random", envs.random_player), ("expert", envs.expert_player))}
     for name, episode in ("before", before_episode), ("after", played[0]):
         print(f"\n{name}\n" + "".join(c if c.isprintable() or c == "\n" else " " for c in nlac.transcript(episode["history"])))

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,9 +83,10 @@ def test_no_string_upsets_a_parser(text):
 
 @pytest.mark.parametrize("unit", ["Label:", "Label: ", " ", "\n", "Label:\n", "a", "Label: positive", ". "])
 def test_megabytes_take_bounded_time(unit):
-    text = unit * (1_000_000 // len(unit))
-    for text in text, "Label:" + text:
-        sg.parse_rating(text), sg.parse_action(text), sg.event(text)
+    text, start = unit * (1_000_000 // len(unit)), time.process_time()
+    for long in text, "Label:" + text:
+        sg.parse_rating(long), sg.parse_action(long), sg.event(long)
+    assert time.process_time() - start < 5
 
 
 def test_parse_action():
@@ -93,8 +95,8 @@ def test_parse_action():
 
 
 def test_an_unreadable_rating_is_a_counted_neutral():
-    episode = dict(reward=1.0, labels=[None, 1, -1, None, 1], ratings=[""] * 5, valid=[True] * 5, history=["a. 5 turns left."] * 11, won=True,
-                   truncated=False)  # fmt: skip
+    episode = dict(reward=1.0, labels=[None, 1, -1, None, 1], ratings=[""] * 5, valid=[True] * 5, history=["a. 5 turns left."] * 11,
+                   won=True, truncated=False)  # fmt: skip
     assert sg.rewards(sg.Args(), episode) == (10.0, pytest.approx(0.1))
     assert sg.total_reward(sg.Args(), episode, 0.5) == pytest.approx(10.05) and sg.total_reward(sg.Args(), episode, 0.0) == 10.0
     seen = sg.watch([episode])
@@ -150,7 +152,9 @@ def test_group_advantages_against_another_derivation(size, data):
 
 
 def test_loss_by_hand():
-    t = lambda *rows: torch.tensor(rows, dtype=torch.float64)  # noqa: E731
+    def t(*rows):
+        return torch.tensor(rows, dtype=torch.float64)
+
     ratio, plus, minus = t([0.5, 0.9, 1.0, 1.25, 1.5]).log(), t([2.0]), t([-2.0])
     zero = torch.zeros_like(ratio)
     torch.testing.assert_close(sg.surrogate(ratio, zero, plus, 0.2, 0.2), -t([1.0, 1.8, 2.0, 2.4, 2.4]))
@@ -189,7 +193,10 @@ def bigram_update(table, reference, episodes, advantages, args, lr):
 def test_the_first_step_by_hand():
     zeros = [[0.0] * WORDS] * WORDS
     episodes = [dict(ids=[1, 2, 3], mask=[0, 1, 1], logprob=2 * math.log(0.2)), dict(ids=[1, 4, 4], mask=[0, 0, 1], logprob=math.log(0.2))]
-    row = lambda i: torch.eye(WORDS)[i] - 0.2  # noqa: E731: gradient of log p of word i
+
+    def row(i):  # gradient of log p of word i
+        return torch.eye(WORDS)[i] - 0.2
+
     for estimator, weights, loss in ("grpo", (0.25, 0.25, 0.5), 0.0), ("dapo", (1 / 3,) * 3, -1 / 3):
         args = dataclasses.replace(ARGS, estimator=estimator, temperature=1.0, micro_batch_size=1)
         after, metrics = bigram_update(zeros, zeros, episodes, [1.0, -1.0], args, 1.0)
@@ -711,7 +718,7 @@ def test_metrics_follow_from_the_rollouts(whole, tiny):
         assert row["label_malformed"] == labels.count(None) / len(labels)
         assert sum(row[f"label_{name}"] for name in (*sg.LABELS, "malformed")) == pytest.approx(1)
         assert abs(row["logprob_gap"]) < 1e-4 and row["entropy"] > 0 and row["groups"] == 2
-        assert {"ratings_if_won", "ratings_if_lost", "label_outcome_correlation", "looping", "invalid", "turns", "kl", "clipped"} <= set(row)
+        assert {"ratings_if_won", "ratings_if_lost", "label_outcome_correlation", "looping", "invalid", "turns", "kl"} <= set(row)
     assert len(set(seeds)) == 8  # no task twice
     assert any(label is not None for e in rollouts for label in e["labels"])  # or this file tests no ratings at all
     assert "eval_success" in metrics[1] and "eval_success" not in metrics[0] and "eval_success" not in metrics[3]
@@ -882,7 +889,7 @@ def bad_models(llama, tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--model ./nowhere", "config.json is missing"), ("--model nobody/nothing", "cannot be loaded"), ("--model tiny:10x1", "multiple of 16"),
+    ("--model ./nowhere", "config.json is missing"), ("--model nobody/nothing", "cannot be loaded"), ("--model tiny:10x1", "multiple"),
     ("--model {bad}/no-template", "chat template"), ("--model {bad}/short", "context"), ("--model {bad}/short --guide off", "context"),
     ("--model {bad}/between --max-new-tokens 8", "context"),
     ("--model {bad}/between --max-new-tokens 8 --guide inference", "context"),  # its second evaluation is guided
@@ -899,7 +906,8 @@ def bad_models(llama, tmp_path_factory):
     ("--trust-points 0.4 0.5 0.7", "--trust-points"), ("--trust-points 0.4 0.5 0.7 0.8 0.9", "--trust-points"),
     ("--trust-points 0.5 0.4 0.7 0.8", "--trust-points"), ("--trust-points 0.4 0.4 0.7 0.8", "--trust-points"),
     ("--trust-points 0.4 0.5 0.7 1.2", "--trust-points"), ("--trust-points -0.1 0.5 0.7 0.8", "--trust-points"),
-    ("--trust-points 0.4 nan 0.7 0.8", "--trust-points"), ("--trust-points a b c d", "--trust-points"), ("--trust-points", "--trust-points"),
+    ("--trust-points 0.4 nan 0.7 0.8", "--trust-points"), ("--trust-points a b c d", "--trust-points"),
+    ("--trust-points", "--trust-points"),
     ("--rating-reward nan", "--rating-reward"), ("--rating-reward inf", "--rating-reward"), ("--reward-scale 0", "--reward-scale"),
     ("--reward-scale -1", "--reward-scale"), ("--reward-scale inf", "--reward-scale"), ("--token-budget -1", "--token-budget"),
     ("--token-budget 100", "--guide off"), ("--token-budget 100 --guide inference", "--guide off"), ("--examples 0", "--examples"),
