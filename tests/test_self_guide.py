@@ -54,7 +54,7 @@ def everything_under(path):
 @pytest.mark.parametrize("reply, label", [
     ("Reason: The case is open.\nLabel: positive", 1), ("Reason: Nothing new.\nLabel: neutral", 0),
     ("Reason: Stuck.\nLabel: negative", -1), ("reason: x\nlabel: Positive.", 1), ("Reason: x\nLABEL: NEGATIVE\n", -1),
-    ("Reason: x\nLabel: **neutral**", 0), ("Label: positive", 1), ("Reason: x\nLabel:positive", 1),
+    ("Reason: x\nLabel: **neutral**", 0), ("Label: positive", None), ("Reason: x\nLabel:positive", 1),
     ("Reason: x\nLabel: positively", None), ("Reason: x\nLabel: good", None), ("Reason: x\nLabel:", None), ("positive", None), ("", None),
     ("Reason: positive\n", None), ("Reason: x\nLabel: not positive", None), ("Reason: x\nLabel: po\u017fitive", None),
     ("Reason: x\nLabel: pos\u0131tive", None),

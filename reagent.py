@@ -1,0 +1,719 @@
+"""Reagent (Fan et al., arXiv 2601.22154): a reward model that explains itself, and an agent that learns from its words and its score.
+
+Agent-RRM reads the whole transcript of an episode, never the right answer, and writes three blocks: <think> an analysis, <critique> a few
+words to the agent, <score> a number in [0, 1]. Three ways to use it:
+
+ C  text only, nothing is trained: attempt, critique, second attempt with the critique in view; the second one counts.
+ R  score only: GRPO with R = R_rule + lambda * score.
+ U  both: G first attempts at a question are judged, each is attempted once more with its critique in view, the second ones are judged too,
+    both get R, and advantages are normalised over the pool of all 2G. Each attempt's ratio is taken in its own context: the second stays
+    conditioned on the first and its critique, whose tokens are not trained there. At test time: the first attempt alone.
+ none  lambda = 0, first attempts only. With R and --group-size twice as large it is the control that the paper lacks: U's compute.
+
+One run: 1. judged trajectories of players of different strength; 2. the judge learns them (SFT), then GRPO, paid for the closeness of its
+score to the reference and for its format; 3. cold start of the agent on correct trajectories; 4. the agent's own learning.
+
+Departures from the paper, and why:
+ 1. The judgements that train the judge are written by a program that names flaws of the process (`annotate`); the paper's come from a
+    model of 120 billion parameters. The annotator serves there alone: the agent meets the trained judge only.
+ 2. The reward of the judge's GRPO and the prompt of the second attempt are unpublished; those below are ours.
+ 3. Cold-start trajectories come from the world's expert, --cold-start of them (paper: 55.6 thousand of a stronger model).
+
+    python reagent.py                                  # judge, cold start, variant U on search with the tiny model: see README
+    python reagent.py --variant R --group-size 16      # the control with U's compute
+    python reagent.py --variant none                   # or C
+    python reagent.py --rrm runs/reagent-search-s0/rrm # a judge that is there already
+    python reagent.py --model Qwen/Qwen3-8B --rrm DIR --env search-full --device cuda --lr 5e-7 --max-new-tokens 1024
+    python reagent.py --quick                          # the whole path in under a minute
+"""
+
+import copy
+import dataclasses
+import itertools
+import random
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+import envs
+
+
+@dataclass
+class Args:
+    """The command line. "not in the paper" marks what the paper leaves open."""
+
+    # shared by all scripts
+    model: str = common.flag("tiny", "tiny, tiny:WIDTHxLAYERS, a local directory or a hub id")
+    env: str = common.flag("search", "a world of envs.py")
+    seed: int = common.flag(0, "of everything sampled; the tiny model is built with seed 0")
+    steps: int = common.flag(60, "updates of the agent (paper: 300)")
+    lr: float = common.flag(1e-3, "AdamW, of every phase, constant after 5 steps (paper: 5e-7; its script: 5e-6)")
+    batch_size: int = common.flag(32, "first attempts per step: questions x --group-size (paper: 32 questions)")
+    micro_batch_size: int = common.flag(8, "sequences per backward pass; changes memory and speed, not the gradient")
+    max_new_tokens: int = common.flag(64, "of one reply of the agent")
+    temperature: float = common.flag(0.7, "while training, and of the log-probs (paper)")
+    eval_temperature: float = common.flag(0.6, "in evaluation (paper, with top-p 0.95)")
+    eval_episodes: int = common.flag(500, "per split, of the first and the last evaluation; a fifth of them, of `test`, in between")
+    eval_every: int = common.flag(20, "steps between evaluations")
+    eval_only: bool = common.flag(False, "evaluate --model and stop; writes nothing")
+    save_every: int = common.flag(20, "updates of any phase between checkpoints")
+    out_dir: str = common.flag("", "default: runs/reagent-ENV-sSEED")
+    resume: bool = common.flag(False, "continue the run in --out-dir")
+    device: str = common.flag("cpu", "cpu, cuda, cuda:1, mps")
+    dtype: str = common.flag("auto", "auto (float32 weights; bfloat16 compute on a GPU), float32, bfloat16")
+    quick: bool = common.flag(False, "a small run through every line, to see that it works; overrides the sizes")
+    # group-relative policy optimisation
+    group_size: int = common.flag(8, "first attempts at one question (paper)")
+    updates: int = common.flag(2, "gradient steps per step, each on its share of the questions (paper: 2, batches of 32 in halves)")
+    clip: float = common.flag(0.2, "the ratio stays above 1 - clip (paper)")
+    clip_high: float = common.flag(0.2, "and below 1 + clip_high (paper: 0.2; its script: 0.34)")
+    kl: float = common.flag(0.0, "weight of the KL to the policy at the start of the phase (paper: unstated; its script: off)")
+    # Reagent
+    variant: str = common.flag("U", "how the judge is used", choices=["U", "R", "C", "none"])
+    score_weight: float = common.flag(0.3, "lambda, of the judge's score beside the rule's reward (paper)")
+    pool: str = common.flag("joint", "U: advantages over all 2G attempts (paper), or apart", choices=["joint", "separate"])
+    rrm: str = common.flag("", "the judge: a local directory or a hub id; default: it is trained first")
+    judge_tokens: int = common.flag(96, "of one judgement")
+    judge_retries: int = common.flag(1, "of a judgement that cannot be read, then it is 0 and empty (script)")
+    judged: int = common.flag(1200, "judged trajectories for the judge's SFT (paper: 28 thousand)")
+    judge_epochs: int = common.flag(2, "of its SFT (paper)")
+    judge_steps: int = common.flag(20, "updates of its GRPO (paper: 90 thousand trajectories)")
+    cold_start: int = common.flag(100, "correct trajectories of the expert that the agent imitates first; 0: none (paper: 55.6 thousand)")
+    cold_epochs: int = common.flag(2, "of the cold start (paper)")
+    examples: int = common.flag(1500, "rounds of warm-up examples that make a tiny model")
+
+
+# ------------------------------------------------------------------------------------------------------ prompts and parsers
+# The rubric and the three blocks are the paper's; the wording is ours. A world's own system prompt comes first.
+
+JUDGE = """You judge how an agent worked on a task. Read the task and the whole transcript. Were tools called where they were needed? Was a
+call wrong, repeated or made up? Was the answer found, or guessed? Reply with three blocks:
+<think>your analysis</think>
+<critique>what the agent should do otherwise, to the agent, without the answer or a hint to it</critique>
+<score>a number from 0, harmful, to 1, flawless</score>"""
+AGAIN = "You have tried this before:\n{transcript}\nA reviewer says: {critique}\nTry again from the start."
+
+
+def parse_judgement(text):
+    """The three blocks -> {"think", "critique", "score"}, or None where one is missing or the score is no number in [0, 1]."""
+    blocks = r"<think>(.*?)</think>\s*<critique>(.*?)</critique>\s*<score>\s*(\d(?:\.\d{1,9})?)\s*</score>"
+    found = re.fullmatch(blocks, text.strip(), re.DOTALL)
+    score = found and float(found[3])
+    return {"think": found[1].strip(), "critique": found[2].strip(), "score": score} if found and 0 <= score <= 1 else None
+
+
+def transcript(history):
+    """`history` is [observation, reply, observation, ..., observation]; a native thought is left out."""
+    said = [re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL).strip() for reply in history[1::2]]
+    return "\n".join(f"> {reply}\n{observation}" for reply, observation in zip(said, history[2::2]))
+
+
+def opening(world, observation, before=None):
+    """The messages that an attempt starts with. `before`: the first attempt's history and its critique."""
+    again = "\n" + AGAIN.format(transcript=transcript(before[0]), critique=before[1] or "nothing.") if before else ""
+    return [{"role": "system", "content": world.system}, {"role": "user", "content": observation + again}]
+
+
+def judge_messages(world, history):
+    """A call of its own over the whole transcript."""
+    return [{"role": "system", "content": JUDGE}, {"role": "user", "content": f"{history[0]}\n{transcript(history)}"}]
+
+
+# ------------------------------------------------------------------------------------------------------------------ rollout
+
+
+@torch.no_grad()
+def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None, first=0):
+    """Plays an episode per seed, all at once. Returns dicts; `ids` and `mask` are for the loss.
+
+    `before`: (history, critique) of an earlier attempt per episode, for second attempts. `stream` names the randomness: a row's replies
+    depend on (--seed, stream, row, turn) and on nothing else; rows count from `first`.
+    """
+    worlds, episodes = [envs.make(args.env) for _ in seeds], []
+    for world, seed in zip(worlds, seeds):
+        observation, _ = world.reset(seed=seed, options={"split": split})
+        episodes.append({"split": split, "seed": seed, "history": [observation], "valid": [], "reward": 0.0, "won": False, "score": 0.0,
+                         "over": False, "truncated": False})
+    dialogues = common.Dialogues(model, chat, [
+        chat.dialogue(opening(w, e["history"][0], b)) for w, e, b in zip(worlds, episodes, before or [None] * len(episodes))])
+    context = model.config.max_position_embeddings - args.max_new_tokens
+    for i, e in enumerate(episodes):
+        e["truncated"] = len(dialogues.ids[i]) > context
+    live = list(range(len(episodes)))
+    while live := [i for i in live if not episodes[i]["over"] and not episodes[i]["truncated"]]:
+        replies = dialogues.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature, seeds=[
+            common.row_seed(args.seed, *stream, first + i, len(episodes[i]["history"])) for i in live])
+        for i, reply in zip(live, replies):
+            e = episodes[i]
+            observation, reward, terminated, truncated, info = worlds[i].step(reply)
+            e["history"] += [reply, observation]
+            e["valid"].append(info["valid"])
+            e["reward"] += reward
+            e.update(won=info["won"], score=info["score"], over=terminated or truncated)
+        live = [i for i in live if not episodes[i]["over"]]
+        dialogues.extend(live, [episodes[i]["history"][-1] for i in live])
+        for i in live:  # a full context ends the episode; old turns are never dropped
+            episodes[i]["truncated"] = len(dialogues.ids[i]) > context
+    for world in worlds:
+        world.close()
+    for i, e in enumerate(episodes):
+        e["ids"], e["mask"], e["logprob"] = dialogues.ids[i], dialogues.mask[i], sum(dialogues.logprobs[i])
+    return episodes
+
+
+# --------------------------------------------------------------------------------------------------------------- Agent-RRM
+
+
+def judge(rrm, world, args, histories, stream):
+    """Agent-RRM on whole transcripts: a dict of think, critique, score and `parsed` each. Unreadable after the retries: 0 and empty."""
+    model, chat = rrm
+    room = model.config.max_position_embeddings - args.judge_tokens
+    prompts = [chat.prompt(judge_messages(world, history)) for history in histories]
+    out = [{"think": "", "critique": "", "score": 0.0, "parsed": False} for _ in histories]
+    left = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+    for attempt in range(1 + args.judge_retries):
+        if not left:
+            break
+        replies = common.generate(model, chat, [prompts[i] for i in left], max_new_tokens=args.judge_tokens,
+                                  temperature=args.temperature if attempt else 0.0,  # once more the same would help nobody
+                                  seeds=[common.row_seed(args.seed, *stream, "judge", attempt, i) for i in left])
+        for i, text in zip(left, replies.texts):
+            if found := parse_judgement(text):
+                out[i] = found | {"parsed": True}
+        left = [i for i in left if not out[i]["parsed"]]
+    return out
+
+
+COSTS = {"skipped lookup": 0.4, "unsupported guess": 0.4, "repeated call": 0.2, "wrong tool": 0.2, "no answer": 0.5}
+ADVICE = {
+    "skipped lookup": "Read every page that the question needs before you answer.", "unsupported guess": "Answer with what you have read.",
+    "repeated call": "Do not call the same tool with the same words twice.", "wrong tool": "Use tools as they are described.",
+    "no answer": "Give an answer before the turns run out."}  # fmt: skip
+
+
+def annotate(flaws):
+    """The reference judgement for the flaws of a process: no outcome and no answer goes into it."""
+    score = max(0.0, 1.0 - sum(COSTS[flaw] for flaw in flaws))
+    think = f"Flaws: {', '.join(flaws)}." if flaws else "No flaw."
+    critique = " ".join(ADVICE[flaw] for flaw in flaws) or "Go on like this."
+    return f"<think>{think}</think>\n<critique>{critique}</critique>\n<score>{score:.1f}</score>"
+
+
+def trajectories(args, split, count, name):
+    """Episodes of players of different strength, with the flaws of their process."""
+    players = (envs.expert_player, envs.sloppy_player, envs.hasty_player, envs.guess_player, envs.random_player)
+    world, episodes = envs.make(args.env), []
+    for i in range(count):
+        rng = random.Random(f"{name} {args.seed} {i}")
+        observation, info = world.reset(seed=rng.randrange(2**40), options={"split": split})
+        history, steps, player, over = [observation], [], rng.choice(players), False
+        while not over:
+            action = player(world, info, rng)
+            observation, _, terminated, truncated, info = world.step(action)
+            history += [action, observation]
+            steps.append((action, observation, info["valid"]))
+            over = terminated or truncated
+        flaws = [flaw for flaw in envs.search_flaws(world.task, steps) if flaw in COSTS]
+        if envs.read_call(history[-2])[0] != "answer":
+            flaws.append("no answer")
+        episodes.append({"history": history, "flaws": flaws, "won": info["won"]})
+    return episodes
+
+
+def judge_reward(text, reference):
+    """Not published by the paper: 1 - |score - reference score| for three readable blocks, else 0."""
+    found = parse_judgement(text)
+    return 1 - abs(found["score"] - parse_judgement(reference)["score"]) if found else 0.0
+
+
+def auc(scores, labels):
+    """The chance that a positive one has the higher score, ties counting half; None if all labels are equal."""
+    positive, negative = ([s for s, label in zip(scores, labels) if bool(label) == side] for side in (True, False))
+    if not positive or not negative:
+        return None
+    return sum((p > n) + 0.5 * (p == n) for p in positive for n in negative) / (len(positive) * len(negative))
+
+
+def watch_judge(rrm, world, args, episodes):
+    """How good a judge is on trajectories it was not trained on: against the outcome, and against the process."""
+    judged = judge(rrm, world, args, [e["history"] for e in episodes], ("watch",))
+    scores, references = [j["score"] for j in judged], [parse_judgement(annotate(e["flaws"]))["score"] for e in episodes]
+    bins = [[w for s, w in zip(scores, episodes) if low <= s < low + 0.2 or s == low + 0.2 == 1] for low in (0.0, 0.2, 0.4, 0.6, 0.8)]
+    return {"parsed": common.mean(j["parsed"] for j in judged), "auc_outcome": auc(scores, [e["won"] for e in episodes]),
+            "auc_process": auc(scores, [not e["flaws"] for e in episodes]),
+            "error": common.mean(abs(s - r) for s, r in zip(scores, references)),
+            "calibration": [[len(b), common.mean(e["won"] for e in b)] for b in bins]}  # per fifth of the score: episodes, success
+
+
+# ----------------------------------------------------------------------------------------------------- rewards and advantages
+
+
+def attempt_rewards(args, episodes, judged):
+    """R = R_rule + lambda * score, for attempts and their judgements (or None: lambda = 0)."""
+    return [e["score"] + (args.score_weight * j["score"] if j else 0.0) for e, j in zip(episodes, judged or [None] * len(episodes))]
+
+
+def group_advantages(returns, group_size):
+    """A_i = (R_i - mean) / std over each group of consecutive episodes; exactly 0 where all of a group's R are equal."""
+    advantages = []
+    for i in range(0, len(returns), group_size):
+        group = np.array(returns[i:i + group_size])
+        spread = group.max() > group.min()
+        advantages += ((group - group.mean()) / (group.std(ddof=1) + 1e-6)).tolist() if spread else [0.0] * len(group)
+    return advantages
+
+
+def interleaved(first, second, group_size):
+    """Question by question: its G first attempts, then its G second ones if there are any, so that a pool of 2G is consecutive."""
+    if not second:
+        return list(first)
+    return [x for i in range(0, len(first), group_size) for x in (*first[i:i + group_size], *second[i:i + group_size])]
+
+
+def without_spread(returns, group_size):
+    """How many groups teach nothing, as all of their episodes got the same."""
+    groups = [returns[i:i + group_size] for i in range(0, len(returns), group_size)]
+    return sum(max(group) == min(group) for group in groups)
+
+
+# --------------------------------------------------------------------------------------------------------------------- loss
+
+
+def sampled_logprobs(model, chat, episodes, temperature):
+    """log pi of the sampled tokens of some episodes, 0 at all others, and the mask that tells them apart: both [B, T - 1]."""
+    ids = common.pad_rows([e["ids"] for e in episodes], chat.pad)  # [B, T]
+    real = common.pad_rows([[1] * len(e["ids"]) for e in episodes], 0)
+    mask = common.pad_rows([e["mask"] for e in episodes], 0).to(model.device)[:, 1:]
+    return common.token_logprobs(model, ids, real, temperature) * mask, mask
+
+
+def micro_batches(episodes, rows, size):
+    """The indices `rows` of episodes in batches of `size`; neighbours of one length need little padding."""
+    rows = sorted(rows, key=lambda i: len(episodes[i]["ids"]))
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+@torch.no_grad()
+def old_logprobs(model, chat, args, episodes):
+    """`sampled_logprobs` by these weights, without gradient: a tensor [T_i - 1] per episode. From a training forward, not from decoding."""
+    out = [None] * len(episodes)
+    for rows in micro_batches(episodes, range(len(episodes)), args.micro_batch_size):
+        logprobs, _ = sampled_logprobs(model, chat, [episodes[i] for i in rows], args.temperature)
+        for i, row in zip(rows, logprobs):
+            out[i] = row[:len(episodes[i]["ids"]) - 1]
+    return out
+
+
+def token_weights(mask, episodes):
+    """The mean over trajectories of the mean over their tokens, as weights [B, T - 1]. `episodes`: of the whole step, not of [B, T]."""
+    return mask / (episodes * mask.sum(1, keepdim=True).clamp(min=1))
+
+
+def surrogate(logprobs, old, advantages, low, high):
+    """- min(r A, clip(r, 1 - low, 1 + high) A) per token, with r = exp(logprobs - old); advantages [B, 1]."""
+    ratio = (logprobs - old).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+def kl_estimate(logprobs, reference):
+    """KL(pi || reference) per sampled token, the estimator of low variance: e^d - d - 1 with d = log reference - log pi."""
+    d = reference - logprobs
+    return d.exp() - d - 1
+
+
+def update(model, reference, chat, args, optimizer, episodes, advantages):
+    """--updates gradient steps on a batch of episodes, each on its share of the questions. Returns metrics."""
+    old = old_logprobs(model, chat, args, episodes)
+    ref = old_logprobs(reference, chat, args, episodes) if args.kl else None
+    pad = lambda store, rows: torch.nn.utils.rnn.pad_sequence([store[i] for i in rows], batch_first=True)  # noqa: E731
+    total, entropy = sum(sum(e["mask"]) for e in episodes), -sum(row.sum().item() for row in old)
+    metrics, share = Counter(loss=0.0, kl=0.0, clipped=0.0, grad_norm=0.0), len(episodes) // args.updates
+    for start in range(0, len(episodes), share):
+        part = range(start, start + share)
+        for rows in micro_batches(episodes, part, args.micro_batch_size):
+            logprobs, mask = sampled_logprobs(model, chat, [episodes[i] for i in rows], args.temperature)  # [B, T - 1]
+            before, scale = pad(old, rows), torch.tensor([advantages[i] for i in rows], device=logprobs.device)[:, None]
+            loss = surrogate(logprobs, before, scale, args.clip, args.clip_high)
+            if args.kl:
+                kl = kl_estimate(logprobs, pad(ref, rows))
+                loss = loss + args.kl * kl
+                metrics["kl"] += (kl.detach() * mask).sum().item() / total
+            weights = token_weights(mask, len(part))
+            (loss * weights).sum().backward()
+            metrics["loss"] += (loss.detach() * weights).sum().item() / args.updates
+            ratio = (logprobs.detach() - before).exp()
+            metrics["clipped"] += ((ratio < 1 - args.clip) | (ratio > 1 + args.clip_high)).sum().item() / total
+        metrics["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item() / args.updates
+        optimizer.step()
+        optimizer.zero_grad()
+    gap = (sum(e["logprob"] for e in episodes) + entropy) / total  # of decoding to the training forward, per token
+    return dict(metrics) | {"entropy": entropy / total, "logprob_gap": gap}
+
+
+def imitate(model, chat, args, optimizer, pairs):
+    """One gradient step on the mean over all target tokens of -log p(target | prompt), for (prompt ids, target ids). Returns metrics."""
+    total, loss = sum(len(target) for _, target in pairs), 0.0
+    pairs = sorted(pairs, key=lambda pair: len(pair[0]))
+    for i in range(0, len(pairs), args.micro_batch_size):
+        logprobs, mask = common.target_logprobs(model, chat, *zip(*pairs[i:i + args.micro_batch_size]), args.temperature)
+        part = -(logprobs * mask).sum() / total
+        part.backward()
+        loss += part.item()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": loss}
+
+
+# ------------------------------------------------------------------------------------------------------------------- phases
+# A phase is a function (run state, batch, stream) -> metrics that takes the gradient steps of one update.
+
+
+@dataclass
+class State:
+    """What the phases work on."""
+
+    args: Args
+    world: envs.World
+    chat: common.Chat
+    model: torch.nn.Module  # the agent
+    rrm: tuple  # the judge and its chat
+    optimizer: torch.optim.Optimizer = None
+    reference: torch.nn.Module = None  # the model of this phase as the phase began
+
+
+def judge_sft(state, batch, stream):
+    """The judge imitates the annotator."""
+    rrm, chat = state.rrm
+    return imitate(rrm, chat, state.args, state.optimizer, [
+        (chat.prompt(judge_messages(state.world, e["history"])), chat.reply(annotate(e["flaws"]))) for e in batch])
+
+
+def judge_grpo(state, batch, stream):
+    """The judge's own judgements, paid for form and for closeness to the annotator's score."""
+    args, (rrm, chat) = state.args, state.rrm
+    prompts = [chat.prompt(judge_messages(state.world, e["history"])) for e in batch]
+    replies = common.generate(rrm, chat, prompts, max_new_tokens=args.judge_tokens, temperature=args.temperature, samples=args.group_size,
+                              seeds=[common.row_seed(args.seed, *stream, i) for i in range(len(prompts) * args.group_size)])
+    episodes = [{"ids": prompts[i // args.group_size] + ids, "mask": [0] * len(prompts[i // args.group_size]) + [1] * len(ids),
+                 "logprob": sum(logprobs)} for i, (ids, logprobs) in enumerate(zip(replies.ids, replies.logprobs))]
+    returns = [judge_reward(text, annotate(batch[i // args.group_size]["flaws"])) for i, text in enumerate(replies.texts)]
+    losses = update(rrm, state.reference, chat, args, state.optimizer, episodes, group_advantages(returns, args.group_size))
+    return losses | {"reward": common.mean(returns), "groups_without_spread": without_spread(returns, args.group_size),
+                     "tokens": sum(map(len, replies.ids))}
+
+
+def cold_start(state, batch, stream):
+    """The agent imitates correct trajectories, turn by turn."""
+    chat, pairs = state.chat, []
+    for e in batch:
+        messages = opening(state.world, e["history"][0])
+        for reply, observation in zip(e["history"][1::2], e["history"][2::2]):
+            pairs.append((chat.dialogue(messages), chat.reply(reply)))
+            messages = [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": observation}]
+    return imitate(state.model, chat, state.args, state.optimizer, pairs)
+
+
+def learn(state, batch, stream):
+    """First attempts, judgements, second attempts, judgements, one GRPO update. `batch`: a seed per question."""
+    args, size = state.args, state.args.group_size
+    seeds = [seed for seed in batch for _ in range(size)]
+    first = rollout(state.model, state.chat, args, "train", seeds, temperature=args.temperature, stream=(*stream, 1))
+    second, judged, judged_again = [], None, []
+    if args.variant != "none":
+        judged = judge(state.rrm, state.world, args, [e["history"] for e in first], (*stream, 1))
+    if args.variant == "U":
+        second = rollout(state.model, state.chat, args, "train", seeds, temperature=args.temperature, stream=(*stream, 2),
+                         before=[(e["history"], j["critique"]) for e, j in zip(first, judged)])
+        judged_again = judge(state.rrm, state.world, args, [e["history"] for e in second], (*stream, 2))
+    rewards, again = attempt_rewards(args, first, judged), attempt_rewards(args, second, judged_again)
+    episodes, returns = interleaved(first, second, size), interleaved(rewards, again, size)
+    pool = 2 * size if second and args.pool == "joint" else size
+    losses = update(state.model, state.reference, state.chat, args, state.optimizer, episodes, group_advantages(returns, pool))
+    judgements = [*(judged or []), *judged_again]
+    metrics = losses | {"reward": common.mean(returns), "reward_rule": common.mean(e["score"] for e in episodes),
+                        "groups_without_spread": without_spread(returns, pool), "groups": len(returns) // pool,
+                        "tokens": sum(sum(e["mask"]) for e in episodes), "env_steps": sum(len(e["valid"]) for e in episodes),
+                        "episodes": len(episodes), **watch(first)}
+    if judgements:
+        metrics |= {"reward_model": common.mean(j["score"] for j in judgements),
+                    "judge_parsed": common.mean(j["parsed"] for j in judgements),
+                    "judge_auc": auc([j["score"] for j in judgements], [e["won"] for e in [*first, *second]]),
+                    "leaks": leaks(args, [*first, *second], judgements)}
+    if second:
+        metrics |= {f"second_{key}": value for key, value in watch(second).items()}
+        for e, j in zip(second, judged_again):
+            e["judgement"] = j
+    for e, j in zip(first, judged or []):
+        e["judgement"] = j
+    return metrics | {"played": [record(e) for e in episodes]}
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation and records
+
+
+def watch(episodes):
+    """What can be counted over episodes."""
+    turns = [(e, t) for e in episodes for t in range(len(e["valid"]))]
+    said = [(id(e), e["history"][2 * t + 1]) for e, t in turns]
+    return {"success": common.mean(e["won"] for e in episodes), "score": common.mean(e["score"] for e in episodes),
+            "calls": len(turns) / len(episodes), "repeated_calls": (len(said) - len(set(said))) / len(episodes),
+            "invalid": common.mean(not e["valid"][t] for e, t in turns), "truncated": sum(e["truncated"] for e in episodes),
+            "speaks_of_a_critique": common.mean("critique" in reply or "reviewer" in reply for _, reply in said)}
+
+
+def leaks(args, episodes, judgements):
+    """The share of critiques that name the right answer, which no prompt holds; asked of the world for this count alone."""
+    world, found = envs.make(args.env), []
+    for e, j in zip(episodes, judgements):
+        world.reset(seed=e["seed"], options={"split": e["split"]})
+        found.append(str(getattr(world, "gold", "\0")).lower() in j["critique"].lower())
+    return common.mean(found)
+
+
+AT_ONCE = 256  # episodes of an evaluation that share a cache: what bounds its memory
+
+
+def evaluate(state, split, episodes):
+    """First attempts on fixed episodes of a split, without judge and critique; variant C judges them and counts the second attempts."""
+    args, played, again = state.args, [], []
+    for i in range(0, episodes, AT_ONCE):
+        seeds = range(i, min(i + AT_ONCE, episodes))
+        some = rollout(state.model, state.chat, args, split, seeds, temperature=args.eval_temperature, stream=("evaluate",), first=i)
+        played += some
+        if args.variant == "C" and state.rrm:
+            judged = judge(state.rrm, state.world, args, [e["history"] for e in some], ("evaluate", split))
+            again += rollout(state.model, state.chat, args, split, seeds, temperature=args.eval_temperature, stream=("evaluate", 2),
+                             first=i, before=[(e["history"], j["critique"]) for e, j in zip(some, judged)])
+    counted = again or played
+    numbers = watch(counted) | {"se": common.mean_se([float(e["won"]) for e in counted])[1]}
+    return numbers | ({"first_success": common.mean(e["won"] for e in played)} if again else {}), counted
+
+
+def record(episode):
+    """An episode as rollouts.jsonl keeps it: words, not ids."""
+    return {key: value for key, value in episode.items() if key not in ("ids", "mask")}
+
+
+def show(state, episode):
+    """An episode as a person reads it, with what the judge says."""
+    line = lambda text: "".join(c if c.isprintable() else " " for c in text)[:140]  # noqa: E731
+    turns = zip(episode["history"][1::2], episode["history"][2::2])
+    lines = [line(episode["history"][0]), *(f"> {line(reply)}\n{line(observation)}" for reply, observation in turns)]
+    if state.rrm:
+        j = judge(state.rrm, state.world, state.args, [episode["history"]], ("show",))[0]
+        lines.append(f"    judge: {j['score']:.1f}. {line(j['think'])} {line(j['critique'])}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------- warm-up of a tiny model
+
+
+def warmup(world, args):
+    """What a model made from nothing is taught before it learns by itself: the world's language, and the forms of its replies.
+
+    Episodes come from a random player on the train split, unfiltered; the agent imitates it, in second attempts as in first ones. The judge
+    learns its form from judgements of *random* flaws, whatever the transcript. No part sees an expert.
+    """
+    rng, examples, before = random.Random("warm-up"), [], None
+    for seed in range(args.examples):
+        observation, info = world.reset(seed=seed, options={"split": "train"})
+        history, over = [observation], False
+        while not over:
+            history.append(rng.choice(info["admissible"]))
+            observation, _, terminated, truncated, info = world.step(history[-1])
+            history.append(observation)
+            over = terminated or truncated
+        judgement = annotate(rng.sample(list(COSTS), rng.choice([0, 0, 1, 1, 2])))
+        critique = parse_judgement(judgement)["critique"]
+        for earlier in (None, (before or history, critique)):
+            messages, turn = opening(world, history[0], earlier), rng.randrange(len(history) // 2)
+            for reply, observation in zip(history[1:2 * turn:2], history[2:2 * turn + 1:2]):
+                messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": observation}]
+            examples.append((messages, history[2 * turn + 1]))
+        examples.append((judge_messages(world, history), judgement))
+        before = history
+    rng.shuffle(examples)
+    return examples
+
+
+# --------------------------------------------------------------------------------------------------------------------- main
+
+
+def check_args(args):
+    """Everything that can be refused before a model is loaded. Returns the world."""
+    common.check_common(args)
+    for name in "updates", "judge_tokens", "judged", "judge_epochs", "cold_epochs", "examples":
+        common.check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    for name in "clip", "clip_high", "kl", "score_weight", "judge_retries", "judge_steps", "cold_start":
+        common.check(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
+    common.check(args.group_size > 1, "--group-size must be at least 2: an advantage is a difference within a group")
+    common.check(args.batch_size % args.group_size == 0, f"--batch-size must be a multiple of --group-size, not {args.batch_size}")
+    common.check(args.batch_size // args.group_size % args.updates == 0,
+                 f"--updates must divide the {args.batch_size // args.group_size} questions of a step, not {args.updates}")
+    try:
+        world = envs.make(args.env)
+    except ValueError as error:
+        common.refuse(error)
+    annotated = isinstance(world, envs.Search)
+    common.check(annotated or args.rrm or args.variant == "none", f"--env {args.env} has no annotator to train a judge with: give --rrm")
+    common.check(annotated or not args.cold_start, f"--env {args.env} has no trajectories for a cold start: --cold-start 0")
+    return world
+
+
+def load(world, args):
+    """The model that acts, and its chat; a tiny one is made from `warmup`."""
+    if args.model.startswith("tiny") and args.device == "cpu":
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
+    call = {name: envs.tool_call(name, "\0").split(json_quote) for name in envs.TOOLS for json_quote in ["\\u0000"]}
+    constants = [world.system, JUDGE, *(part for parts in call.values() for part in parts), *AGAIN.split("\n"), *ADVICE.values(),
+                 "<think>", "</think>\n<critique>", "</critique>\n<score>", "</score>"]
+    return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype)
+
+
+PHASES = {"judge-sft": judge_sft, "judge-grpo": judge_grpo, "cold-start": cold_start, "learn": learn}
+
+
+def plan_of(args, judged, correct):
+    """[(phase, update, how many, its batch)], the whole run: epochs over data for the first three phases, --steps for the last."""
+    rng, plan, questions = random.Random(f"plan {args.seed}"), [], args.batch_size // args.group_size
+
+    def epochs(data, count, size):
+        order = [i for _ in range(count) for i in rng.sample(range(len(data)), len(data))]
+        return [[data[i] for i in order[j:j + size]] for j in range(0, len(order), size)]
+
+    if judged:
+        plan.append(("judge-sft", epochs(judged, args.judge_epochs, args.batch_size)))
+        plan.append(("judge-grpo", epochs(judged, 1 + args.judge_steps * questions // len(judged), questions)[:args.judge_steps]))
+    if correct:
+        plan.append(("cold-start", epochs(correct, args.cold_epochs, max(1, args.batch_size // 4))))
+    if args.variant != "C":
+        plan.append(("learn", [[args.seed * 1_000_000_007 + i * questions + g for g in range(questions)] for i in range(args.steps)]))
+    return [(phase, i, len(batches), batch) for phase, batches in plan for i, batch in enumerate(batches, 1)]
+
+
+def main():
+    """Judge, cold start, learning."""
+    args = common.parse_args(Args)
+    if args.quick:
+        args = dataclasses.replace(args, steps=2, batch_size=8, micro_batch_size=4, group_size=4, eval_episodes=16, eval_every=1,
+                                   save_every=2, judged=16, judge_steps=1, judge_epochs=1, cold_start=min(args.cold_start, 4),
+                                   cold_epochs=1, examples=150)
+    world = check_args(args)
+    out_dir = args.out_dir or f"runs/reagent-{args.env.replace(':', '-')}-s{args.seed}"
+    run = None if args.eval_only else common.Run("reagent", args, out_dir)
+    model, chat = load(world, args)
+    first = chat.dialogue(opening(world, world.reset(seed=0)[0]))
+    common.check(len(first) + args.max_new_tokens <= model.config.max_position_embeddings,
+                 f"the first prompt has {len(first)} tokens and --max-new-tokens is {args.max_new_tokens}: "
+                 f"beyond the model's context of {model.config.max_position_embeddings}")
+    splits = [split for split in ("test", "ood") if split in world.splits]
+    judging = args.variant != "none"
+    rrm = None
+    if judging:
+        rrm = common.load(args.rrm, device=args.device, dtype=args.dtype) if args.rrm else (copy.deepcopy(model), chat)
+    state = State(args, world, chat, model, rrm)
+
+    def evaluations():
+        """{split: numbers} and an episode of `test`."""
+        found = {split: evaluate(state, split, args.eval_episodes) for split in splits}
+        for split, (numbers, _) in found.items():
+            tqdm.write(f"{split}: success {numbers['success']:.3f} (se {numbers['se']:.3f}, n {args.eval_episodes})")
+        return {split: numbers for split, (numbers, _) in found.items()}, record(found["test"][1][0])
+
+    if args.eval_only:
+        return evaluations()
+    run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
+    annotated = isinstance(world, envs.Search)
+    judged = trajectories(args, "train", args.judged, "judged") if judging and not args.rrm else []
+    held_out = trajectories(args, "test", 200 if not args.quick else 16, "held out") if judging and annotated else []
+    correct = [{"history": [text for pair in itertools.zip_longest(e["observations"], e["actions"]) for text in pair if text]} for e in (
+        envs.run_episode(world, envs.expert_player, args.seed * 1_000_000_007 + 500_000_000 + i) for i in range(args.cold_start))]
+    plan = plan_of(args, judged, correct)
+    print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; updates: "
+          f"{', '.join(f'{n} {phase}' for phase, n in Counter(phase for phase, *_ in plan).items())}; a step plays "
+          f"{args.batch_size // args.group_size} questions x {args.group_size}{' x 2' if args.variant == 'U' else ''} attempts")
+
+    totals, seconds, done, judge_quality, after = Counter(), Counter(), 0, {}, None
+    if saved := run.resume():
+        model.load_state_dict(saved["model"])
+        if rrm:
+            rrm[0].load_state_dict(saved["rrm"])
+        totals, seconds, done = Counter(saved["totals"]), Counter(saved["seconds"]), saved["done"]
+        before, before_episode, judge_quality = saved["before"], saved["before_episode"], saved["judge_quality"]
+    else:
+        before, before_episode = evaluations()
+        if held_out:
+            judge_quality["before"] = watch_judge(rrm, world, args, held_out)
+
+    bar = tqdm(plan[done:], initial=done, total=len(plan), desc="reagent", dynamic_ncols=True)
+    for phase, step, steps, batch in bar:
+        clock = common.Clock(seconds)
+        learner = rrm[0] if phase.startswith("judge") else model
+        if step == 1 or state.optimizer is None:
+            state.optimizer = torch.optim.AdamW(learner.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+            state.reference = copy.deepcopy(learner)
+            if step > 1:  # resumed within a phase
+                state.optimizer.load_state_dict(saved["optimizer"])
+                state.reference.load_state_dict(saved["reference"])
+        for group in state.optimizer.param_groups:
+            group["lr"] = args.lr * min(1, step / 5)
+        metrics = PHASES[phase](state, batch, (phase, step))
+        played = metrics.pop("played", [])
+        totals.update({key: metrics.pop(key, 0) for key in ("tokens", "env_steps", "episodes")})
+        totals["gradient_steps"] += 1 if phase in ("judge-sft", "cold-start") else args.updates
+        clock.lap(phase)
+        if step == steps and phase.startswith("judge"):
+            if held_out:
+                judge_quality[phase] = watch_judge(rrm, world, args, held_out)
+            common.save_model(run.dir / "rrm", *rrm)
+        if phase == "learn" and step % args.eval_every == 0 and step < steps:
+            n = max(1, args.eval_episodes // 5)
+            numbers, _ = evaluate(state, "test", n)
+            metrics |= {"eval_episodes": n} | {f"eval_{key}": value for key, value in numbers.items()}
+            tqdm.write(f"step {step}: test success {numbers['success']:.3f} (se {numbers['se']:.3f}, n {n})")
+        clock.lap("watching")
+        done += 1
+        run.log({"step": done, "phase": phase, "phase_step": step, **metrics, **totals}
+                | {f"seconds_{name}": round(value, 2) for name, value in clock.laps.items()})
+        run.write_rollouts([{"step": done, **e} for e in played])
+        bar.set_postfix({"phase": phase} | {key: f"{metrics[key]:.2f}" for key in ("loss", "success") if key in metrics})
+        if done % args.save_every == 0 or done == len(plan) or run.stopping:
+            run.save({"model": model.state_dict(), "rrm": rrm and rrm[0].state_dict(), "reference": state.reference.state_dict(),
+                      "optimizer": state.optimizer.state_dict(), "done": done, "totals": dict(totals), "seconds": dict(seconds),
+                      "before": before, "before_episode": before_episode, "judge_quality": judge_quality})
+        if run.stopping:
+            sys.exit(run.stopping)
+
+    after, after_episode = evaluations()
+    ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes, key="won") for name, player in
+            (("random", envs.random_player), ("expert", envs.expert_player))}
+    print(f"\nbefore\n{show(state, before_episode)}\n\nafter\n{show(state, after_episode)}\n")
+    score = lambda numbers: {"success": numbers["success"], "se": numbers["se"]}  # noqa: E731
+    run.finish({"script": "reagent", "method": "reagent", "arm": args.variant, "env": args.env, "model": args.model, "seed": args.seed,
+                "split": "test", "eval_episodes": args.eval_episodes, "before": score(before["test"]), "after": score(after["test"]),
+                **{f"{when}_{split}": score(found[split]) for split in splits[1:]
+                   for when, found in (("before", before), ("after", after))},
+                **{name: {"success": value, "se": se} for name, (value, se) in ends.items()},
+                "watched": {"before": before, "after": after}, "judge": judge_quality, "cold_start": args.cold_start,
+                "train_episodes": totals["episodes"], "env_steps": totals["env_steps"], "generated_tokens": totals["tokens"],
+                "gradient_steps": totals["gradient_steps"], "seconds": round(sum(seconds.values()), 1),
+                "peak_memory_bytes": common.peak_memory_bytes(args.device), "device": common.device_name(args.device),
+                "git_commit": common.git_commit()}, model, chat)
+    print(f"{'':10}{'success':>9}{'se':>8}   (n {args.eval_episodes})")
+    for split in splits:
+        for when, found in ("before", before), ("after", after):
+            print(f"{when} {split:10}{found[split]['success']:9.3f}{found[split]['se']:8.3f}")
+    for name, (value, se) in ends.items():
+        print(f"{name:17}{value:9.3f}{se:8.3f}")
+    print(f"whole episodes: {run.dir / 'rollouts.jsonl'}")
+
+
+if __name__ == "__main__":
+    main()
