@@ -151,13 +151,20 @@ class Chat:
 
     def dialogue(self, messages) -> list[int]:
         """Ids of [system,] user, assistant, user, ..., user, built exactly as a rollout builds them."""
+        return self.dialogue_and_mask(messages)[0]
+
+    def dialogue_and_mask(self, messages) -> tuple[list[int], list[int]]:
+        """Ids of [system,] user, assistant, user, ..., and as many 0 and 1: 1 for what the assistant says, end tokens included."""
         first = 1 + [message["role"] for message in messages].index("user")
         ids = self.prompt(messages[:first])
+        mask = [0] * len(ids)
         for i, message in enumerate(messages[first:]):
             if message["role"] != ("assistant", "user")[i % 2]:
                 raise ValueError(f"message {first + i} of a dialogue is one of the {message['role']}")
-            ids += self.turn(message["content"]) if i % 2 else self.reply(message["content"])
-        return ids
+            new = self.turn(message["content"]) if i % 2 else self.reply(message["content"])
+            ids += new
+            mask += [1 - i % 2] * len(new)
+        return ids, mask
 
     def reply(self, text) -> list[int]:
         """Ids of a reply that says `text` and ends: a likelihood target."""
@@ -416,7 +423,7 @@ def target_logprobs(model, chat, prompts, targets, temperature=1.0):
 CONTROL = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-TINY_VERSION = 3  # part of a tiny model's name in the cache: raise it when build_tiny changes what it builds
+TINY_VERSION = 4  # part of a tiny model's name in the cache: raise it when build_tiny changes what it builds
 
 
 def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto", cache_dir=None, thinking=False):
@@ -481,10 +488,12 @@ def tiny_tokenizer(texts, constants=()):
 def build_tiny(directory, examples, constants, width, layers, seed, device):
     """Trains a Qwen3 of the given size on `examples`, one pass, and saves it in the Hugging Face format once complete.
 
-    `examples`: list of (messages, reply), where messages are [system,] user[, assistant, user, ...]; the loss is on the reply and its
-    end token alone. `constants`: lines that become one token each.
+    `examples`: either (messages, reply), where messages are [system,] user[, assistant, user, ...]: the loss is on the reply and its end
+    token alone; or a list of messages that ends with one of the assistant: the loss is on all that the assistant says.
+    `constants`: lines that become one token each.
     """
-    texts = {message["content"] for messages, _ in examples for message in messages} | {reply for _, reply in examples}
+    dialogues = [e if isinstance(e, list) else [*e[0], {"role": "assistant", "content": e[1]}] for e in examples]
+    texts = {message["content"] for messages in dialogues for message in messages}
     tokenizer = tiny_tokenizer({*texts, "system\n", "user\n", "assistant\n"}, constants)
     chat = Chat(tokenizer)
     config = transformers.Qwen3Config(
@@ -492,23 +501,28 @@ def build_tiny(directory, examples, constants, width, layers, seed, device):
         num_attention_heads=width // 16, num_key_value_heads=width // 16, tie_word_embeddings=True, max_position_embeddings=4096,
         initializer_range=width**-0.5,  # the default, 0.02, suits wide models: at this width it hardly learns at all
         pad_token_id=chat.pad, eos_token_id=chat.eos[0], bos_token_id=None)
-    rows = [(chat.dialogue(messages), chat.reply(reply)) for messages, reply in examples]
+    rows = []  # (prompt, what follows, 1 where it is learnt)
+    for example, messages in zip(examples, dialogues):
+        ids, mask = chat.dialogue_and_mask(messages)
+        start = mask.index(1) if isinstance(example, list) else len(ids) - len(chat.reply(example[1]))
+        rows.append((ids[:start], ids[start:], mask[start:]))
     with torch.random.fork_rng(devices=[]):  # a run must not depend on whether its tiny model was cached
         torch.manual_seed(seed)
         model = transformers.Qwen3ForCausalLM(config).to(device)
         order = torch.randperm(len(rows)).tolist()
-    batches = [order[i:i + 32] for i in range(0, len(order), 32)]  # every batch mixes all parts: sorting by length would separate them
+    size = max(8, min(32, 5000 * len(rows) // sum(len(prompt) + len(rest) for prompt, rest, _ in rows)))  # fewer of whole dialogues
+    batches = [order[i:i + size] for i in range(0, len(order), size)]  # every batch mixes all parts: sorting by length would separate them
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.01)
     warmup = 1 + min(50, len(batches) // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # linear warm-up, then half a cosine to 0
         optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / len(batches))))
     for batch in tqdm(batches, desc=f"tiny {width}x{layers} model", leave=False):
         batch.sort(key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-        total = sum(len(rows[i][1]) for i in batch)
-        for micro in (batch[:16], batch[16:]):  # two halves of similar lengths save padding
+        total = sum(sum(rows[i][2]) for i in batch)
+        for micro in (batch[:size // 2], batch[size // 2:]):  # two halves of similar lengths save padding
             if micro:
-                logprobs, mask = target_logprobs(model, chat, *zip(*(rows[i] for i in micro)))
-                loss = -(logprobs * mask).sum() / total
+                logprobs, _ = target_logprobs(model, chat, [rows[i][0] for i in micro], [rows[i][1] for i in micro])
+                loss = -(logprobs * pad_rows([rows[i][2] for i in micro], 0).to(device)).sum() / total
                 loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

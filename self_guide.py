@@ -89,7 +89,7 @@ class Args:
     rating_reward: float = common.flag(0.1, "g of a positive rating; a negative one is its opposite (paper)")
     reward_scale: float = common.flag(10.0, "R_env of a success, against which ratings are weighed (public script: 10; paper: unclear)")
     token_budget: int = common.flag(0, "with --guide off: stop after so many sampled tokens, not after --steps; 0: no budget")
-    examples: int = common.flag(3000, "rounds of warm-up examples that make a tiny model")
+    examples: int = common.flag(2000, "episodes that make a tiny model")
 
 
 # ------------------------------------------------------------------------------------------------------ prompts and parsers
@@ -353,41 +353,24 @@ def warmup(world, args):
     it. A rating repeats what the last action brought; its label is negative where that was nothing, and random everywhere else: no plan
     and no success stands behind it. After a negative label the action is a possible one. No part sees an expert.
     """
-    rng = random.Random("warm-up")
-    examples, said = [], []
+    rng, examples, said = random.Random("warm-up"), [], []
+    user, assistant = ((lambda text, role=role: {"role": role, "content": text}) for role in ("user", "assistant"))
     for seed in range(args.examples):
         observation, info = world.reset(seed=seed, options={"split": "train"})
-        history, valid, over = [observation], [], False
+        plain, guided, over = opening(world, observation, guided=False), opening(world, observation, guided=True), False
         while not over:
-            possible = info["admissible"]
-            said = (said + possible)[-1000:]
-            sensible = rng.random() < 0.8
-            history.append(rng.choice(possible if sensible else said))
-            observation, _, terminated, truncated, info = world.step(history[-1])
-            valid.append((info["valid"], possible))
-            history.append(observation)
+            label = rng.choice(LABELS) if info["valid"] else "negative"
+            said = (said + info["admissible"])[-1000:]
+            action = rng.choice(info["admissible"] if label == "negative" or rng.random() < 0.8 else said)
+            guided += [assistant(f"Reason: {event(observation)}\nLabel: {label}"), user(ACT), assistant(action)]
+            observation, _, terminated, truncated, info = world.step(action)
             over = terminated or truncated
-
-        def rating(t):
-            worked = t == 0 or valid[t - 1][0]  # noqa: B023
-            label = rng.choice(LABELS) if worked else "negative"
-            return f"Reason: {event(history[2 * t])}\nLabel: {label}", label  # noqa: B023
-
-        t = rng.randrange(len(valid))
-        plain = opening(world, history[0], guided=False)
-        for reply, observation in zip(history[1:2 * t:2], history[2:2 * t + 1:2]):
-            plain += [{"role": "assistant", "content": reply}, {"role": "user", "content": observation}]
-        examples.append((plain, history[2 * t + 1]))
-        guided = opening(world, history[0], guided=True)
-        for i, (reply, observation) in enumerate(zip(history[1:2 * t:2], history[2:2 * t + 1:2])):
-            guided += [{"role": "assistant", "content": rating(i)[0]}, {"role": "user", "content": ACT},
-                       {"role": "assistant", "content": reply}, {"role": "user", "content": f"{observation}\n{RATE}"}]
-        text, label = rating(t)
-        examples.append((guided, text))
-        action = rng.choice(valid[t][1]) if label == "negative" else history[2 * t + 1]
-        examples.append(([*guided, {"role": "assistant", "content": text}, {"role": "user", "content": ACT}], action))
-        ask = [*plain[:-1], {"role": "user", "content": f"{history[2 * t]}\n{READ}"}]
-        examples.append((ask, f"{world.task}\n{event(history[2 * t])}"))
+            guided += [] if over else [user(f"{observation}\n{RATE}")]
+            plain += [assistant(action), user(observation)]
+        cut = 2 * rng.randint(1, len(plain) // 2 - 1)
+        *plain, last = plain[:cut + 2]
+        plain += [user(f"{last['content']}\n{READ}"), assistant(f"{world.task}\n{event(last['content'])}")]
+        examples += [plain, guided]
     rng.shuffle(examples)
     return examples
 
@@ -541,7 +524,7 @@ def main():
     ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes, key="won") for name, player in
             (("random", envs.random_player), ("expert", envs.expert_player))}
     print(f"\nbefore\n{show(before_episode)}\n\nafter\n{show(after_episode)}\n")
-    arm = {"off": args.estimator, "inference": "inference", "on": f"{args.estimator}-{args.trust}"}[args.guide]
+    arm = {"off": args.estimator, "inference": "inference", "on": args.trust + "-dapo" * (args.estimator == "dapo")}[args.guide]
     score = lambda numbers: {"success": numbers["success"], "se": numbers["se"]}  # noqa: E731
     run.finish({"script": "self_guide", "method": "self-guide", "arm": arm, "env": args.env, "model": args.model, "seed": args.seed,
                 "split": "test", "eval_episodes": args.eval_episodes, "before": score(before["test"]), "after": score(after["test"]),

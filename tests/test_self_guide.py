@@ -95,7 +95,7 @@ def test_parse_action():
 
 
 def test_an_unreadable_rating_is_a_counted_neutral():
-    episode = dict(reward=1.0, labels=[None, 1, -1, None, 1], ratings=[""] * 5, valid=[True] * 5, history=["a. 5 turns left."] * 11,
+    episode = dict(score=1.0, labels=[None, 1, -1, None, 1], ratings=[""] * 5, valid=[True] * 5, history=["a. 5 turns left."] * 11,
                    won=True, truncated=False)  # fmt: skip
     assert sg.rewards(sg.Args(), episode) == (10.0, pytest.approx(0.1))
     assert sg.total_reward(sg.Args(), episode, 0.5) == pytest.approx(10.05) and sg.total_reward(sg.Args(), episode, 0.0) == 10.0
@@ -780,7 +780,7 @@ def test_dapo_replaces_groups_without_spread(main_here, monkeypatch, tmp_path):
             spread = plan[rest["stream"][2]]
             assert len(seeds) == 4 * len(spread)
             for i, e in enumerate(episodes):
-                e["reward"] = float(spread[i // 4] and i % 4 == 0)
+                e["score"] = float(spread[i // 4] and i % 4 == 0)
         return episodes
 
     seen = main_here  # installs its watchers on evaluate, rollout, update first
@@ -788,18 +788,19 @@ def test_dapo_replaces_groups_without_spread(main_here, monkeypatch, tmp_path):
     seen = main_here(f"{SMALL} --guide off --estimator dapo --batch-size 16 --steps 1 --resample 2 --out-dir run")
     [(episodes, advantages)], [row] = seen.updates, lines(tmp_path / "run" / "metrics.jsonl")
     assert len(episodes) == len(advantages) == 16 and row["groups"] == 4 and row["groups_replaced"] == 5
-    assert row["groups_without_spread"] == 2 and [e["reward"] for e in episodes[::4]] == [1, 1, 0, 0]
+    assert row["groups_without_spread"] == 2 and [e["score"] for e in episodes[::4]] == [1, 1, 0, 0]
     assert row["episodes"] == 4 * (4 + 3 + 2) and row["env_steps"] > sum(len(e["valid"]) for e in episodes)  # what was thrown away counts
     tried = [seed for split, seeds, rest in seen.rollouts if rest["stream"][0] == "train" for seed in seeds]
     assert len(tried) == 36 and len(set(tried)) == 9  # every replacement is another task
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["arm"] == "grpo-dapo"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["arm"] == "dapo"
 
 
 def test_dapo_keeps_full_batches_by_itself(sg_run, tmp_path):
     result = sg_run(f"{SMALL} --estimator dapo --trust immediate --steps 2 --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
     rows = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [sum(e["step"] == row["step"] for e in lines(tmp_path / "run" / "rollouts.jsonl")) for row in rows] == [8, 8]
+    assert [sum(e["step"] == row["step"] for e in lines(tmp_path / "run" / "rollouts.jsonl")) for row in rows] == [
+        8 + 4 * row["groups_replaced"] for row in rows]
     assert rows[-1]["episodes"] == 16 + 4 * sum(row["groups_replaced"] for row in rows)
 
 
