@@ -106,7 +106,7 @@ def parse_action(reply):
 
 def normal(action):
     """Equal for actions that mean the same: small letters, single spaces, no final period."""
-    return " ".join(action.lower().split()).rstrip(".")
+    return " ".join(action.lower().split()).rstrip(". ")
 
 
 def dialogue(world, messages):
@@ -130,8 +130,8 @@ def choice_reward(reply, example):
         return -0.5, "untagged"
     if normal(action) == normal(example["expert"]):
         return 1.0, "right"
-    possible = [*(example["admissible"] or []), example.get("candidate") or ""]
-    return (0.1, "possible") if normal(action) in map(normal, possible) else (0.0, "impossible")
+    possible = example["admissible"] or [example.get("candidate", "")]  # without a list the candidate has to count as possible
+    return (0.1, "possible") if normal(action) and normal(action) in map(normal, possible) else (0.0, "impossible")
 
 
 # ---------------------------------------------------------------------------------------------------- demonstrations and pairs
@@ -158,21 +158,22 @@ def demonstrations(args, split, seeds):
 
 def read_examples(path, keys):
     """A JSON lines file of states or pairs; the first line that is not one is named, in `common.refuse`."""
-    from datasets import load_dataset
-
     common.check(Path(path).is_file(), f"{path}: no such file")
+    rows = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for n, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is valid JSON, but no text
                 missing = [key for key, kind in keys.items() if key not in row or not isinstance(row[key], kind)]
+                missing += ["admissible"] * (not missing and not all(isinstance(a, str) for a in row["admissible"] or ()))
                 roles = not missing and [m["role"] for m in row["messages"] if isinstance(m["content"], str)]
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 common.refuse(f"{path}, line {n}: {type(error).__name__}: {error}")
             common.check(not missing, f"{path}, line {n}: {missing and missing[0]!r} is missing or of the wrong kind")
             common.check(roles == ["user", "assistant"] * (len(roles) // 2) + ["user"],
                          f"{path}, line {n}: messages must be of user and assistant by turns, and end with user")
-    rows = list(load_dataset("json", data_files=str(path), split="train", cache_dir=None))
+            rows.append(row)
     common.check(rows, f"{path} is empty")
     return rows
 
@@ -386,8 +387,13 @@ def act_stage(model, reference, chat, world, args, batch, order, stream, instruc
     paid = [choice_reward(e["text"], batch[i // args.group_size]) for i, e in enumerate(episodes)]
     first = [not order[i // args.group_size] for i in range(len(episodes))]
     return reinforce(model, reference, chat, args, episodes, paid) | {
-        "right_if_first": common.mean(row == "right" for (_, row), f in zip(paid, first) if f),
-        "right_if_second": common.mean(row == "right" for (_, row), f in zip(paid, first) if not f)}
+        "right_if_first": share(row == "right" for (_, row), f in zip(paid, first) if f),
+        "right_if_second": share(row == "right" for (_, row), f in zip(paid, first) if not f)}
+
+
+def share(truths):
+    """How many hold, of those there are; nan (null in the files) where there are none, as 0 would read as "always wrong"."""
+    return common.mean_se(truths)[0]
 
 
 def no_reasoning_stage(*arguments):
@@ -416,7 +422,8 @@ def reinforce(model, reference, chat, args, episodes, paid):
     return metrics | {
         "reward": common.mean(returns), "groups": len(returns) // args.group_size, "rows": {k: n / len(paid) for k, n in rows.items()},
         "groups_without_spread": without_spread(returns, args.group_size), "length": common.mean(sum(e["mask"]) for e in episodes),
-        "tokens": sum(sum(e["mask"]) for e in episodes), "env_steps": sum(len(e.get("valid", ())) for e in episodes)}
+        "tokens": sum(sum(e["mask"]) for e in episodes), "env_steps": sum(len(e.get("valid", ())) for e in episodes),
+        "episodes": sum("valid" in e for e in episodes)}
 
 
 def il_stage(model, reference, chat, world, args, batch, order, stream):
@@ -479,7 +486,7 @@ def held_out_accuracy(model, chat, world, args, states, pairs):
     for place, coin in ("first", False), ("second", True):
         chosen = answer(model, chat, args, [chat.dialogue(question(world, pair, coin)) for pair in pairs], ("held out", place),
                         temperature=args.eval_temperature)
-        out[f"choice_{place}"] = common.mean(choice_reward(e["text"], pair)[1] == "right" for e, pair in zip(chosen, pairs))
+        out[f"choice_{place}"] = share(choice_reward(e["text"], pair)[1] == "right" for e, pair in zip(chosen, pairs))
     return out | {"choice": (out["choice_first"] + out["choice_second"]) / 2}
 
 
@@ -618,6 +625,7 @@ def main():
 
     reference, optimizer, totals, done, after_episode = copy.deepcopy(model), None, Counter(), 0, None
     if state := run.resume():
+        common.check(state["steps"] == args.steps, f"--resume: --steps, which was {state['steps']}, decides where each stage ends")
         model.load_state_dict(state["model"])
         reference.load_state_dict(state["reference"])
         totals, done, found = Counter(state["totals"]), state["done"], state["found"]
@@ -643,7 +651,8 @@ def main():
         metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad()
-        totals.update(tokens=metrics.pop("tokens", 0), env_steps=metrics.pop("env_steps", 0), gradient_steps=1)
+        totals.update(tokens=metrics.pop("tokens", 0), env_steps=metrics.pop("env_steps", 0), episodes=metrics.pop("episodes", 0),
+                      gradient_steps=1)
         clock.lap(stage)
         if step == steps:
             numbers, after_episode = evaluations()
@@ -662,7 +671,7 @@ def main():
         bar.set_postfix({"stage": stage} | {key: f"{metrics[key]:.2f}" for key in ("loss", "reward") if key in metrics})
         if done % args.save_every == 0 or done == len(plan) or run.stopping:
             run.save({"model": model.state_dict(), "reference": reference.state_dict(), "optimizer": optimizer.state_dict(), "done": done,
-                      "totals": dict(totals), "seconds": dict(seconds), "found": found, "before_episode": before_episode,
+                      "steps": args.steps, "totals": dict(totals), "seconds": dict(seconds), "found": found, "before_episode": before_episode,
                       "after_episode": after_episode})
         if run.stopping:
             sys.exit(run.stopping)
@@ -678,7 +687,7 @@ def main():
                    for when, numbers in (("before", before), ("after", after))},
                 **{name: {"success": value, "se": se} for name, (value, se) in ends.items()},
                 "stages": found, "expert_states": len(demos), "pairs": len(pairs or ()), "pair_counts": counts,
-                "train_episodes": args.num_demos, "env_steps": totals["env_steps"], "generated_tokens": totals["tokens"],
+                "train_episodes": len({(s["split"], s["seed"]) for s in demos}) + totals["episodes"], "env_steps": totals["env_steps"], "generated_tokens": totals["tokens"],
                 "gradient_steps": totals["gradient_steps"], "seconds": round(sum(seconds.values()), 1),
                 "peak_memory_bytes": common.peak_memory_bytes(args.device), "device": common.device_name(args.device),
                 "git_commit": common.git_commit()}, model, chat)

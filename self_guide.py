@@ -89,7 +89,7 @@ class Args:
     rating_reward: float = common.flag(0.1, "g of a positive rating; a negative one is its opposite (paper)")
     reward_scale: float = common.flag(10.0, "R_env of a success, against which ratings are weighed (public script: 10; paper: unclear)")
     token_budget: int = common.flag(0, "with --guide off: stop after so many sampled tokens, not after --steps; 0: no budget")
-    examples: int = common.flag(2000, "episodes that make a tiny model")
+    examples: int = common.flag(3000, "episodes that make a tiny model")
 
 
 # ------------------------------------------------------------------------------------------------------ prompts and parsers
@@ -361,7 +361,7 @@ def warmup(world, args):
         while not over:
             label = rng.choice(LABELS) if info["valid"] else "negative"
             said = (said + info["admissible"])[-1000:]
-            action = rng.choice(info["admissible"] if label == "negative" or rng.random() < 0.8 else said)
+            action = rng.choice(info["admissible"] if label == "negative" or rng.random() < 0.9 else said)
             guided += [assistant(f"Reason: {event(observation)}\nLabel: {label}"), user(ACT), assistant(action)]
             observation, _, terminated, truncated, info = world.step(action)
             over = terminated or truncated
