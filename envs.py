@@ -1087,7 +1087,7 @@ class HouseholdFull(Household):
 # Names have two words: a given name and a root for people ("Mira Velden"), a root and a word of its kind for all else ("Velden Marsh").
 STARTS = "Vel Tor Bri Kas Lum Nor Pel Sar Dul Gan Hem Zol".split()  # a root is a start and an end: Velden, Velder, Torden
 ENDS = "den der mar mer lin lan sten tan".split()
-GIVEN = "Ada Oren Mira Sela Ivo Juno Karel Lida Nils Petra Rufus Tessa Anton Bela Cora Doro Enno Flora Gilda Hugo Irma Jorin Klara Lotte".split()
+GIVEN = "Ada Oren Mira Sela Ivo Juno Karel Lida Nils Petra Rufus Tessa Anton Bela Cora Doro Enno Flora Gilda Hugo Irma Jorin".split()
 ARTICLES = {  # kind: its words, what its pages are about
     "person": (None, "a writer|a sailor|a potter|a painter"),
     "town": ("Marsh Mill Ford Cross Hill Gate", "a town"),
@@ -1196,7 +1196,7 @@ def encyclopedia(split, number, kinds, relations, parts):
     rng = random.Random(f"encyclopedia {split} {number}")
     names = {kind: rng.sample(search_names(kind, split, parts), n) for kind, n in kinds}
     book = Encyclopedia({}, {}, {}, {})
-    for kind, name in [(kind, name) for kind in names for name in names[kind]]:
+    for kind, name in ((its, name) for its in names for name in names[its]):
         about = rng.choice(ARTICLES[kind][1].split("|"))
         texts = {name: [f"{name} is {about}."], f"Notes on {name}": [f"These are notes on {name}."]}
         book.facts[name] = {}
@@ -1215,7 +1215,7 @@ def encyclopedia(split, number, kinds, relations, parts):
         for title, sentences in texts.items():
             if title == name or len(sentences) > 1:
                 book.pages[title] = (about if title == name else "notes", " ".join(sentences))
-                for word in set(plain_words(f"{title} {book.pages[title][0]}")) - {"on"}:
+                for word in sorted(set(plain_words(f"{title} {book.pages[title][0]}")) - {"on"}):
                     book.index.setdefault(word, []).append(title)
     return book
 
@@ -1324,18 +1324,21 @@ def rule_reward(answer, gold):
 
 # ---------------------------------------------------------------------------------- search: what a dialogue has shown
 
-Record = collections.namedtuple("Record", "calls listed opened facts results answer")
+Record = collections.namedtuple("Record", "calls listed opened facts results answer vain")
 
 
 def read_record(steps):
-    """From (action, observation, valid) of each turn: the calls, the titles listed and opened, the facts read, the results by expression."""
-    record = Record([], [], [], {}, {}, [])
+    """From (action, observation, valid) of each turn: what was called, listed, opened, read, calculated and answered."""
+    record = Record([], [], [], {}, {}, [], [])  # vain: searches for an open page that list nothing new
     for action, observation, valid in steps:
         tool, argument, _ = read_call(action[:MAX_CHARACTERS]) if valid else (None, None, None)
         if tool:
             record.calls.append((tool, argument.casefold()))
         if tool == "search":
-            record.listed.extend(re.findall(rf"((?:Notes on )?{NAME}) \(", observation))
+            titles = re.findall(rf"((?:Notes on )?{NAME}) \(", observation)
+            if argument.casefold() in map(str.casefold, record.opened) and set(titles) <= set(record.listed):
+                record.vain.append(argument)
+            record.listed.extend(titles)
         elif tool == "open":
             notes, name = re.match(rf"(These are notes on )?({NAME})", observation).groups()
             record.opened.append(f"Notes on {name}" if notes else name)
@@ -1381,17 +1384,15 @@ def search_flaws(question, steps, won=None):
     """What went wrong on the way, by name, from the public record: (action, observation, valid) of each turn; the outcome is optional.
 
     skipped lookup: answered before all facts were read that the question asks for; repeated call: the same one twice; unsupported guess:
-    the answer was neither shown nor calculated, nor follows from what was read; wrong tool: a call that was not valid, or a search for a
-    page that is open; lucky answer: right, though unsupported or with a lookup skipped.
+    the answer was neither shown nor calculated, nor follows from what was read; wrong tool: a call that was not valid, or a search for an
+    open page that lists nothing new; lucky answer: right, though unsupported or with a lookup skipped.
     """
     form, chains = read_question(question)
     record, flaws = read_record(steps), set()
     if len(set(record.calls)) < len(record.calls):
         flaws.add("repeated call")
-    for i, (action, _, valid) in enumerate(steps):
-        tool, argument, _ = read_call(action[:MAX_CHARACTERS])
-        if not valid or tool == "search" and argument.casefold() in map(str.casefold, read_record(steps[:i]).opened):
-            flaws.add("wrong tool")
+    if record.vain or not all(valid for *_, valid in steps):
+        flaws.add("wrong tool")
     if record.answer:
         answer, (values, missing) = record.answer[0], follow(chains, record.facts)
         shown = [*record.facts.values(), *record.results.values(), *record.listed]
@@ -1442,9 +1443,8 @@ class Search(World):
         for name, value in given.items():
             if value is not None:
                 setattr(self, name, tuple(value) if isinstance(value, (list, tuple)) else value)
-        for what, chosen, known in (
-            ("kind", self.kinds, ARTICLES), ("relation", self.relations, RELATIONS), ("form", self.forms, ("chain", "difference", "comparison")),
-        ):  # fmt: skip
+        forms = ("chain", "difference", "comparison")
+        for what, chosen, known in ("kind", self.kinds, ARTICLES), ("relation", self.relations, RELATIONS), ("form", self.forms, forms):
             if unknown := [name for name in chosen if name not in known]:
                 raise ValueError(f"search has no {what} {unknown[0]!r}")
         needed = 2 * max(hop for hops in self.hops.values() for hop in hops) + 2
@@ -1458,15 +1458,16 @@ class Search(World):
         self.book = encyclopedia(split, number, tuple(self.kinds.items()), self.relations, self.parts)
         self.reward, self.listed, self.seen, self.calculated = 0.0, [], [], []  # seen: values on pages opened
         self.record = []  # (action, reply, valid) of each turn
+        hops = rng.choice(self.hops[split])
+        form = rng.choice(self.forms) if hops > 1 else "chain"
         for _ in range(5000):
-            if drawn := self.draw(rng, rng.choice(self.hops[split])):
+            if drawn := self.draw(rng, form, hops):
                 self.task, self.gold = drawn
                 return self.task
         raise ValueError(f"these sizes leave nothing to ask in split {split}")
 
-    def draw(self, rng, hops):
+    def draw(self, rng, form, hops):
         """(question, answer), or None where a random walk over the facts does not make a good one."""
-        form = rng.choice(self.forms) if hops > 1 else "chain"
         first = hops if form == "chain" else rng.randrange(1, hops)
         chains, values, visited = [], [], []
         turns = 2 * hops + 1 + (form == "difference")
@@ -1517,7 +1518,7 @@ class Search(World):
         titles = sorted(shared, key=lambda title: (-shared[title], len(title), title))[: self.results]
         self.listed += [title for title in titles if title not in self.listed]
         listing = "; ".join(f"{title} ({self.book.pages[title][0]})" for title in titles)
-        return (f"Results: {listing}." if titles else "No page has a word of that in its title."), True
+        return (f"Results: {listing}." if titles else "No page matches that."), True
 
     def call_open(self, title):
         title = next((known for known in self.listed if plain_words(known) == plain_words(title)), None)
