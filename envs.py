@@ -1201,9 +1201,9 @@ def encyclopedia(split, number, kinds, relations, parts):
         texts = {name: [f"{name} is {about}."], f"Notes on {name}": [f"These are notes on {name}."]}
         book.facts[name] = {}
         for key in relations:
-            if RELATIONS[key].subject != kind:
-                continue
             unit = RELATIONS[key].object
+            if RELATIONS[key].subject != kind or unit not in (*names, "km", "year"):
+                continue
             if unit in names:
                 value = rng.choice([other for other in names[unit] if other != name])
             else:

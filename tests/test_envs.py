@@ -961,7 +961,7 @@ def test_search_splits_share_words_but_no_name(name):
     words = {split: [{name.split()[i] for name in names[split]} for i in (0, 1)] for split in names}
     for split in "test", "ood":
         assert words[split][0] <= words["train"][0] and words[split][1] <= words["train"][1]
-        asked = [set(re.findall(r"[a-z]+", " ".join(questions[part]))) for part in (split, "train")]
+        asked = [set(re.findall(r"\b[a-z]+\b", " ".join(questions[part]))) for part in (split, "train")]
         assert asked[0] <= asked[1]
 
 
@@ -996,8 +996,7 @@ def test_search_hides_what_was_not_read(name):
     for split in "train", "ood":
         for seed in range(40):
             env, steps = search_episode(name, envs.expert_player, seed, split)
-            form, chains = envs.read_question(env.task)
-            subject, relations = chains[-1]
+            subject, relations = envs.read_question(env.task)[1][-1]
             for key in relations[:-1]:
                 subject = env.book.facts[subject][key]
             place, key = env.book.where[subject, relations[-1]], relations[-1]
@@ -1016,7 +1015,6 @@ def test_search_hides_what_was_not_read(name):
                     text = text.replace(shape.format(x=subject, y=value), shape.format(x=subject, y=other))
                     twin.book.pages[place], twin.gold = (about, text), other
                 both[-1] += [twin.step(action) for action, *_ in steps[:opened]] + [twin.expert()]
-                assert form != "chain" or value not in "".join(step[0] for step in both[-1][1:-1]) or value.isdigit()
                 both[-1].append(twin.step(call("answer", "Nobody Else")))  # lost: nothing is revealed
             assert both[0] == both[1] and both[0][-1][0].endswith("That is your answer. The game is over and you did not win.")
             swapped += 1
@@ -1058,15 +1056,13 @@ def test_a_search_dialogue_word_for_word():
 @pytest.mark.parametrize("answer, gold, reward", [
     ("Velden Marsh", "Velden Marsh", 1), ("the velden  marsh.", "Velden Marsh", 1), ("Marsh Velden", "Velden Marsh", 1.0),
     ("Velden Mill", "Velden Marsh", 0.5), ("It is Velden Marsh", "Velden Marsh", 2 / 3), ("", "Velden Marsh", 0), ("?!", "Velden", 0),
-    ("a b c d e f g h i j k Velden", "Velden Marsh", 0), ("one two three Velden four", "Velden Marsh x y", 4 / 9),
+    ("a b c d e f g h i j k Velden", "Velden Marsh", 0), ("Velden or Marsh of x", "Velden Marsh", 4 / 7),
     ("33", "33", 1), ("33.0", "33", 1), ("33 years", "33", 1), ("about 33, yes 33", "33", 1), ("32 or 33", "33", 0), ("-33", "33", 0),
     ("1,820", "1820", 1), ("1820", "1,820", 1), ("thirty", "33", 0), ("1820-1787", "33", 0), ("9" * 900, "33", 0), ("x33", "33", 0),
     ("Yes.", "yes", 1), ("Yes, it is", "yes", 1), ("no", "yes", 0), ("yes and no", "yes", 0), ("maybe", "no", 0), ("No", "no", 1),
     ("\ud800", "Velden", 0), ("", "", 1), ("the", "a", 1), ("velden", "VELDEN", 1),
 ])  # fmt: skip
 def test_rule_reward(answer, gold, reward):
-    if answer == "Marsh Velden":  # the same words in another order: F1, which is 1
-        assert envs.rule_reward(answer, gold) == 1.0
     assert envs.rule_reward(answer, gold) == pytest.approx(reward)
 
 
@@ -1226,7 +1222,8 @@ def test_a_search_step_is_fast(name):
 
 @pytest.mark.parametrize("settings, words", [
     ({"kinds": {"castle": 3}}, "castle"), ({"relations": ["likes"]}, "likes"), ({"forms": ["song"]}, "song"),
-    ({"max_turns": 3}, "max_turns"), ({"results": 1}, "results"), ({"kinds": {"town": 5}, "hops": {"train": (2,), "test": (1,), "ood": (1,)}}, "nothing to ask"),
+    ({"max_turns": 3}, "max_turns"), ({"results": 1}, "results"),
+    ({"kinds": {"town": 5}, "hops": {"train": (2,), "test": (1,), "ood": (1,)}}, "nothing to ask"),
     ({"kinds": {"person": 16, "town": 12, "river": 800, "book": 14}}, "ample"),
 ])  # fmt: skip
 def test_search_impossible_settings_are_refused(settings, words):
@@ -1296,7 +1293,7 @@ def random_string(rng):
     return move
 
 
-make_moves = make("20q-full").moves
+make_moves = make("20q-full").moves + [call("search", "Mira Velden"), call("calculate", "1 + 1")] * 40
 
 
 def test_ten_thousand_random_strings_at_step():
