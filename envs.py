@@ -14,13 +14,16 @@ A world is a class below `World`; `WORLDS` names them, `make(name)` builds one. 
 """
 
 import argparse
+import ast
 import atexit
+import collections
 import functools
 import hashlib
 import importlib.util
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -870,9 +873,9 @@ class Household(World):
     splits = ("train", "test", "ood")
     max_turns = 15
     rooms = ("kitchen", "bedroom")
-    receptacles = (3, 4)  # fewest, most
+    receptacles = (2, 3)  # fewest, most
     copies = 1  # most of a name, where a room may have several
-    objects = (2, 3)  # fewest, most; a lamp comes on top where there is a place for it
+    objects = (1, 2)  # fewest, most; a lamp comes on top where there is a place for it
     tasks = TASKS[:5]  # drawn evenly; one listed twice comes twice as often
     offered = ("go", "open", "take", "put", "clean", "heat", "cool", "use")  # verbs in `admissible`; all are understood
     task = "Do a household chore."
@@ -1306,10 +1309,512 @@ def readable(text):
     return text if not text or text[-1] in ".!?" else f"{text}."
 
 
+# --------------------------------------------------------------------------------------------- search: what is written
+
+# Names have two words: a given name and a root for people ("Mira Velden"), a root and a word of its kind for all else ("Velden Marsh").
+STARTS = "Vel Tor Bri Kas Lum Nor Pel Sar Dul Gan Hem Zol".split()  # a root is a start and an end: Velden, Velder, Torden
+ENDS = "den der mar mer lin lan sten tan".split()
+GIVEN = "Ada Oren Mira Sela Ivo Juno Karel Lida Nils Petra Rufus Tessa Anton Bela Cora Doro Enno Flora Gilda Hugo Irma Jorin".split()
+ARTICLES = {  # kind: its words, what its pages are about
+    "person": (None, "a writer|a sailor|a potter|a painter"),
+    "town": ("Marsh Mill Ford Cross Hill Gate", "a town"),
+    "river": ("Brook Water Run Beck", "a river"),
+    "book": ("Letters Songs Tales Garden Mirror Winter", "a book"),
+    "company": ("Works Bank Press Yard Lines Stores", "a company"),
+    "instrument": ("Horn Harp Flute Bell Fiddle Pipe", "an instrument"),
+}
+Relation = collections.namedtuple("Relation", "subject object sentence question noun")  # noun: as a part of longer questions
+RELATIONS = {
+    "author": Relation("book", "person", "{x} was written by {y}.", "Who wrote {x}?", "the author of {x}"),
+    "birthplace": Relation("person", "town", "{x} was born in {y}.", "In which town was {x} born?", "the birthplace of {x}"),
+    "river": Relation("town", "river", "{x} lies on {y}.", "On which river does {x} lie?", "the river through {x}"),
+    "length": Relation("river", "km", "{x} is {y} km long.", "How many km long is {x}?", None),
+    "rival": Relation("person", "person", "The rival of {x} was {y}.", "Who was the rival of {x}?", "the rival of {x}"),
+    "founder": Relation("company", "person", "{x} was started by {y}.", "Who started {x}?", "the founder of {x}"),
+    "seat": Relation("company", "town", "{x} has its seat in {y}.", "In which town does {x} have its seat?", "the seat of {x}"),
+    "inventor": Relation("instrument", "person", "{x} was devised by {y}.", "Who devised {x}?", "the inventor of {x}"),
+}
+YEARS = {"founded": ("town", 1700), "born": ("person", 1750), "published": ("book", 1800), "opened": ("company", 1800),
+         "finished": ("instrument", 1800)}  # a century and a half: a town, who is born there, what they make  # fmt: skip
+RELATIONS |= {verb: Relation(kind, "year", f"{{x}} was {verb} in the year {{y}}.", f"In which year was {{x}} {verb}?", None)
+              for verb, (kind, _) in YEARS.items()}  # fmt: skip
+PAIRS = {  # questions about two numbers a and b
+    ("difference", "year"): "How many years after {a} was {one} was {b} {other}?",
+    ("difference", "km"): "How many km longer is {b} than {a}?",
+    ("comparison", "year"): "Was {a} {one} before {b}?",
+    ("comparison", "km"): "Is {b} longer than {a}?",
+}
+
+
+def pattern(template, **parts):
+    """The regular expression that reads what `template.format` writes."""
+    return re.compile(re.sub(r"\\{(\w+)\\}", lambda field: f"(?P<{field[1]}>{parts.get(field[1], '.+')})", re.escape(template)))
+
+
+NAME = r"[A-Z]\w+ [A-Z]\w+"
+SENTENCE_PATTERNS = {key: pattern(relation.sentence, x=NAME, y=rf"{NAME}|\d+") for key, relation in RELATIONS.items()}
+QUESTION_PATTERNS = {key: pattern(relation.question) for key, relation in RELATIONS.items()}
+PAIR_PATTERNS = {key: pattern(template, one=r"\w+", other=r"\w+") for key, template in PAIRS.items()}
+
+
+def write_question(form, chains):
+    """chains: one or two of (name, (relation, ...)). ("chain", [("Velden Letters", ("author", "born"))]) -> "In which year was ..." """
+    phrases = []
+    for phrase, relations in chains:
+        for key in relations[:-1]:
+            phrase = RELATIONS[key].noun.format(x=phrase)
+        phrases.append(phrase)
+    keys = [relations[-1] for _, relations in chains]
+    if form == "chain":
+        return RELATIONS[keys[0]].question.format(x=phrases[0])
+    return PAIRS[form, RELATIONS[keys[0]].object].format(a=phrases[0], b=phrases[1], one=keys[0], other=keys[1])
+
+
+@functools.lru_cache(maxsize=4096)
+def read_question(question):
+    """The plan that a question spells out: (form, chains), the inverse of `write_question`."""
+
+    def chain(phrase, last):
+        relations = [last]
+        while True:
+            for key, relation in RELATIONS.items():
+                prefix = relation.noun and relation.noun.partition("{")[0]
+                if prefix and phrase.startswith(prefix):
+                    phrase, relations = phrase.removeprefix(prefix), [key, *relations]
+                    break
+            else:
+                return phrase, tuple(relations)
+
+    for (form, _), shape in PAIR_PATTERNS.items():
+        if match := shape.fullmatch(question):
+            found = {"one": "length", **match.groupdict()}
+            return form, (chain(found["a"], found["one"]), chain(found["b"], found.get("other", found["one"])))
+    for key, shape in QUESTION_PATTERNS.items():
+        if match := shape.fullmatch(question):
+            return "chain", (chain(match["x"], key),)
+    raise ValueError("not a question of this world")
+
+
+def conclude(form, values):
+    """What the values at the ends of the chains answer, and the calculation for it, if it takes one."""
+    if form == "chain":
+        return values[0], None
+    a, b = map(int, values)
+    return ("yes" if a < b else "no", None) if form == "comparison" else (str(b - a), f"{b} - {a}")
+
+
+@functools.lru_cache(maxsize=None)
+def search_names(kind, split, parts):
+    """All names of a kind in a split: a quarter each for test and ood, made of words that train has in other combinations."""
+    starts, ends, given = parts
+    roots, (words, _) = [start + end for start in STARTS[:starts] for end in ENDS[:ends]], ARTICLES[kind]
+    pairs = itertools.product(roots, words.split()) if words else itertools.product(GIVEN[:given], roots)
+    every = map(" ".join, pairs)
+    return [name for name in every if {0: "test", 1: "ood"}.get(share(name, 4), "train") == split]
+
+
+# facts: {name: {relation: value}}, what some page says; where: {(name, relation): title}; pages: {title: (about, text)}
+Encyclopedia = collections.namedtuple("Encyclopedia", "facts where pages index")
+
+
+@functools.lru_cache(maxsize=256)
+def encyclopedia(split, number, kinds, relations, parts):
+    """An eighth of the facts stands nowhere and an eighth on a page of its own, "Notes on NAME": there the plain page is a dead end."""
+    rng = random.Random(f"encyclopedia {split} {number}")
+    names = {kind: rng.sample(search_names(kind, split, parts), n) for kind, n in kinds}
+    book = Encyclopedia({}, {}, {}, {})
+    for kind, name in ((its, name) for its in names for name in names[its]):
+        about = rng.choice(ARTICLES[kind][1].split("|"))
+        texts = {name: [f"{name} is {about}."], f"Notes on {name}": [f"These are notes on {name}."]}
+        book.facts[name] = {}
+        for key in relations:
+            unit = RELATIONS[key].object
+            if RELATIONS[key].subject != kind or unit not in (*names, "km", "year"):
+                continue
+            if unit in names:
+                value = rng.choice([other for other in names[unit] if other != name])
+            else:
+                value = str(rng.randrange(20, 300, 10) if unit == "km" else YEARS[key][1] + rng.randrange(50))
+            place = rng.choice([None, f"Notes on {name}", *[name] * 6])
+            if place:
+                texts[place].append(RELATIONS[key].sentence.format(x=name, y=value))
+                book.facts[name][key], book.where[name, key] = value, place
+        for title, sentences in texts.items():
+            if title == name or len(sentences) > 1:
+                book.pages[title] = (about if title == name else "notes", " ".join(sentences))
+                for word in sorted(set(plain_words(f"{title} {book.pages[title][0]}")) - {"on"}):
+                    book.index.setdefault(word, []).append(title)
+    return book
+
+
+# ------------------------------------------------------------------------------------------- search: calls and rewards
+
+TOOLS = {  # name: its only argument, what it is, what the tool does
+    "search": ("query", "the name to look for", "Lists the titles of pages that share words with the query."),
+    "open": ("title", "a title from the results of a search", "Shows a page that a search has listed."),
+    "calculate": ("expression", "an expression such as 1875 - 1820", "Calculates with + - * / // % ** and parentheses."),
+    "answer": ("answer", "a name, a number, yes or no", "Gives the final answer to the question and ends the game."),
+}
+
+
+def tool_call(name, argument):
+    """The text of a call, as the chat templates of the Qwen family write it."""
+    call = json.dumps({"name": name, "arguments": {TOOLS[name][0]: argument}})
+    return f"<tool_call>\n{call}\n</tool_call>"
+
+
+def read_call(text):
+    """The first call in a text, or a JSON object without the tags -> (tool, argument, None), or (None, None, what is wrong)."""
+    tagged = re.search(r"<tool_call>(.*?)(?:</tool_call>|$)", text, re.DOTALL)
+    body = tagged[1] if tagged else text
+    if "{" not in body:
+        return None, None, 'That is not a tool call. Write {"name": TOOL, "arguments": {...}} between <tool_call> and </tool_call>.'
+    try:
+        call = json.JSONDecoder().raw_decode(body, body.index("{"))[0]
+        arguments = call.get("arguments")
+        if isinstance(arguments, str):  # some models quote them
+            arguments = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return None, None, "The JSON of this tool call is broken."
+    name = call.get("name")
+    if not isinstance(name, str) or name not in TOOLS:
+        return None, None, f"There is no such tool. The tools are {', '.join(TOOLS)}."
+    argument = arguments.get(TOOLS[name][0]) if isinstance(arguments, dict) else None
+    if isinstance(argument, (int, float)) and not isinstance(argument, bool):
+        argument = str(argument)
+    if not isinstance(argument, str) or not argument.strip():
+        return None, None, f"The tool {name} needs the argument {TOOLS[name][0]}, a text."
+    return name, argument.strip(), None
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.UAdd: operator.pos,
+             ast.USub: operator.neg}  # fmt: skip
+
+
+def calculate(expression):
+    """Arithmetic -> (reply, valid). Parsed, never executed; bounded in time and memory whatever the text."""
+    if len(expression) > 200 or expression.count("(") > 20:
+        return "That expression is too long.", False
+    if not re.fullmatch(r"[-+*/%().\deE ]+", expression, re.ASCII):
+        return "A calculation has only numbers, + - * / // % ** and parentheses.", False
+
+    def value(node):
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            left, right = value(node.left), value(node.right)
+            if isinstance(node.op, ast.Pow) and abs(right) > 64:
+                raise OverflowError
+            result = OPERATORS[type(node.op)](left, right)
+        elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+            result = OPERATORS[type(node.op)](value(node.operand))
+        else:
+            result = getattr(node, "value", None)
+        if type(result) not in (int, float):  # a call, a complex root
+            raise SyntaxError
+        if not abs(result) <= 1e15:
+            raise OverflowError
+        return result
+
+    try:
+        result = value(ast.parse(expression.strip(), mode="eval").body)
+    except ZeroDivisionError:
+        return "One cannot divide by zero.", False
+    except OverflowError:
+        return "The numbers are too large.", False
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "That expression cannot be calculated.", False
+    return f"The result is {int(result) if result == int(result) else f'{result:.10g}'}.", True
+
+
+def plain_words(text):
+    """Lower case, without punctuation and articles: what answers and titles are compared by."""
+    return [word for word in re.findall(r"\w+", text.casefold()) if word not in ("a", "an", "the")]
+
+
+def numbers_in(text):
+    """The numbers in a text, as floats; "1,820" is one."""
+    return [float(number) for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3}\b)", "", text))]
+
+
+def rule_reward(answer, gold):
+    """The rule reward of the Reagent paper: a number by value, yes or no by match, else 1 for the same words, else their F1 from 0.3 up."""
+    said, right = plain_words(answer), plain_words(gold)
+    if re.fullmatch(r"-?\d[\d,]*(?:\.\d+)?", gold.strip()):
+        return float(set(numbers_in(answer)) == set(numbers_in(gold)))
+    if right in (["yes"], ["no"]):
+        return float({"yes", "no"}.intersection(said) == set(right))
+    if said == right:
+        return 1.0
+    f1 = 2 * sum((collections.Counter(said) & collections.Counter(right)).values()) / (len(said) + len(right))
+    return f1 if f1 >= 0.3 else 0.0
+
+
+# ---------------------------------------------------------------------------------- search: what a dialogue has shown
+
+Record = collections.namedtuple("Record", "calls listed opened facts results answer vain")
+
+
+def read_record(steps):
+    """From (action, observation, valid) of each turn: what was called, listed, opened, read, calculated and answered."""
+    record = Record([], [], [], {}, {}, [], [])  # vain: searches for an open page that list nothing new
+    for action, observation, valid in steps:
+        tool, argument, _ = read_call(action[:MAX_CHARACTERS]) if valid else (None, None, None)
+        if tool:
+            record.calls.append((tool, argument.casefold()))
+        if tool == "search":
+            titles = re.findall(rf"((?:Notes on )?{NAME}) \(", observation)
+            if argument.casefold() in map(str.casefold, record.opened) and set(titles) <= set(record.listed):
+                record.vain.append(argument)
+            record.listed.extend(titles)
+        elif tool == "open":
+            notes, name = re.match(rf"(These are notes on )?({NAME})", observation).groups()
+            record.opened.append(f"Notes on {name}" if notes else name)
+            for key, shape in SENTENCE_PATTERNS.items():
+                record.facts.update({(match["x"], key): match["y"] for match in shape.finditer(observation)})
+        elif tool == "calculate":
+            record.results[argument] = re.search(r"result is (\S+)\.", observation)[1]
+        elif tool == "answer":
+            record.answer.append(argument)
+    return record
+
+
+def follow(chains, facts):
+    """Along the facts read: (the values at the ends, None), or (those so far, the (name, relation) that is not known yet)."""
+    values = []
+    for name, relations in chains:
+        for key in relations:
+            if (name, key) not in facts:
+                return values, (name, key)
+            name = facts[name, key]
+        values.append(name)
+    return values, None
+
+
+def search_expert(question, steps):
+    """The next call, from nothing but the question and the dialogue: the shortest plan that finds what the question needs."""
+    form, chains = read_question(question)
+    record = read_record(steps)
+    values, missing = follow(chains, record.facts)
+    if missing:
+        for title in (missing[0], f"Notes on {missing[0]}"):
+            if title in record.listed and title not in record.opened:
+                return tool_call("open", title)
+        return tool_call("search", missing[0])
+    answer, expression = conclude(form, values)
+    return tool_call("calculate", expression) if expression and expression not in record.results else tool_call("answer", answer)
+
+
+FLAWS = ("skipped lookup", "repeated call", "unsupported guess", "wrong tool", "lucky answer")
+
+
+def search_flaws(question, steps, won=None):
+    """What went wrong on the way, by name, from the public record: (action, observation, valid) of each turn; the outcome is optional.
+
+    skipped lookup: answered before all facts were read that the question asks for; repeated call: the same one twice; unsupported guess:
+    the answer was neither shown nor calculated, nor follows from what was read; wrong tool: a call that was not valid, or a search for an
+    open page that lists nothing new; lucky answer: right, though unsupported or with a lookup skipped.
+    """
+    form, chains = read_question(question)
+    record, flaws = read_record(steps), set()
+    if len(set(record.calls)) < len(record.calls):
+        flaws.add("repeated call")
+    if record.vain or not all(valid for *_, valid in steps):
+        flaws.add("wrong tool")
+    if record.answer:
+        answer, (values, missing) = record.answer[0], follow(chains, record.facts)
+        shown = [*record.facts.values(), *record.results.values(), *record.listed]
+        if not missing:
+            shown.append(conclude(form, values)[0])
+        if missing:
+            flaws.add("skipped lookup")
+        if not any(rule_reward(answer, value) == 1 for value in shown):
+            flaws.add("unsupported guess")
+        if won and flaws & {"skipped lookup", "unsupported guess"}:
+            flaws.add("lucky answer")
+    return [name for name in FLAWS if name in flaws]
+
+
+class Search(World):
+    """A question about an invented encyclopedia, answered with tool calls: search, open, calculate, answer. 1 for the right answer.
+
+    A page tells little, so that a question takes one to three pages, each of which must be searched for by a name from the last. Many
+    names look alike, and some pages lack what one opens them for: the fact then stands in the notes that the same search lists. Each
+    split has encyclopedias of its own; no name of one is in another, though all are made of the words that train has, and `ood` asks
+    for more hops. This is the small world; `SearchFull` is the full one. What makes the size can be given to the constructor.
+    """
+
+    name = "search"
+    splits = ("train", "test", "ood")
+    max_turns = 8
+    kinds = {"person": 16, "town": 12, "river": 8, "book": 14}
+    relations = ("author", "birthplace", "river", "length", "born", "founded", "published")
+    parts = (6, 4, 12)  # starts and ends of roots, given names
+    forms = ("chain", "difference")  # of questions with two hops or more
+    hops = {"train": (1, 2), "test": (1, 2), "ood": (3,)}
+    encyclopedias = {"train": 64, "test": 16, "ood": 16}
+    results = 3  # titles in an answer to a search
+    tools = [
+        {"type": "function", "function": {"name": name, "description": what, "parameters": {
+            "type": "object", "properties": {argument: {"type": "string", "description": meaning}}, "required": [argument]}}}
+        for name, (argument, meaning, what) in TOOLS.items()
+    ]  # fmt: skip
+    system = (
+        "Answer the question from the pages of an encyclopedia. Each turn, reply with one tool call and nothing else, such as\n"
+        '<tool_call>\n{"name": "search", "arguments": {"query": "Mira Velden"}}\n</tool_call>\n'
+        "The tools:\n" + "\n".join(f"{name}, with {argument} ({meaning}): {what}" for name, (argument, meaning, what) in TOOLS.items())
+    )  # fmt: skip
+
+    def __init__(self, kinds=None, relations=None, parts=None, forms=None, hops=None, encyclopedias=None, results=None, max_turns=None):
+        given = {"kinds": kinds, "relations": relations, "parts": parts, "forms": forms, "hops": hops, "encyclopedias": encyclopedias,
+                 "results": results, "max_turns": max_turns}  # fmt: skip
+        for name, value in given.items():
+            if value is not None:
+                setattr(self, name, tuple(value) if isinstance(value, (list, tuple)) else value)
+        forms = ("chain", "difference", "comparison")
+        for what, chosen, known in ("kind", self.kinds, ARTICLES), ("relation", self.relations, RELATIONS), ("form", self.forms, forms):
+            if unknown := [name for name in chosen if name not in known]:
+                raise ValueError(f"search has no {what} {unknown[0]!r}")
+        needed = 2 * max(hop for hops in self.hops.values() for hop in hops) + 2
+        if self.max_turns < needed or self.results < 2:
+            raise ValueError(f"search needs max_turns of at least {needed} and at least 2 results, not {self.max_turns} and {self.results}")
+        for split in self.splits:
+            self.begin(random.Random(0), split)  # sizes that leave nothing to ask are refused here
+
+    def begin(self, rng, split):
+        number = rng.randrange(self.encyclopedias[split])
+        self.book = encyclopedia(split, number, tuple(self.kinds.items()), self.relations, self.parts)
+        self.reward, self.listed, self.seen, self.calculated = 0.0, [], [], []  # seen: values on pages opened
+        self.record = []  # (action, reply, valid) of each turn
+        hops = rng.choice(self.hops[split])
+        form = rng.choice(self.forms) if hops > 1 else "chain"
+        for _ in range(5000):
+            if drawn := self.draw(rng, form, hops):
+                self.task, self.gold = drawn
+                return self.task
+        raise ValueError(f"these sizes leave nothing to ask in split {split}")
+
+    def draw(self, rng, form, hops):
+        """(question, answer), or None where a random walk over the facts does not make a good one."""
+        first = hops if form == "chain" else rng.randrange(1, hops)
+        chains, values, visited = [], [], []
+        turns = 2 * hops + 1 + (form == "difference")
+        for length in [first] if form == "chain" else [first, hops - first]:
+            start = value = rng.choice(list(self.book.facts))
+            relations = []
+            for _ in range(length):
+                if not self.book.facts.get(value):
+                    return None
+                visited.append(value)
+                relations.append(rng.choice(list(self.book.facts[value])))
+                turns += self.book.where[value, relations[-1]] != value  # the notes, after a dead end
+                value = self.book.facts[value][relations[-1]]
+            chains.append((start, tuple(relations)))
+            values.append(value)
+        if len(set(visited + values)) < len(visited + values) or turns > self.max_turns:
+            return None
+        if form != "chain":
+            one, other = chains[0][1][-1], chains[1][1][-1]
+            unit = RELATIONS[one].object
+            if (form, unit) not in PAIRS or unit != RELATIONS[other].object or (form == "comparison" and one != other):
+                return None
+            if form == "difference" and int(values[0]) > int(values[1]):
+                chains, values = chains[::-1], values[::-1]
+        return write_question(form, chains), conclude(form, values)[0]
+
+    def score(self):
+        return self.reward
+
+    def admissible(self):
+        """The calls that make sense after what was seen, in alphabetical order."""
+        form, chains = read_question(self.task)
+        names = [name for name, _ in chains] + [value for value in self.seen if not value.isdigit()]
+        numbers = sorted({int(value) for value in self.seen if value.isdigit()})
+        answers = ["yes", "no"] if form == "comparison" else self.seen + self.calculated
+        calls = [("search", name) for name in names] + [("open", title) for title in self.listed] + [("answer", value) for value in answers]
+        calls += [("calculate", f"{b} - {a}") for a, b in itertools.combinations(numbers, 2)]
+        return sorted({tool_call(*call) for call in calls})
+
+    def act(self, text):
+        tool, argument, problem = read_call(text)
+        reply, valid = (problem, False) if problem else getattr(self, f"call_{tool}")(argument)
+        self.record.append((text, reply, valid))
+        return reply, valid
+
+    def call_search(self, query):
+        shared = collections.Counter(title for word in set(plain_words(query)) for title in self.book.index.get(word, ()))
+        titles = sorted(shared, key=lambda title: (-shared[title], len(title), title))[: self.results]
+        self.listed += [title for title in titles if title not in self.listed]
+        listing = "; ".join(f"{title} ({self.book.pages[title][0]})" for title in titles)
+        return (f"Results: {listing}." if titles else "No page matches that."), True
+
+    def call_open(self, title):
+        title = next((known for known in self.listed if plain_words(known) == plain_words(title)), None)
+        if title is None:
+            return "No search has listed a page with that title.", False
+        text = self.book.pages[title][1]
+        self.seen += [match["y"] for shape in SENTENCE_PATTERNS.values() for match in shape.finditer(text) if match["y"] not in self.seen]
+        return text, True
+
+    def call_calculate(self, expression):
+        reply, valid = calculate(expression)
+        if valid:
+            self.calculated.append(re.search(r"result is (\S+)\.", reply)[1])
+        return reply, valid
+
+    def call_answer(self, answer):
+        self.over, self.reward = True, rule_reward(answer, self.gold)
+        self.won = self.reward == 1
+        return "That is your answer.", True
+
+    def expert(self):
+        return search_expert(self.task, self.record)
+
+
+class SearchFull(Search):
+    """Six kinds of pages, questions of one to four hops, yes or no among them, 12 turns."""
+
+    name = "search-full"
+    max_turns = 12
+    kinds = {"person": 110, "town": 60, "river": 30, "book": 60, "company": 40, "instrument": 30}
+    relations = tuple(RELATIONS)
+    parts = (len(STARTS), len(ENDS), len(GIVEN))
+    forms = ("chain", "difference", "comparison")
+    hops = {"train": (1, 2, 3), "test": (1, 2, 3), "ood": (4,)}
+    encyclopedias = {"train": 16, "test": 4, "ood": 4}
+    results = 4
+
+
+def guess_player(env, info, rng):
+    """Search only: answers at once, with a value of the right kind from the encyclopedia, which it could not know: the floor."""
+    form, chains = read_question(env.task)
+    picks = [rng.choice([facts[relations[-1]] for facts in env.book.facts.values() if relations[-1] in facts]) for _, relations in chains]
+    if form == "comparison":
+        return tool_call("answer", rng.choice(["yes", "no"]))
+    return tool_call("answer", picks[0] if form == "chain" else str(abs(int(picks[0]) - int(picks[1]))))
+
+
+def hasty_player(env, info, rng):
+    """Search only: the expert, but from the first value seen on it answers, with the last one, every other time."""
+    return tool_call("answer", env.seen[-1]) if env.seen and rng.random() < 0.5 else env.expert()
+
+
+def sloppy_player(env, info, rng):
+    """Search only: the expert with flaws: one call in three is a repetition, a wrong tool, an early answer or a guess."""
+    opened = read_record(env.record).opened
+    flaw = rng.randrange(12)
+    if flaw == 0 and env.record:
+        return env.record[-1][0]
+    if flaw == 1:
+        return tool_call("search", rng.choice(opened)) if opened else tool_call("open", read_question(env.task)[1][0][0])
+    if flaw == 2 and env.seen:
+        return tool_call("answer", rng.choice(env.seen))
+    return guess_player(env, info, rng) if flaw == 3 else env.expert()
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 
 WORLDS = {"repair": RepairShop, "20q": TwentyQuestions, "20q-full": TwentyQuestionsFull, "household": Household,
-          "household-full": HouseholdFull}  # fmt: skip
+          "household-full": HouseholdFull, "search": Search, "search-full": SearchFull}  # fmt: skip
 
 
 def make(name, **settings):

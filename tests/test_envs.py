@@ -1,7 +1,8 @@
-"""The ground, Twenty Questions, the repair shop and the household: facts, parser, splits, secrecy, experts, bad input, command line."""
+"""The ground, Twenty Questions, the repair shop, the household, search: facts, parser, splits, secrecy, experts, bad input, commands."""
 
 import copy
 import itertools
+import json
 import os
 import random
 import re
@@ -884,6 +885,352 @@ def test_household_impossible_settings_are_refused(settings, words):
         make("household", **settings)
 
 
+# ---------------------------------------------------------------------------------------------------------------- search
+
+SEARCHES = ["search", "search-full"]
+call = envs.tool_call
+
+
+def search_episode(name, player, seed, split="test", env=None):
+    """The public record of an episode: (the world after it, [(action, observation, valid), ...])."""
+    env, rng, steps = env or make(name), random.Random(f"{player.__name__} {split} {seed}"), []
+    _, info = env.reset(seed=seed, options={"split": split})
+    while not env.over:
+        action = player(env, info, rng)
+        observation, _, _, _, info = env.step(action)
+        steps.append((action, observation, info["valid"]))
+    return env, steps
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_search_expert_is_always_right_and_without_flaws(name):
+    env = make(name)
+    start, turns, forms = time.process_time(), 0, set()
+    for split in env.splits:
+        for seed in range(300):
+            _, steps = search_episode(name, envs.expert_player, seed, split, env)
+            assert env.won and all(valid for *_, valid in steps), (split, seed)
+            assert envs.search_flaws(env.task, steps, won=True) == []
+            form, chains = envs.read_question(env.task)
+            forms.add(form)
+            turns += len(steps)
+            assert sum(len(relations) for _, relations in chains) in env.hops[split]
+            assert envs.write_question(form, chains) == env.task and len(env.task) < 200
+    assert forms == set(env.forms) and (time.process_time() - start) / turns < 0.003
+    assert max(env.hops["test"]) == max(env.hops["train"]) < min(env.hops["ood"])
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_search_expert_wins_from_where_weak_players_got_to(name):
+    env, rng = make(name, max_turns=60), random.Random(20)
+    for seed in range(60):
+        _, info = env.reset(seed=seed, options={"split": rng.choice(env.splits)})
+        for _ in range(rng.randrange(12)):
+            action = rng.choice([action for action in info["admissible"] if '"answer"' not in action])
+            info = env.step(action if rng.random() < 0.8 else rng.choice([action[:30], action.upper(), "What?"]))[4]
+        while not env.over:
+            assert env.step(env.expert())[4]["valid"]
+        assert env.won and env.turns < 40
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_search_splits_share_words_but_no_name(name):
+    env, names, questions = make(name), {}, {}
+    for split in env.splits:
+        books = [
+            envs.encyclopedia(split, i, tuple(env.kinds.items()), env.relations, env.parts) for i in range(env.encyclopedias[split])
+        ]
+        assert {len(book.facts) for book in books} == {sum(env.kinds.values())}
+        names[split] = {name for book in books for name in book.facts}
+        questions[split] = {env.reset(seed=seed, options={"split": split})[1]["task"] for seed in range(200)}
+        assert len(questions[split]) > 120
+        for book in books:
+            for i in 0, 1:  # names that share a word are everywhere
+                shared = [other.split()[i] for other in book.facts]
+                assert sum(shared.count(other.split()[i]) > 1 for other in book.facts) > 0.5 * len(shared)
+            where = {key: place for key, place in book.where.items() if place != key[0]}
+            assert len(where) > 2 and all(place == f"Notes on {key[0]}" for key, place in where.items())  # dead ends
+            asked = [relation.subject for key, relation in envs.RELATIONS.items() if key in env.relations]
+            assert len(book.where) < sum(env.kinds[kind] for kind in asked) - 2  # and facts that stand nowhere
+            facts = [(title, book.facts[title][key]) for title, key in book.where]
+            assert len(facts) == sum(map(len, book.facts.values()))
+            assert all(f" {value}" in book.pages[place][1] for (_, value), place in zip(facts, book.where.values()))
+    assert 40 <= sum(env.kinds.values()) <= 60 if name == "search" else sum(env.kinds.values()) >= 300
+    for one, other in itertools.combinations(env.splits, 2):
+        assert not names[one] & names[other] and not questions[one] & questions[other]
+    words = {split: [{name.split()[i] for name in names[split]} for i in (0, 1)] for split in names}
+    for split in "test", "ood":
+        assert words[split][0] <= words["train"][0] and words[split][1] <= words["train"][1]
+        asked = [set(re.findall(r"\b[a-z]+\b", " ".join(questions[part]))) for part in (split, "train")]
+        assert asked[0] <= asked[1]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_search_offers_are_valid_and_come_from_what_was_said(name):
+    rng = random.Random(21)
+    env = make(name, max_turns=30)
+    for seed in range(40):
+        observation, info = env.reset(seed=seed, options={"split": rng.choice(env.splits)})
+        said, actions = observation, []
+        while not env.over:
+            offered = info["admissible"]
+            assert offered == sorted(set(offered)) and env.expert() in offered
+            for action in offered:
+                tool, argument, problem = envs.read_call(action)
+                assert problem is None
+                words = re.findall(r"\w+", argument) if tool != "answer" or not argument.isdigit() else []
+                assert all(word in said + " yes no" for word in words), action
+            actions.append(rng.choice([action for action in offered if '"answer"' not in action or rng.random() < 0.02] or offered))
+            step = env.step(actions[-1])
+            well_formed(step)
+            observation, info = step[0], step[4]
+            said += observation
+            assert info["valid"]
+        assert replay(make(name, max_turns=30), seed, [], "train")[4]["valid"]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_search_hides_what_was_not_read(name):
+    """With another answer on the page that was not read yet, all that was seen stays the same, and so does the expert's next call."""
+    swapped = 0
+    for split in "train", "ood":
+        for seed in range(40):
+            env, steps = search_episode(name, envs.expert_player, seed, split)
+            subject, relations = envs.read_question(env.task)[1][-1]
+            for key in relations[:-1]:
+                subject = env.book.facts[subject][key]
+            place, key = env.book.where[subject, relations[-1]], relations[-1]
+            value = env.book.facts[subject][key]
+            other = next(v[key] for v in env.book.facts.values() if v.get(key, value) != value and v[key] not in env.task)
+            opened = next(i for i, (action, *_) in enumerate(steps) if action == call("open", place))
+            both = []
+            for swap in False, True:
+                twin = make(name)
+                both.append([twin.reset(seed=seed, options={"split": split})])
+                if swap:
+                    twin.book = copy.deepcopy(twin.book)  # the encyclopedia is shared
+                    about, text = twin.book.pages[place]
+                    shape = envs.RELATIONS[key].sentence
+                    assert shape.format(x=subject, y=value) in text
+                    text = text.replace(shape.format(x=subject, y=value), shape.format(x=subject, y=other))
+                    twin.book.pages[place], twin.gold = (about, text), other
+                both[-1] += [twin.step(action) for action, *_ in steps[:opened]] + [twin.expert()]
+                both[-1].append(twin.step(call("answer", "Nobody Else")))  # lost: nothing is revealed
+            assert both[0] == both[1] and both[0][-1][0].endswith("That is your answer. The game is over and you did not win.")
+            swapped += 1
+    assert swapped == 80
+
+
+def test_a_search_dialogue_word_for_word():
+    env = make("search")
+    page = {"Mira Velden": ("a writer", "Mira Velden is a writer. Mira Velden was born in Torden Mill."), "Mira Velder": ("a potter", "x")}
+    page |= {"Notes on Mira Velden": ("notes", "These are notes on Mira Velden. Mira Velden was born in the year 1760.")}
+    index = {"mira": list(page), "velden": [title for title in page if "Velden" in title], "writer": ["Mira Velden"]}
+    env.reset(seed=0)
+    env.book, env.task, env.gold = env.book._replace(pages=page, index=index), "In which year was Mira Velden born?", "1760"
+    assert env.admissible() == [call("search", "Mira Velden")]
+    no_tool = "There is no such tool. The tools are search, open, calculate, answer."
+    for text, reply in [
+        (call("open", "Mira Velden"), "!No search has listed a page with that title."),
+        ('{"name": "search", "arguments": {"query": "MIRA, the writer"}}', "Results: Mira Velden (a writer); Mira Velder (a potter);"
+         " Notes on Mira Velden (notes)."),
+        (call("search", "gold"), "No page matches that."),
+        (call("open", "mira velden."), "Mira Velden is a writer. Mira Velden was born in Torden Mill."),
+        ("hello", '!That is not a tool call. Write {"name": TOOL, "arguments": {...}} between <tool_call> and </tool_call>.'),
+        ('<tool_call>{"name": "search"</tool_call>', "!The JSON of this tool call is broken."),
+        ('{"name": "look", "arguments": {}}', f"!{no_tool}"), ('{"name": ["a"]}', f"!{no_tool}"),
+        ('{"name": "open", "arguments": {"query": "x"}}', "!The tool open needs the argument title, a text."),
+        ('{"name": "open", "arguments": []}', "!The tool open needs the argument title, a text."),
+    ]:  # fmt: skip
+        env.turns = 0
+        assert say(env, text) == reply, text
+    tagged = call("open", "Notes on Mira Velden")
+    env.turns, text = 0, f"I look at the notes. {tagged} and {call('answer', '1')}"  # the first call counts
+    assert say(env, text) == "These are notes on Mira Velden. Mira Velden was born in the year 1760."
+    assert say(env, '{"name": "calculate", "arguments": "{\\"expression\\": \\"1760 / 3\\"}"}') == "The result is 586.6666667."
+    assert envs.tool_call("answer", "586.6666667") in env.admissible()
+    observation, reward, over, _, info = env.step('{"name": "answer", "arguments": {"answer": 1760}}')
+    assert (observation, reward, over, info["won"]) == ("That is your answer. You win after 3 turns.", 1.0, True, True)
+
+
+@pytest.mark.parametrize("answer, gold, reward", [
+    ("Velden Marsh", "Velden Marsh", 1), ("the velden  marsh.", "Velden Marsh", 1), ("Marsh Velden", "Velden Marsh", 1.0),
+    ("Velden Mill", "Velden Marsh", 0.5), ("It is Velden Marsh", "Velden Marsh", 2 / 3), ("", "Velden Marsh", 0), ("?!", "Velden", 0),
+    ("a b c d e f g h i j k Velden", "Velden Marsh", 0), ("Velden or Marsh of x", "Velden Marsh", 4 / 7),
+    ("33", "33", 1), ("33.0", "33", 1), ("33 years", "33", 1), ("about 33, yes 33", "33", 1), ("32 or 33", "33", 0), ("-33", "33", 0),
+    ("1,820", "1820", 1), ("1820", "1,820", 1), ("thirty", "33", 0), ("1820-1787", "33", 0), ("9" * 900, "33", 0), ("x33", "33", 0),
+    ("Yes.", "yes", 1), ("Yes, it is", "yes", 1), ("no", "yes", 0), ("yes and no", "yes", 0), ("maybe", "no", 0), ("No", "no", 1),
+    ("\ud800", "Velden", 0), ("", "", 1), ("the", "a", 1), ("velden", "VELDEN", 1),
+])  # fmt: skip
+def test_rule_reward(answer, gold, reward):
+    assert envs.rule_reward(answer, gold) == pytest.approx(reward)
+
+
+@pytest.mark.parametrize("expression, result", [
+    ("1875 - 1820", "55"), ("2+3*4", "14"), ("(2+3)*4", "20"), ("-3 ** 2", "-9"), ("7 // 2", "3"), ("7 % 4", "3"), ("7 / 2", "3.5"),
+    ("2 ** 0.5", "1.414213562"), ("1e3", "1000"), ("--4", "4"), ("+5", "5"), ("1 / 3", "0.3333333333"), ("0.1 + 0.2", "0.3"),
+    ("2 ** -1", "0.5"), (" 8 ", "8"), ("-0.0", "0"), ("1e15", "1000000000000000"),
+])  # fmt: skip
+def test_calculate(expression, result):
+    assert envs.calculate(expression) == (f"The result is {result}.", True)
+
+
+@pytest.mark.parametrize("expression, words", [
+    ("9**9**9", "too large"), ("(" * 10_000 + "1" + ")" * 10_000, "too long"), ("1e308*10", "too large"), ("1" * 100_000, "too long"),
+    ("1/0", "zero"), ("1 % 0", "zero"), ("0 ** -1", "zero"), ("1e999", "too large"), ("9" * 190, "too large"), ("(-8) ** 0.5", "cannot be"),
+    ("__import__('os')", "only numbers"), ("a.b", "only numbers"), ("'a' * 9", "only numbers"), ("1 if 1 else 2", "only numbers"),
+    ("1_000", "only numbers"), ("0x10", "only numbers"), ("1j", "only numbers"), ("1 < 2", "only numbers"), ("~1", "only numbers"),
+    ("1(2)", "cannot be"), ("(1)(2)", "cannot be"), ("e", "cannot be"), ("e.e", "cannot be"), ("e(1)", "cannot be"), ("1 +", "cannot be"),
+    ("()", "cannot be"), ("", "only numbers"), ("007", "cannot be"), ("1 2", "cannot be"), ("*1", "cannot be"), ("((1)", "cannot be"),
+    ("1e10 ** 64.0", "too large"), ("2 ** 65", "too large"), ("-" * 190, "cannot be"),
+    ("1\n+1", "only numbers"), ("\u0663", "only numbers"),
+])  # fmt: skip
+def test_calculator_limits(expression, words):
+    start = time.process_time()
+    reply, valid = envs.calculate(expression)
+    assert words in reply and not valid and len(reply) < 100 and time.process_time() - start < 0.02
+
+
+def test_calculator_unary_chain_and_hypothesis():
+    assert envs.calculate("-" * 190 + "1") == ("The result is 1.", True)
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=300, deadline=None)
+    @hypothesis.given(st.one_of(st.text(), st.text("0123456789+-*/%(). eE", max_size=60)))
+    def any_text(text):
+        reply, valid = envs.calculate(text)
+        assert reply.isascii() and len(reply) < 100 and valid == reply.startswith("The result is ")
+
+    any_text()
+
+
+def test_search_garbage_never_raises():
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    values = st.recursive(
+        st.one_of(st.none(), st.booleans(), st.floats(), st.integers(), st.text(max_size=20)),
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+    )
+    arguments = st.one_of(values, st.fixed_dictionaries({}, optional={argument: values for argument, *_ in envs.TOOLS.values()}))
+    calls = st.fixed_dictionaries({}, optional={"name": st.one_of(st.sampled_from(list(envs.TOOLS)), values), "arguments": arguments})
+    texts = st.one_of(st.text(st.characters()), calls.map(json.dumps), calls.map(lambda c: f"<tool_call>\n{json.dumps(c)}\n</tool_call>"))
+    env = make("search")
+
+    @hypothesis.settings(max_examples=400, deadline=None)
+    @hypothesis.given(texts)
+    def any_text(text):
+        env.reset(seed=0)
+        step = env.step(text)
+        well_formed(step)
+        steps = [(text, step[0], step[4]["valid"])]
+        assert set(envs.search_flaws(env.task, steps, step[4]["won"])) <= set(envs.FLAWS)
+        env.expert()
+
+    any_text()
+    for text in ["{" * 1000, '{"a":' * 190, "[" * 1000, "<tool_call>" * 90, '{"name":' + "[" * 900, call("search", "a b " * 230)]:
+        start = time.process_time()
+        env.reset(seed=0)
+        well_formed(env.step(text))
+        assert time.process_time() - start < 0.05
+
+
+def test_search_tools_are_schemas_and_the_prompt_is_constant():
+    env = make("search")
+    system = env.system
+    for seed in range(5):
+        _, info = env.reset(seed=seed)
+        assert env.system == system == make("search-full").system and json.loads(json.dumps(info["tools"])) == info["tools"]
+    assert [tool["function"]["name"] for tool in info["tools"]] == ["search", "open", "calculate", "answer"]
+    for tool in info["tools"]:
+        function, parameters = tool["function"], tool["function"]["parameters"]
+        assert set(tool) == {"type", "function"} and tool["type"] == "function" and set(function) == {"name", "description", "parameters"}
+        assert parameters["type"] == "object" and set(parameters["properties"]) == set(parameters["required"])
+        assert all(set(what) == {"type", "description"} and what["type"] == "string" for what in parameters["properties"].values())
+        assert function["name"] in system and function["description"] in system
+        example = call(function["name"], "Mira Velden")
+        assert envs.read_call(example) == (function["name"], "Mira Velden", None)
+        assert set(json.loads(example.split("\n")[1])["arguments"]) == set(parameters["required"])
+    assert call("search", "Mira Velden") in system
+
+
+def test_search_flaws():
+    env = make("search")
+    question = "In which year was the author of Velden Letters born?"
+    search, book, person, born = (
+        (call("search", "Velden Letters"), "Results: Velden Letters (a book); Velden Marsh (a town). 7 turns left.", True),
+        (call("open", "Velden Letters"), "Velden Letters is a book. Velden Letters was written by Mira Velden. 6 turns left.", True),
+        (call("search", "Mira Velden"), "Results: Mira Velden (a writer). 5 turns left.", True),
+        (call("open", "Mira Velden"), "Mira Velden is a writer. Mira Velden was born in the year 1760. 4 turns left.", True),
+    )
+
+    def answer(text):
+        return (call("answer", text), "That is your answer. Any words.", True)
+
+    good = [search, book, person, born]
+    for steps, flaws in [
+        ([], []), ([*good, answer("1760")], []), (good, []), ([*good, answer("the year 1760")], []),
+        ([search, book, answer("1760")], ["skipped lookup", "unsupported guess"]), ([answer("x")], ["skipped lookup", "unsupported guess"]),
+        ([search, book, answer("Mira Velden")], ["skipped lookup"]), ([*good, answer("1761")], ["unsupported guess"]),
+        ([search, book, search, person, born, answer("1760")], ["repeated call", "wrong tool"]),
+        ([search, search, book], ["repeated call"]), ([search, ("nonsense", "That is not.", False), book], ["wrong tool"]),
+        ([search, book, (call("search", "velden letters"), search[1], True)], ["repeated call", "wrong tool"]),
+        ([*good, (call("calculate", "1760 - 1"), "The result is 1759. 1 turn left.", True), answer("1759")], []),
+    ]:  # fmt: skip
+        assert envs.search_flaws(question, steps) == flaws == envs.search_flaws(question, steps, won=False)
+    assert envs.search_flaws(question, [search, book, answer("1760")], won=True) == ["skipped lookup", "unsupported guess", "lucky answer"]
+    assert envs.search_flaws(question, [*good, answer("1760")], won=True) == []
+    yes = "Was Mira Velden born before Mira Velder?"
+    assert envs.search_flaws(yes, [answer("yes")], True) == ["skipped lookup", "unsupported guess", "lucky answer"]
+    other = (call("open", "Mira Velder"), "Mira Velder is a potter. Mira Velder was born in the year 1770. 4 turns left.", True)
+    assert envs.search_flaws(yes, [born, other, answer("yes")], True) == []
+    assert envs.search_flaws(yes, [born, other, answer("no")]) == ["unsupported guess"]  # against what was read
+    with pytest.raises(ValueError, match="not a question"):
+        envs.search_flaws("What is love?", [])
+    seen = set()
+    for seed in range(80):  # the weak players make all of them
+        env, steps = search_episode("search", [envs.sloppy_player, envs.hasty_player, envs.guess_player][seed % 3], seed, env=env)
+        seen.update(envs.search_flaws(env.task, steps, env.won))
+        assert env.gold not in env.task
+    assert seen == set(envs.FLAWS)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_search_players_in_order_of_skill(name):
+    env = make(name)
+    players = [envs.guess_player, envs.hasty_player, envs.sloppy_player, envs.expert_player]
+    for split in "test", "ood":
+        scores = [envs.mean_score(env, player, 200, split)[0] for player in players]
+        assert scores[0] < 0.35 and 0 <= scores[1] < scores[2] < scores[3] == 1.0
+    assert envs.mean_score(env, envs.random_player, 200)[0] < 0.3
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_step_is_fast(name):
+    env, rng = make(name), random.Random(22)
+    seconds, steps = 0, 0
+    for seed in range(80):
+        _, info = env.reset(seed=seed)
+        while not env.over:
+            action = rng.choice(info["admissible"])
+            start = time.process_time()
+            info = env.step(action)[4]
+            seconds += time.process_time() - start
+            steps += 1
+    assert seconds / steps < 0.001  # measured: below 0.0001; a busy machine gets room
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"kinds": {"castle": 3}}, "castle"), ({"relations": ["likes"]}, "likes"), ({"forms": ["song"]}, "song"),
+    ({"max_turns": 3}, "max_turns"), ({"results": 1}, "results"),
+    ({"kinds": {"town": 5}, "hops": {"train": (2,), "test": (1,), "ood": (1,)}}, "nothing to ask"),
+    ({"kinds": {"person": 16, "town": 12, "river": 800, "book": 14}}, "ample"),
+])  # fmt: skip
+def test_search_impossible_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        make("search", **settings)
+
+
 # ------------------------------------------------------------------------------------------------------------- any world
 
 
@@ -946,7 +1293,7 @@ def random_string(rng):
     return move
 
 
-make_moves = make("20q-full").moves
+make_moves = make("20q-full").moves + [call("search", "Mira Velden"), call("calculate", "1 + 1")] * 40
 
 
 def test_ten_thousand_random_strings_at_step():
