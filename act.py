@@ -562,8 +562,8 @@ def check_args(args):
     demos = read_examples(args.demos, STATE) if args.demos else None
     pairs = read_examples(args.pairs, STATE | {"candidate": str}) if args.pairs else None
     for path, rows in (args.demos, demos), (args.pairs, pairs):
-        other = next((row["env"] for row in rows or () if row["env"] != args.env), None)
-        common.check(other is None, f"{path} is about {other!r}, not about --env {args.env}")
+        n, other = next(((n, row["env"]) for n, row in enumerate(rows or (), 1) if row["env"] != args.env), (0, None))
+        common.check(other is None, f"{path}, line {n}: about {other!r}, not about --env {args.env}")
     common.check(demos or callable(getattr(world, "expert", None)), f"--env {args.env} has no expert: give --demos")
     return world, stages, demos, pairs
 
@@ -671,8 +671,8 @@ def main():
         bar.set_postfix({"stage": stage} | {key: f"{metrics[key]:.2f}" for key in ("loss", "reward") if key in metrics})
         if done % args.save_every == 0 or done == len(plan) or run.stopping:
             run.save({"model": model.state_dict(), "reference": reference.state_dict(), "optimizer": optimizer.state_dict(), "done": done,
-                      "steps": args.steps, "totals": dict(totals), "seconds": dict(seconds), "found": found, "before_episode": before_episode,
-                      "after_episode": after_episode})
+                      "steps": args.steps, "totals": dict(totals), "seconds": dict(seconds), "found": found,
+                      "before_episode": before_episode, "after_episode": after_episode})
         if run.stopping:
             sys.exit(run.stopping)
 
@@ -687,7 +687,8 @@ def main():
                    for when, numbers in (("before", before), ("after", after))},
                 **{name: {"success": value, "se": se} for name, (value, se) in ends.items()},
                 "stages": found, "expert_states": len(demos), "pairs": len(pairs or ()), "pair_counts": counts,
-                "train_episodes": len({(s["split"], s["seed"]) for s in demos}) + totals["episodes"], "env_steps": totals["env_steps"], "generated_tokens": totals["tokens"],
+                "train_episodes": len({(s["split"], s["seed"]) for s in demos}) + totals["episodes"],
+                "env_steps": totals["env_steps"], "generated_tokens": totals["tokens"],
                 "gradient_steps": totals["gradient_steps"], "seconds": round(sum(seconds.values()), 1),
                 "peak_memory_bytes": common.peak_memory_bytes(args.device), "device": common.device_name(args.device),
                 "git_commit": common.git_commit()}, model, chat)

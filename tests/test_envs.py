@@ -765,7 +765,7 @@ def test_household_resample_keeps_the_dialogue(name):
             other.reset(seed=seed, options={"split": split})
             other.at = {thing: start.at[thing] if thing in known else place for thing, place in home.at.items()}
             assert [seen[0]] + [other.step(action) for action in actions] == seen  # it could have been so all along
-    assert moved > 60
+    assert moved > 20
 
 
 @pytest.mark.parametrize("name", HOUSEHOLDS)
