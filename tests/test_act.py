@@ -1,0 +1,1080 @@
+"""act.py: reward table, questions, pairs, losses, schedule, stages, warm-up, whole runs, data files, bad input, kills and resume."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import act
+import common
+import envs
+
+torch.set_num_threads(1)
+ENV = "repair"
+ROOT = Path(act.__file__).parent
+WORLD = envs.make(ENV)
+SMALL = (  # of the tiny model that --quick builds too
+    f"--env {ENV} --model tiny --examples 400 --steps 3 --batch-size 8 --micro-batch-size 4 --group-size 4 --eval-episodes 4 "
+    "--eval-every 2 --save-every 2 --max-new-tokens 28 --num-demos 5 --pipeline act,il,rl"
+)
+ARGS = dataclasses.replace(
+    act.Args(), env=ENV, model="tiny", examples=400, max_new_tokens=28, batch_size=8, group_size=4, micro_batch_size=4, num_demos=5, kl=0.0
+)
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def everything_under(path):
+    return {p.relative_to(path): p.read_bytes() if p.is_file() else None for p in Path(path).rglob("*")}
+
+
+def gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+# --------------------------------------------------------------------------------------------------- parsers and the reward
+
+
+@pytest.mark.parametrize("reply, action", [
+    ("<action>open the case</action>", "open the case"), ("It is loud. <action> open the case \n</action> so", "open the case"),
+    ("<action>a</action> no, <action>b</action>", "b"), ("<action></action>", ""), ("open the case", None), ("", None),
+    ("<action>open the case", None), ("open the case</action>", None), ("<action>a<action>b</action>", "b"), ("<Action>a</Action>", None),
+])  # fmt: skip
+def test_parse_action(reply, action):
+    assert act.parse_action(reply) == action
+
+
+def test_what_the_policy_writes_is_what_is_read():
+    assert all(act.parse_action(f"Hm. {act.tagged(action)}") == action for action in WORLD.admissible())
+
+
+@pytest.mark.parametrize("other", [
+    "open the case", "Open The Case", " open  the\tcase\n", "open the case.", "OPEN THE CASE .", "open the case..",
+])  # fmt: skip
+def test_actions_that_mean_the_same(other):
+    assert act.normal(other) == act.normal("open the case")
+    example = {"expert": "open the case", "candidate": "clean the gears", "admissible": WORLD.admissible()}
+    assert act.choice_reward(act.tagged(other), example) == (1.0, "right")
+    assert act.choice_reward(act.tagged("clean the gears"), example | {"expert": other}) == (0.1, "possible")
+
+
+@pytest.mark.parametrize("other", ["open the cases", "open case", "close the case", "", ".", "open the case now", "the case open"])
+def test_actions_that_mean_something_else(other):
+    assert act.normal(other) != act.normal("open the case")
+
+
+ACTIONS = st.lists(st.sampled_from(["go", "To", "mug", "1", ".", "..", " ", "\t", "\n", "\u0130", "\x85"]), max_size=6).map("".join)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.one_of(ACTIONS, st.text(max_size=20)))
+def test_normal_is_done_after_one_go(text):
+    assert act.normal(act.normal(text)) == act.normal(text)
+    act.parse_action(text), act.event(text)
+
+
+@pytest.mark.parametrize("unit", ["<action>", "</action>", "<action>a</action>", "a", " ", ".", "<", ". "])
+def test_megabytes_take_bounded_time(unit):
+    text, start = unit * (1_000_000 // len(unit)), time.process_time()
+    act.parse_action(text), act.parse_action("<action>" + text), act.normal(text), act.event(text)
+    assert time.process_time() - start < 5
+
+
+POSSIBLE = ["open the case", "check the power", "clean the gears"]
+PAIR = {"expert": "open the case", "candidate": "clean the gears", "admissible": POSSIBLE}
+ODD = PAIR | {"candidate": "dance"}  # what the policy proposed cannot be done
+
+
+@pytest.mark.parametrize("example, reply, reward, row", [
+    (PAIR, "<action>open the case</action>", 1.0, "right"),  # the expert's
+    (PAIR, "I think. <action>Open the case.</action>", 1.0, "right"),
+    (PAIR, "<action>clean the gears</action>", 0.1, "possible"),  # the candidate
+    (PAIR, "<action>check the power</action>", 0.1, "possible"),  # a third one that is possible
+    (PAIR, "<action> CHECK  the power. </action>", 0.1, "possible"),
+    (PAIR, "<action>dance</action>", 0.0, "impossible"),
+    (PAIR, "<action></action>", 0.0, "impossible"), (PAIR, "<action>.</action>", 0.0, "impossible"),
+    (PAIR, "<action>Action 1</action>", 0.0, "impossible"),  # the number is not the action
+    (PAIR, "open the case", -0.5, "untagged"), (PAIR, "", -0.5, "untagged"), (PAIR, "<action>open the case", -0.5, "untagged"),
+    (PAIR, "<action>open the case</action><action>dance</action>", 0.0, "impossible"),  # the last one counts
+    (ODD, "<action>dance</action>", 0.0, "impossible"),  # a candidate is not possible for having been proposed
+    (ODD, "<action>open the case</action>", 1.0, "right"), (ODD, "<action>clean the gears</action>", 0.1, "possible"),
+    (PAIR | {"admissible": None}, "<action>open the case</action>", 1.0, "right"),  # a world without lists
+    (PAIR | {"admissible": None}, "<action>clean the gears</action>", 0.1, "possible"),
+    (PAIR | {"admissible": None}, "<action>dance</action>", 0.0, "impossible"),
+    (PAIR | {"admissible": ["check the power"]}, "<action>open the case</action>", 1.0, "right"),  # the expert's first, listed or not
+])  # fmt: skip
+def test_every_row_of_the_reward_table(example, reply, reward, row):
+    assert act.choice_reward(reply, example) == (reward, row)
+
+
+def test_a_state_without_a_candidate_has_the_same_table():
+    state = {key: PAIR[key] for key in ("expert", "admissible")}
+    replies = ["<action>open the case</action>", "<action>clean the gears</action>", "<action>dance</action>", "<action></action>", "dance"]
+    for admissible, second in (POSSIBLE, "possible"), (None, "impossible"):
+        rows = f"right {second} impossible impossible untagged"
+        assert [act.choice_reward(reply, state | {"admissible": admissible})[1] for reply in replies] == rows.split()
+
+
+# ------------------------------------------------------------------------------------------------ demonstrations, questions
+
+
+@pytest.fixture(scope="session")
+def chores():
+    """States of one episode of the household."""
+    return act.demonstrations(dataclasses.replace(ARGS, env="household"), "train", [3])
+
+
+def test_demonstrations_replay(chores):
+    states = act.demonstrations(ARGS, "train", range(3)) + chores
+    assert {(s["env"], s["split"]) for s in states} == {(ENV, "train"), ("household", "train")}
+    for s in states:
+        world = envs.make(s["env"])
+        done = [m["content"] for m in s["messages"] if m["role"] == "assistant"]
+        observation, _, over, _, info = envs.replay(world, s["seed"], done, s["split"])
+        assert s["messages"][-1] == {"role": "user", "content": observation} and not over
+        assert len(done) == s["turn"] and s["admissible"] == info["admissible"] and s["expert"] == world.expert() in s["admissible"]
+        assert set(s) == set(act.STATE)
+    assert [s["turn"] for s in chores] == list(range(len(chores))) and len(chores) > 2
+    last = envs.make("household")
+    envs.replay(last, 3, [s["expert"] for s in chores])
+    assert last.won
+
+
+def test_a_question_shows_each_action_where_it_says(chores):
+    world = envs.make("household")
+    for state in chores:
+        pair = state | {"candidate": next(a for a in state["admissible"] if a != state["expert"])}
+        for order, first, second in (False, "expert", "candidate"), (True, "candidate", "expert"):
+            for instruction in act.CHOOSE, act.CHOOSE_NOW:
+                messages = act.question(world, pair, order, instruction)
+                assert messages[:-1] == act.dialogue(world, pair["messages"])[:-1] and messages[-1]["role"] == "user"
+                assert messages[-1]["content"].splitlines() == [
+                    *pair["messages"][-1]["content"].splitlines(), f"Possible now: {', '.join(pair['admissible'])}.", instruction,
+                    f"Action 1: {pair[first]}", f"Action 2: {pair[second]}"]
+    assert "Possible now" not in str(act.question(world, pair | {"admissible": None}, False))
+
+
+def test_the_policy_sees_its_dialogue_and_nothing_else(chores):
+    world = envs.make("household")
+    for state in chores:
+        before = copy.deepcopy(state)
+        system, *said = act.dialogue(world, state["messages"])
+        assert system == {"role": "system", "content": f"{world.system}\n{act.POLICY}"}
+        assert [m["role"] for m in said] == [m["role"] for m in state["messages"]]
+        for shown, kept in zip(said, state["messages"]):
+            assert shown["content"] == (act.tagged(kept["content"]) if kept["role"] == "assistant" else kept["content"])
+        assert "Possible" not in str(said) and "Action 1" not in str(said) and state == before  # nothing is changed in place
+
+
+def test_prompts_do_not_change_with_what_is_hidden():
+    seen = set()
+    for finding in WORLD.faults["is too loud"][1]:
+        world = envs.make("repair")
+        observation, info = world.reset(seed=0)
+        vars(world).update(symptom="is too loud", finding=finding)
+        messages = [{"role": "user", "content": observation}]
+        pair = {"messages": messages, "admissible": info["admissible"], "expert": world.expert(), "candidate": "clean the gears"}
+        seen.add(str([act.dialogue(world, messages), act.question(world, pair, False)]))
+    assert len(seen) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------ schedule
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from(sorted(act.STAGES)), st.integers(1, 40), st.integers(1, 4), st.integers(0, 5),
+       st.sampled_from([(8, 4), (12, 2), (2, 2)]))  # fmt: skip
+def test_each_example_exactly_epochs_times(stage, examples, epochs, index, sizes):
+    args = dataclasses.replace(ARGS, epochs=epochs, steps=None, batch_size=sizes[0], group_size=sizes[1])
+    plan = act.schedule(args, stage, examples, index)
+    size = sizes[0] if stage in ("il", "sft-choice", "dpo") else sizes[0] // sizes[1]  # examples, or questions with their groups
+    seen = [i for batch, _ in plan for i in batch]
+    for epoch in range(epochs):  # one pass after the other, each complete
+        assert sorted(seen[epoch * examples : (epoch + 1) * examples]) == list(range(examples))
+    assert len(seen) == epochs * examples and len(plan) == epochs * math.ceil(examples / size)
+    assert all(len(batch) == len(coins) <= size for batch, coins in plan) and len(plan[0][0]) == min(size, examples)
+    assert plan == act.schedule(args, stage, examples, index)
+
+
+def test_steps_cut_a_stage_or_prolong_it():
+    args = dataclasses.replace(ARGS, epochs=2)
+    sizes = lambda steps: [len(batch) for batch, _ in act.schedule(dataclasses.replace(args, steps=steps), "il", 12, 0)]  # noqa: E731
+    assert sizes(None) == [8, 4] * 2 and sizes(3) == [8, 4, 8] and sizes(1) == [8] and sizes(7) == [8, 4] * 3 + [8]
+
+
+def test_orders_are_fair_coins():
+    args = dataclasses.replace(ARGS, epochs=1, steps=None)
+    coins, again, other = ([coin for _, coins in act.schedule(dataclasses.replace(args, seed=seed), "act", 4000, index) for coin in coins]
+                           for seed, index in ((0, 0), (0, 1), (1, 0)))  # fmt: skip
+    for some in coins, again, other:
+        assert len(some) == 4000 and set(some) == {False, True} and abs(sum(some) - 2000) < 4 * math.sqrt(1000)
+    for some in again, other:  # drawn anew for each stage and seed
+        assert abs(sum(a == b for a, b in zip(coins, some)) - 2000) < 4 * math.sqrt(1000)
+    first = act.schedule(dataclasses.replace(args, epochs=20), "act", 50, 0)
+    shown = Counter(i for batch, row in first for i, coin in zip(batch, row) if coin)
+    assert 2 < min(shown.values()) and max(shown.values()) < 18  # and anew for each epoch, not once per pair
+
+
+# --------------------------------------------------------------------------------------------------------- losses by hand
+
+
+def test_group_advantages_by_hand():
+    # 1, 0.1, -0.5: mean 0.2, sample deviation sqrt(0.57); 0, 0, 1: mean 1/3, deviation 1 / sqrt(3)
+    found = act.group_advantages([1, 0.1, -0.5, 0, 0, 1], 3)
+    by_hand = [0.8 / 0.57**0.5, -0.1 / 0.57**0.5, -0.7 / 0.57**0.5, -1 / 3**0.5, -1 / 3**0.5, 2 / 3**0.5]
+    assert found == pytest.approx(by_hand, abs=1e-5)
+    assert act.group_advantages([0.1] * 4 + [-0.5] * 4, 4) == [0.0] * 8  # exactly, whatever rounding does to the mean
+    assert act.without_spread([0.1, 0.1, 0.1, 1, 0, 0, 1, 1, 1], 3) == 2
+
+
+def test_loss_by_hand():
+    def t(*rows):
+        return torch.tensor(rows, dtype=torch.float64)
+
+    ratio, plus, minus = t([0.5, 0.9, 1.0, 1.25, 1.5]).log(), t([2.0]), t([-2.0])
+    zero = torch.zeros_like(ratio)
+    torch.testing.assert_close(act.surrogate(ratio, zero, plus, 0.2, 0.2), -t([1.0, 1.8, 2.0, 2.4, 2.4]))
+    torch.testing.assert_close(act.surrogate(ratio, zero, minus, 0.2, 0.2), t([1.6, 1.8, 2.0, 2.5, 3.0]))
+    torch.testing.assert_close(act.kl_estimate(t([0, 0, 0]), t([2.0, 1.0, 0.5]).log()), t([1 - math.log(2), 0, math.log(2) - 0.5]))
+    mask = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]])
+    torch.testing.assert_close(act.token_weights(mask, 2), torch.tensor([[0, 0.25, 0.25, 0], [0.5, 0, 0, 0]]))
+    torch.testing.assert_close(act.token_weights(mask, 8), act.token_weights(mask, 2) / 4)  # of the whole step, not of what is at hand
+
+
+def test_dpo_loss_by_hand():
+    chosen, rejected = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in ([-1.0, -3.0, -3.0], [-2.0, -3.0, -1.0]))
+    loss = act.dpo_loss(chosen, rejected, torch.tensor([-1.5, -3.0, -2.0]), torch.tensor([-1.5, -3.0, -2.0]), 0.5)
+    # beta times the margins 1, 0, -2: log(1 + e^-0.5), log 2, log(1 + e)
+    by_hand = torch.tensor([0.4740769841801067, 0.6931471805599453, 1.3132616875182228], dtype=torch.float64)
+    torch.testing.assert_close(loss, by_hand)
+    loss.sum().backward()
+    slope = 0.5 * torch.tensor([0.3775406687981454, 0.5, 0.7310585786300049], dtype=torch.float64)  # beta sigmoid(-beta margin)
+    torch.testing.assert_close(chosen.grad, -slope)  # less loss with a likelier chosen action and a less likely rejected one
+    torch.testing.assert_close(rejected.grad, slope)
+
+
+# ------------------------------------------------------------------------------------- whole steps against other derivations
+
+PAD = SimpleNamespace(pad=0)  # all that the losses need of a chat
+WORDS = 5
+
+
+class Bigram(torch.nn.Module):
+    """p(next | last) = softmax of a row: losses and gradients can be worked out by hand."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.tensor(table, dtype=torch.float32))
+
+    def forward(self, input_ids, attention_mask, position_ids, use_cache, logits_to_keep=0):
+        return SimpleNamespace(logits=self.table[input_ids][:, -logits_to_keep:])
+
+
+def random_table(rng):
+    return [[rng.gauss(0, 1) for _ in range(WORDS)] for _ in range(WORDS)]
+
+
+def softmax(table, temperature):
+    rows = [[math.exp(x / temperature) for x in row] for row in torch.tensor(table, dtype=torch.float32).tolist()]
+    return [[x / sum(row) for x in row] for row in rows]
+
+
+def derived_grpo(table, reference, episodes, advantages, kl, temperature):
+    """Gradient and numbers from the formulas, token by token, in Python's floats; the ratio is 1, so its derivative is that of log p."""
+    p, q = softmax(table, temperature), softmax(reference, temperature)
+    grad, out = [[0.0] * WORDS for _ in range(WORDS)], Counter(loss=0.0, kl=0.0, entropy=0.0)
+    total = sum(sum(e["mask"]) for e in episodes)
+    for e, advantage in zip(episodes, advantages):
+        weight = 1 / (len(episodes) * sum(e["mask"]))
+        for last, word, sampled in zip(e["ids"], e["ids"][1:], e["mask"][1:]):
+            if sampled:
+                d = math.log(q[last][word] / p[last][word])
+                estimate = math.exp(d) - d - 1
+                out["loss"] += weight * (kl * estimate - advantage)
+                out["kl"] += estimate / total if kl else 0
+                out["entropy"] -= math.log(p[last][word]) / total
+                slope = weight * (kl * (1 - math.exp(d)) - advantage)  # of the loss in log p(word)
+                for j in range(WORDS):
+                    grad[last][j] += slope * ((j == word) - p[last][j]) / temperature
+    return torch.tensor(grad), out
+
+
+def random_episodes(rng, count):
+    episodes = []
+    for _ in range(count):
+        length = rng.randrange(2, 9)
+        mask = [0, *(rng.randrange(2) for _ in range(length - 2)), 1]
+        episodes.append({"ids": [rng.randrange(WORDS) for _ in range(length)], "mask": mask, "logprob": 0.0})
+    return episodes
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.3]), st.sampled_from([1, 2, 3, 100]), st.sampled_from([1.0, 0.7]))
+def test_a_grpo_step_against_another_derivation(seed, kl, micro, temperature):
+    rng = random.Random(seed)
+    table, reference, episodes = random_table(rng), random_table(rng), random_episodes(rng, 6)
+    advantages = [rng.choice([0.0, rng.gauss(0, 1)]) for _ in episodes]
+    model, args = Bigram(table), dataclasses.replace(ARGS, kl=kl, micro_batch_size=micro, temperature=temperature)
+    metrics = act.grpo_step(model, Bigram(reference), PAD, args, episodes, advantages)
+    grad, numbers = derived_grpo(table, reference, episodes, advantages, kl, temperature)
+    torch.testing.assert_close(model.table.grad, grad, atol=1e-5, rtol=1e-4)
+    for name, value in numbers.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-5), name
+    assert metrics["logprob_gap"] == pytest.approx(metrics["entropy"], abs=1e-6)  # as these episodes claim a log-prob of 0
+    assert kl or metrics["loss"] == pytest.approx(-sum(advantages) / 6, abs=1e-5)  # ratio 1
+
+
+def test_equal_rewards_teach_exactly_nothing():
+    rng = random.Random(0)
+    table, episodes = random_table(rng), random_episodes(rng, 8)
+    model = Bigram(table)
+    act.grpo_step(model, Bigram(random_table(rng)), PAD, ARGS, episodes, act.group_advantages([0.1] * 4 + [-0.5] * 4, 4))
+    assert not model.table.grad.any()
+    act.grpo_step(model, Bigram(table), PAD, dataclasses.replace(ARGS, kl=0.5), episodes, [0.0] * 8)  # the reference is itself
+    assert model.table.grad.abs().max() < 1e-6
+    act.grpo_step(model, Bigram(random_table(rng)), PAD, dataclasses.replace(ARGS, kl=0.5), episodes, [0.0] * 8)
+    assert model.table.grad.abs().max() > 1e-3
+
+
+TARGETS = [([0, 1, 2], [3, 4]), ([1, 2], [4, 4, 3]), ([0, 0, 0, 0, 2], [4])]  # prompts end with 2, which they hold nowhere else
+
+
+@pytest.mark.parametrize("micro", [1, 2, 100])
+def test_imitation_learns_the_action_alone(micro):
+    table, args = random_table(random.Random(1)), dataclasses.replace(ARGS, micro_batch_size=micro, temperature=0.7)
+    model = Bigram(table)
+    loss = act.imitation_step(model, PAD, args, TARGETS)["loss"]
+    p, grad, total = softmax(table, 0.7), torch.zeros(WORDS, WORDS), 0.0
+    for prompt, target in TARGETS:
+        for last, word in zip([prompt[-1], *target], target):
+            total -= math.log(p[last][word]) / 6  # six target tokens
+            grad[last] -= (torch.eye(WORDS)[word] - torch.tensor(p[last])) / 0.7 / 6
+    assert loss == pytest.approx(total, abs=1e-5)
+    torch.testing.assert_close(model.table.grad, grad, atol=1e-6, rtol=1e-4)
+    assert not model.table.grad[:2].any() and model.table.grad[2:].any(1).all()  # 0 and 1 stand in prompts alone
+    for row, same in (0, True), (1, True), (2, False), (3, False):  # other logits in the prompt are another model, but no other loss
+        other = copy.deepcopy(table)
+        other[row] = [7.0, -3.0, 0.0, 5.0, -5.0]
+        assert (act.imitation_step(Bigram(other), PAD, args, TARGETS)["loss"] == loss) == same
+
+
+@pytest.mark.parametrize("micro", [1, 2, 100])
+def test_a_dpo_step_against_another_derivation(micro):
+    rng = random.Random(2)
+    table, reference = random_table(rng), random_table(rng)
+    triples = [([0, 1, 2], [3, 4], [4]), ([1, 2], [4, 4, 3], [1, 3]), ([0, 2], [4], [3, 3, 3])]
+    model, args = Bigram(table), dataclasses.replace(ARGS, micro_batch_size=micro, dpo_beta=0.4)
+    metrics = act.dpo_step(model, Bigram(reference), PAD, args, triples)
+    p, q = softmax(table, 1.0), softmax(reference, 1.0)
+    ratio = lambda prompt, said: sum(math.log(p[a][b] / q[a][b]) for a, b in zip([prompt[-1], *said], said))  # noqa: E731
+    margins, grad = [ratio(prompt, chosen) - ratio(prompt, rejected) for prompt, chosen, rejected in triples], torch.zeros(WORDS, WORDS)
+    for (prompt, *replies), margin in zip(triples, margins):
+        for said, sign in zip(replies, (-1, 1)):
+            for last, word in zip([prompt[-1], *said], said):
+                grad[last] += sign * 0.4 / (1 + math.exp(0.4 * margin)) / 3 * (torch.eye(WORDS)[word] - torch.tensor(p[last]))
+    assert metrics["loss"] == pytest.approx(sum(math.log(1 + math.exp(-0.4 * m)) for m in margins) / 3, abs=1e-5)
+    assert metrics["chosen_gained_more"] == pytest.approx(sum(m > 0 for m in margins) / 3)
+    torch.testing.assert_close(model.table.grad, grad, atol=1e-6, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------- a tiny model
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """One cache of tiny models for all tests of this file."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny(home):
+    """(model, chat): shared, so do not train it; copy it."""
+    before, os.environ["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME"), str(home)
+    try:
+        return act.load(envs.make(ENV), ARGS)
+    finally:
+        del os.environ["XDG_CACHE_HOME"]
+        if before is not None:
+            os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def demos():
+    return act.demonstrations(ARGS, "train", range(5))
+
+
+@pytest.fixture(scope="session")
+def pairs(tiny, demos):
+    return act.make_pairs(*tiny, WORLD, ARGS, demos, ("pairs",))
+
+
+def test_pairs_of_a_real_model(tiny, demos, pairs):
+    rows, counts = pairs
+    assert counts["proposed"] == 2 * len(demos) == sum(counts.get(kind, 0) for kind in ("untagged", "equal", "repeated", "kept"))
+    assert len(rows) == counts["kept"] > 3  # or this file tests little
+    seen = [(row["seed"], row["turn"], act.normal(row["candidate"])) for row in rows]
+    assert len(set(seen)) == len(seen) and all(act.normal(row["candidate"]) != act.normal(row["expert"]) for row in rows)
+    for row in rows:
+        state = {key: row[key] for key in act.STATE}
+        assert state in demos and row == state | {"candidate": row["candidate"], "model": "tiny"}
+    assert act.make_pairs(*tiny, WORLD, ARGS, demos, ("pairs",)) == pairs
+    assert act.make_pairs(*tiny, WORLD, dataclasses.replace(ARGS, seed=1), demos, ("pairs",)) != pairs
+
+
+def test_no_negative_is_the_experts_action(tiny, demos, monkeypatch):
+    said = ["<action>{expert}</action>", "<action> {EXPERT}.</action>", "Hm. <action>{expert} .</action>", "{expert}", "",
+            "<action></action>", "<action>dance</action>", "<action>Dance.</action>", "<action>clean the gears </action>"]  # fmt: skip
+    states = [s for s in demos if s["expert"] != "clean the gears"][:2]
+    texts = [text.format(expert=s["expert"], EXPERT=s["expert"].upper().replace(" ", "  ")) for s in states for text in said]
+    asked = []
+
+    def generate(model, chat, prompts, **rest):
+        asked.append((prompts, rest))
+        return SimpleNamespace(texts=texts)
+
+    monkeypatch.setattr(common, "generate", generate)
+    rows, counts = act.make_pairs(*tiny, WORLD, dataclasses.replace(ARGS, candidates=9), states, ("pairs",))
+    assert [(row["seed"], row["turn"], row["candidate"]) for row in rows] == [
+        (s["seed"], s["turn"], action) for s in states for action in ("dance", "clean the gears")]
+    assert counts == {"proposed": 18, "equal": 6, "untagged": 6, "repeated": 2, "kept": 4}
+    [(prompts, rest)] = asked  # of the policy as it acts: the candidates are its own
+    assert prompts == [tiny[1].dialogue(act.dialogue(WORLD, s["messages"])) for s in states]
+    assert rest["samples"] == 9 and len(set(rest["seeds"])) == 18 and rest["temperature"] == 1.0
+
+
+def test_an_answer_is_masked_as_it_was_sampled(tiny, pairs):
+    model, chat = tiny
+    prompts = [chat.dialogue(act.question(WORLD, pair, coin)) for pair, coin in zip(pairs[0][:3], (False, True, False))]
+    episodes = act.answer(model, chat, ARGS, prompts, (0, 1), 4)
+    assert len(episodes) == 12 and len({e["text"] for e in episodes}) > 1
+    for i, e in enumerate(episodes):
+        n = len(prompts[i // 4])
+        assert e["ids"][:n] == prompts[i // 4] and e["mask"] == [0] * n + [1] * (len(e["ids"]) - n)
+        assert chat.decode(e["ids"][n:]) == e["text"] and 1 <= len(e["ids"]) - n <= ARGS.max_new_tokens
+    for row, e in zip(act.old_logprobs(model, chat, ARGS, episodes), episodes):  # decoding and the training forward agree
+        assert row.sum().item() == pytest.approx(e["logprob"], abs=1e-3)
+    assert act.answer(model, chat, ARGS, prompts[:2], (0, 1), 4) == episodes[:8]  # whatever else is in the batch
+    assert [e["text"] for e in act.answer(model, chat, ARGS, prompts, (0, 2), 4)] != [e["text"] for e in episodes]
+
+
+def act_gradient(tiny, pairs, **changes):
+    model, args = copy.deepcopy(tiny[0]), dataclasses.replace(ARGS, **changes)
+    metrics = act.act_stage(model, tiny[0], tiny[1], WORLD, args, pairs[0][:4], [False, True, True, False], (0, 1))
+    return gradient(model), metrics
+
+
+def test_an_act_step_does_not_depend_on_the_micro_batch(tiny, pairs, monkeypatch):
+    reward = act.choice_reward  # whatever the model says, there is spread
+    monkeypatch.setattr(act, "choice_reward", lambda reply, example: (len(reply) % 7 / 7, reward(reply, example)[1]))
+    (whole, metrics), *others = [act_gradient(tiny, pairs, micro_batch_size=size, kl=0.1) for size in (16, 1, 3)]
+    assert whole.norm() > 0.01 and metrics["groups_without_spread"] < 4
+    for grad, numbers in others:
+        assert (grad - whole).norm() < 1e-4 * whole.norm() and numbers == pytest.approx(metrics, rel=1e-3, abs=1e-5, nan_ok=True)
+    monkeypatch.setattr(act, "choice_reward", lambda reply, example: (0.1, "possible"))
+    grad, metrics = act_gradient(tiny, pairs)
+    assert not grad.any() and metrics["groups_without_spread"] == metrics["groups"] == 4 and metrics["loss"] == 0
+    assert metrics["reward"] == pytest.approx(0.1) and metrics["rows"] == {"possible": 1.0}
+
+
+def test_accuracy_by_position(tiny, pairs, monkeypatch):
+    """A policy that always names Action 1 is right if the expert's action is shown first, and only then."""
+    def answer(model, chat, args, prompts, stream, samples):
+        said = [re.search(r"Action 1: (.*)", chat.decode(prompt))[1].removesuffix("assistant").strip() for prompt in prompts]
+        return [{"text": act.tagged(action)} for action in said for _ in range(samples)]
+
+    monkeypatch.setattr(act, "answer", answer)
+    monkeypatch.setattr(act, "reinforce", lambda model, reference, chat, args, episodes, paid: {"paid": paid})
+    for order in [False, True, False], [True] * 3, [False] * 3:
+        out = act.act_stage(*[None] * 2, tiny[1], WORLD, ARGS, pairs[0][:3], order, (0, 1))
+        assert [row == "right" for _, row in out["paid"]] == [not coin for coin in order for _ in range(4)]
+        assert out["right_if_first"] == 1 or all(order) and math.isnan(out["right_if_first"])
+        assert out["right_if_second"] == 0 or not any(order) and math.isnan(out["right_if_second"])
+
+
+def test_what_the_stages_train_on(tiny, pairs, monkeypatch):
+    chat, batch, order, seen = tiny[1], pairs[0][:2], [True, False], {}
+    for name in "imitation_step", "dpo_step", "reinforce":
+        monkeypatch.setattr(act, name, lambda *given, name=name: seen.update({name: given[-1]}) or {})
+    state = [chat.dialogue(act.dialogue(WORLD, pair["messages"])) for pair in batch]
+    right, wrong = ([chat.reply(act.tagged(pair[key])) for pair in batch] for key in ("expert", "candidate"))
+    stage = lambda name: act.STAGES[name](None, None, chat, WORLD, ARGS, batch, order, (0, 1))  # noqa: E731
+    stage("il")
+    assert seen["imitation_step"] == list(zip(state, right))
+    stage("sft-choice")
+    assert seen["imitation_step"] == [(chat.dialogue(act.question(WORLD, pair, coin)), r) for pair, coin, r in zip(batch, order, right)]
+    stage("dpo")
+    assert seen["dpo_step"] == list(zip(state, right, wrong))
+    asked = []
+    texts = ["Hm. <action>{expert}</action>", "<action>{candidate}</action>", "<action>x</action>", "nothing"]
+
+    def answer(model, chat, args, prompts, stream, samples):
+        asked.append(prompts)
+        return [{"text": text.format(**pair)} for pair in batch for text in texts]
+
+    monkeypatch.setattr(act, "answer", answer)
+    for name, prompts in {
+        "act": [chat.dialogue(act.question(WORLD, pair, coin, act.CHOOSE)) for pair, coin in zip(batch, order)],
+        "no-reasoning": [chat.dialogue(act.question(WORLD, pair, coin, act.CHOOSE_NOW)) for pair, coin in zip(batch, order)], "rl": state,
+    }.items():  # fmt: skip
+        stage(name)
+        assert asked[-1] == prompts
+        wrong = 0.1 if batch[0]["candidate"] in batch[0]["admissible"] else 0.0
+        assert [reward for reward, _ in seen["reinforce"]][:4] == ([1, 0, 0, 0] if name == "rl" else [1, wrong, 0, -0.5])
+
+
+# ---------------------------------------------------------------------------------------------------------------- warm-up
+
+
+@pytest.mark.parametrize("name", ["repair", "household", "20q"])
+def test_warm_up_sees_train_alone_and_no_expert(name, monkeypatch):
+    world, splits, possible = envs.make(name), set(), set()
+
+    def forbidden(self):
+        raise AssertionError("the warm-up asked the expert")
+
+    monkeypatch.setattr(type(world), "expert", forbidden)
+    reset, step = world.reset, world.step
+    keep = lambda out: possible.update(out[-1]["admissible"]) or out  # noqa: E731
+    monkeypatch.setattr(world, "reset", lambda **k: splits.add(k["options"]["split"]) or keep(reset(**k)))
+    monkeypatch.setattr(world, "step", lambda action: keep(step(action)))
+    args = dataclasses.replace(ARGS, env=name, examples=20)
+    examples = act.warmup(world, args)
+    assert splits == {"train"} and examples == act.warmup(envs.make(name), args)  # the cache is named after it
+    kinds = Counter()
+    for messages, reply in examples:
+        assert messages[0]["content"] == f"{world.system}\n{act.POLICY}" and messages[-1]["role"] == "user"
+        asked, action = messages[-1]["content"], act.parse_action(reply)
+        kind = "choose" if act.CHOOSE in asked else "now" if act.CHOOSE_NOW in asked else "read" if act.READ in asked else "act"
+        kinds[kind] += 1
+        if kind == "read":
+            assert action is None
+            continue
+        assert action in possible
+        if kind in ("choose", "now"):
+            assert action in re.search(r"Action 1: (.*)\nAction 2: (.*)", asked).groups()
+    assert len(kinds) == 4 and len(set(kinds.values())) == 1
+
+
+def test_warm_up_prefers_neither_position_nor_winner():
+    first = right = count = 0
+    for messages, reply in act.warmup(envs.make(ENV), dataclasses.replace(ARGS, examples=600)):
+        if found := re.search(r"Action 1: (.*)\nAction 2: (.*)", messages[-1]["content"]):
+            one, two = found.groups()
+            count, first = count + 1, first + (act.parse_action(reply) == one)
+            right += one < two
+    assert count > 1000 and abs(first - count / 2) < 4 * math.sqrt(count) / 2 and abs(right - count / 2) < 4 * math.sqrt(count) / 2
+
+
+def test_warm_up_shows_nothing_of_the_test_split():
+    test = {envs.make("repair").reset(seed=seed, options={"split": "test"})[0].split(" that ")[0] for seed in range(2000)}
+    openings = set(re.findall(r"\w+ brings a \w+ \w+", str(act.warmup(envs.make("repair"), ARGS))))
+    assert len(openings) > 100 and len(test) > 80 and not openings & test
+
+
+# ---------------------------------------------------------------------------------------------------- whole runs: set-up
+
+
+@pytest.fixture(scope="session")
+def environment(home, tiny):
+    return os.environ | {"XDG_CACHE_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                         "PYTHONPATH": str(ROOT)}  # fmt: skip
+
+
+# Importing torch takes seconds: one process does it and forks a child per run. `fault` is code that the child executes first.
+SERVER = """
+import json, os, signal, sys, traceback
+import torch
+torch.set_num_threads(1)
+import common, act
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            for number, name in (1, "stdout"), (2, "stderr"):
+                os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.chdir(job["cwd"])
+            sys.argv = ["act.py", *job["argv"]]
+            exec(job["fault"], {"common": common, "act": act, "os": os, "signal": signal})
+            act.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def act_run(environment, tmp_path_factory):
+    """act_run("--flags ...", cwd) -> status, stdout, stderr of `python act.py --flags ...`, in a process of its own."""
+    streams = tmp_path_factory.mktemp("streams")
+    server = subprocess.Popen([sys.executable, "-c", SERVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(flags, cwd, fault=""):
+        job = {"argv": flags.split(), "cwd": str(cwd), "fault": fault, "stdout": str(streams / "out"), "stderr": str(streams / "err")}
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return SimpleNamespace(status=status, stdout=(streams / "out").read_text(), stderr=(streams / "err").read_text())
+
+    yield run
+    server.stdin.close()
+    assert server.wait(timeout=60) == 0
+
+
+@pytest.fixture(scope="session")
+def whole(act_run, tmp_path_factory):
+    """A small run that nothing disturbed."""
+    path = tmp_path_factory.mktemp("whole")
+    result = act_run(f"{SMALL} --out-dir run", path)
+    assert result.status == 0, result.stderr
+    return path / "run"
+
+
+STAGED = "1-act", "2-il", "3-rl"
+
+
+def without_seconds(record):
+    return {key: value for key, value in record.items() if not key.startswith("seconds")}
+
+
+def same_run(one, other, *apart):
+    """Equal metrics, episodes, data and weights; timings apart, and the keys `apart` of the summary."""
+    for name in "metrics.jsonl", "rollouts.jsonl", "demos.jsonl", "pairs.jsonl":
+        a, b = ([without_seconds(row) for row in lines(path / name)] for path in (one, other))
+        assert a == b and a, name
+    a, b = (json.loads((path / "summary.json").read_text()) for path in (one, other))
+    machine = {"seconds": 0, "peak_memory_bytes": 0, "git_commit": ""} | dict.fromkeys(apart)  # somebody may commit while the tests run
+    assert a | machine == b | machine
+    for name in (*STAGED, "model"):
+        assert (one / name / "model.safetensors").read_bytes() == (other / name / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def main_here(monkeypatch, environment, tmp_path):
+    """act.main() in this process, so that its functions can be watched -> what stages, rollouts and pairs were given."""
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    seen = SimpleNamespace(stages=[], rollouts=[], pairs=[])
+    rollout, make_pairs = act.rollout, act.make_pairs
+
+    def watched(name, stage):
+        def run(model, reference, chat, world, args, batch, order, stream):
+            weights = common.fingerprint(model), common.fingerprint(reference)
+            metrics = stage(model, reference, chat, world, args, batch, order, stream)
+            moved = [bool(p.grad is not None and p.grad.any()) for p in model.parameters()]
+            seen.stages.append(SimpleNamespace(name=name, weights=weights, batch=batch, stream=stream, moved=moved))
+            return metrics
+
+        return run
+
+    def rolling(model, chat, args, split, seeds, **rest):
+        episodes = rollout(model, chat, args, split, seeds, **rest)
+        seen.rollouts.append((split, list(seeds), rest, episodes))
+        return episodes
+
+    def pairing(model, chat, world, args, states, stream):
+        seen.pairs.append((states, stream))
+        return make_pairs(model, chat, world, args, states, stream)
+
+    for name, stage in act.STAGES.items():
+        monkeypatch.setitem(act.STAGES, name, watched(name, stage))
+    monkeypatch.setattr(act, "rollout", rolling)
+    monkeypatch.setattr(act, "make_pairs", pairing)
+
+    def run(flags):
+        monkeypatch.setattr(sys, "argv", ["act.py", *flags.split()])
+        act.main()
+        return seen
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------ whole runs: as a user
+
+SUMMARY = """script method arm env model seed split eval_episodes before after random expert train_episodes env_steps generated_tokens
+    gradient_steps seconds peak_memory_bytes device git_commit""".split()
+FILES = {"args.json", "metrics.jsonl", "rollouts.jsonl", "checkpoint", "model", "summary.json", "demos.jsonl", "pairs.jsonl"}
+
+
+def test_quick_by_subprocess(environment, tmp_path):
+    result = subprocess.run([sys.executable, ROOT / "act.py", "--quick", "--env", ENV], env=environment, cwd=tmp_path,
+                            capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    run = tmp_path / "runs" / f"act-{ENV}-s0"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"] and list((tmp_path / "runs").iterdir()) == [run]
+    assert {path.name for path in run.iterdir()} == FILES | {"1-act", "2-il"}
+    args, summary = (json.loads((run / name).read_text()) for name in ("args.json", "summary.json"))
+    assert args["script"] == "act" and args["args"]["env"] == ENV and {"versions", "device", "git_commit"} <= set(args)
+    assert set(summary) >= set(SUMMARY) and summary["arm"] == "act,il" and summary["script"] == "act"
+    assert summary["expert"] == {"success": 1.0, "se": 0.0} and summary["gradient_steps"] == 2 * args["args"]["steps"]
+    for piece in "\nbefore", "\nafter\n", "random", "expert", "next", "choice":
+        assert piece in result.stdout
+    model, _ = common.load(str(run / "model"))  # in the Hugging Face format
+    saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["state"]["model"]
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+def test_a_run_and_its_summary(whole, tiny):
+    assert {path.name for path in whole.iterdir()} == FILES | set(STAGED)
+    summary, metrics = json.loads((whole / "summary.json").read_text()), lines(whole / "metrics.jsonl")
+    demos, rollouts = lines(whole / "demos.jsonl"), lines(whole / "rollouts.jsonl")
+    assert set(summary) >= set(SUMMARY)
+    assert all(set(summary[key]) == {"success", "se"} for key in ("before", "after", "random", "expert"))
+    assert [row["stage"] for row in summary["stages"]] == ["before", "act", "il", "rl"]
+    for row in summary["stages"]:
+        assert {"test", "next_action", "choice", "choice_first", "choice_second"} <= set(row)
+        assert row["choice"] == pytest.approx((row["choice_first"] + row["choice_second"]) / 2)
+    for when, row in ("before", summary["stages"][0]), ("after", summary["stages"][-1]):
+        assert summary[when] == {key: row["test"][key] for key in ("success", "se")}
+    assert [row["step"] for row in metrics] == list(range(1, 10)) and [row["stage_step"] for row in metrics] == [1, 2, 3] * 3
+    assert [row["stage"] for row in metrics] == [stage for stage in STAGED for _ in range(3)]
+    for row in metrics:
+        assert row["grad_norm"] >= 0 and row["gradient_steps"] == row["step"] and math.isfinite(row["loss"])
+        assert ("eval_success" in row) == (row["stage_step"] == 2)  # after the last step of a stage everything is evaluated
+        assert ("right_if_first" in row) == (row["stage"] == "1-act")
+        if row["stage"] != "2-il":
+            assert row["groups"] == 2 and 0 <= row["groups_without_spread"] <= 2 and abs(row["logprob_gap"]) < 1e-4
+            assert sum(row["rows"].values()) == pytest.approx(1) and -0.5 <= row["reward"] <= 1
+    for row in metrics[:3]:  # accuracy by position; null where a batch shows no question of that order
+        worth = {"right": 1, "possible": 0.1, "impossible": 0, "untagged": -0.5}
+        assert row["reward"] == pytest.approx(sum(worth[kind] * part for kind, part in row["rows"].items()))
+        assert all(row[key] is None or 0 <= row[key] <= 1 for key in ("right_if_first", "right_if_second"))
+        assert row["right_if_first"] is not None or row["right_if_second"] is not None
+    assert summary["train_episodes"] == len({row["seed"] for row in demos}) == 5 and summary["expert_states"] == len(demos)
+    assert summary["pairs"] == len(lines(whole / "pairs.jsonl")) == summary["pair_counts"]["kept"]
+    assert summary["generated_tokens"] == metrics[-1]["tokens"] > 0 and summary["env_steps"] == 0 and summary["gradient_steps"] == 9
+    assert [row["stage"] for row in rollouts] == list(STAGED) and all("ids" not in row and "expert" not in row for row in rollouts)
+    trained, _ = common.load(str(whole / "model"))
+    assert all(not torch.equal(a, b) for a, b in zip(trained.parameters(), tiny[0].parameters()))  # every parameter moved
+
+
+def test_no_state_of_the_test_split_is_trained_on(main_here, tmp_path):
+    seen = main_here(f"{SMALL} --steps 1 --pipeline act,sft-choice,dpo,no-reasoning,il,rl --out-dir run")
+    customer = lambda s: s["messages"][0]["content"].split(" that ")[0]  # noqa: E731
+    held_out = {customer(s) for states, stream in seen.pairs if "held out" in stream for s in states}
+    rows = lines(tmp_path / "run" / "pairs.jsonl") + lines(tmp_path / "run" / "demos.jsonl") + [s for at in seen.stages for s in at.batch]
+    assert {row["split"] for row in rows} == {"train"} and len(held_out) > 1
+    test = {envs.make(ENV).reset(seed=seed, options={"split": "test"})[0].split(" that ")[0] for seed in range(1000)}
+    assert held_out <= test and not test & {customer(row) for row in rows}
+    assert all(split == "test" and rest["stream"][0] == "evaluate" for split, _, rest, _ in seen.rollouts)
+    assert [states for states, stream in seen.pairs if stream == ("pairs",)] == [lines(tmp_path / "run" / "demos.jsonl")]
+
+    # each stage starts from what the one before has saved, and so does its reference
+    start, names = json.loads((tmp_path / "run" / "args.json").read_text())["start"], []
+    for index, at in enumerate(seen.stages):
+        assert at.weights == (start, start) and at.stream == (index, 1)
+        names.append(f"{index + 1}-{at.name}")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / names[-1], dtype=torch.float32)
+        assert AutoTokenizer.from_pretrained(tmp_path / "run" / names[-1]).chat_template
+        assert common.fingerprint(model) != start or at.name in ("act", "no-reasoning", "rl")  # a step may meet no spread
+        start = common.fingerprint(model)
+        assert at.name not in ("il", "sft-choice", "dpo") or all(at.moved)
+    assert [at.name for at in seen.stages] == "act,sft-choice,dpo,no-reasoning,il,rl".split(",")
+    assert common.fingerprint(common.load(str(tmp_path / "run" / "model"))[0]) == start
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | set(names)
+
+
+def test_a_reference_stays_while_its_stage_runs(main_here, tmp_path):
+    seen = main_here(f"{SMALL} --pipeline il,dpo --steps 2 --out-dir run")
+    (a, b), (c, d) = ([at.weights for at in seen.stages if at.name == name] for name in ("il", "dpo"))
+    assert a[1] == b[1] == a[0] != b[0] and c[1] == d[1] == c[0] != d[0] and b[0] != c[0]
+    assert "choice_first" in json.loads((tmp_path / "run" / "summary.json").read_text())["stages"][1]
+
+
+def test_reinforcement_on_episodes(main_here, tmp_path):
+    seen = main_here(f"{SMALL} --pipeline rl --rl episodes --steps 2 --out-dir run")
+    assert not [stream for _, stream in seen.pairs if stream == ("pairs",)]  # nobody needs them
+    played = [(seeds, episodes) for split, seeds, rest, episodes in seen.rollouts if split == "train"]
+    metrics, summary = lines(tmp_path / "run" / "metrics.jsonl"), json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert len(played) == 2 and len({seed for seeds, *_ in played for seed in seeds}) == 4
+    for (seeds, episodes), row in zip(played, metrics):
+        assert seeds[0] == seeds[3] != seeds[4] == seeds[7] and len(seeds) == 8  # a group is one task
+        assert row["reward"] == pytest.approx(sum(e["score"] for e in episodes) / 8) and row["groups"] == 2
+        assert row["rows"].get("right", 0) == sum(e["won"] for e in episodes) / 8
+        assert all(len(e["ids"]) == len(e["mask"]) and set(e["mask"]) == {0, 1} for e in episodes)
+    assert summary["env_steps"] == sum(len(e["valid"]) for *_, episodes in played for e in episodes) > 0
+    assert summary["generated_tokens"] == sum(sum(e["mask"]) for *_, episodes in played for e in episodes)
+    assert summary["train_episodes"] == 5 + 16
+
+
+def test_the_pairs_file_holds_no_rendered_prompt(whole):
+    rows = lines(whole / "pairs.jsonl")
+    text = (whole / "pairs.jsonl").read_text() + (whole / "demos.jsonl").read_text()
+    assert rows and all(set(row) == {*act.STATE, "candidate", "model"} for row in rows)
+    for words in (*WORLD.system.splitlines(), act.POLICY, act.CHOOSE, "Action 1", "Possible now", "<action>", "</action>", *common.CONTROL):
+        assert json.dumps(words)[1:-1] not in text, words
+    for row in rows + lines(whole / "demos.jsonl"):
+        assert {m["role"] for m in row["messages"]} <= {"user", "assistant"} and all(set(m) == {"role", "content"} for m in row["messages"])
+
+
+def test_eval_only_writes_nothing(act_run, whole, tmp_path):
+    before = everything_under(whole)
+    result = act_run(f"{SMALL.replace('--model tiny', f'--model {whole}/2-il')} --eval-only", tmp_path)
+    assert result.status == 0 and re.search(r"test: success \d\.\d+ \(se .*n 4\)", result.stdout + result.stderr), result.stderr
+    assert not list(tmp_path.iterdir()) and everything_under(whole) == before
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_does_not(act_run, whole, tmp_path):
+    assert act_run(f"{SMALL} --out-dir again", tmp_path).status == 0
+    same_run(whole, tmp_path / "again")
+    assert act_run(f"{SMALL} --out-dir other --seed 9223372036854775807 --steps 1", tmp_path).status == 0
+    assert lines(tmp_path / "other" / "demos.jsonl")[0]["messages"] != lines(whole / "demos.jsonl")[0]["messages"]
+    result = act_run(f"{SMALL} --steps 1 --pipeline act --demos other/demos.jsonl --pairs other/pairs.jsonl --out-dir third", tmp_path)
+    assert result.status == 0, result.stderr  # such large seeds are read back as they were
+    assert (tmp_path / "third" / "pairs.jsonl").read_bytes() == (tmp_path / "other" / "pairs.jsonl").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------- demonstrations and pairs
+
+
+def test_files_of_another_run_take_the_place_of_its_data(act_run, whole, tmp_path):
+    result = act_run(f"{SMALL} --demos {whole}/demos.jsonl --pairs {whole}/pairs.jsonl --out-dir run", tmp_path)
+    assert result.status == 0, result.stderr
+    same_run(whole, tmp_path / "run", "pair_counts")
+
+
+def test_states_without_a_list_and_with_further_keys(act_run, whole, tmp_path):
+    rows = [row | {"admissible": None, "note": [n, str(n)][n % 2], "expert": "2020-01-01"}
+            for n, row in enumerate(lines(whole / "pairs.jsonl"))]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = act_run(f"{SMALL} --steps 1 --pipeline sft-choice --pairs pairs.jsonl --out-dir run", tmp_path)
+    assert result.status == 0, result.stderr
+    assert lines(tmp_path / "run" / "pairs.jsonl") == rows  # a date stays a text
+
+
+def test_demonstrations_of_a_file_are_what_is_imitated(main_here, whole, tmp_path):
+    rows = lines(whole / "demos.jsonl")[:3]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = main_here(f"{SMALL} --steps 1 --pipeline il --demos some.jsonl --out-dir run")
+    [at] = seen.stages
+    assert lines(tmp_path / "run" / "demos.jsonl") == rows and len(at.batch) == 3 and all(row in at.batch for row in rows)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["expert_states"] == 3 and summary["train_episodes"] == len({row["seed"] for row in rows})
+
+
+# ------------------------------------------------------------------------------------- whole runs: a model from elsewhere
+
+TEMPLATE = (
+    "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim"
+    " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def save_llama(path, template=TEMPLATE, context=4096):
+    """A random-weight Llama with a byte-level BPE tokenizer and headers as in Llama 3."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    bpe.train_from_iterator([WORLD.system, act.POLICY, act.CHOOSE], trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=special[0], eos_token=special[4], chat_template=template, clean_up_tokenization_spaces=False
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=context, bos_token_id=0, eos_token_id=[1, 4], tie_word_embeddings=False,
+    )).save_pretrained(path)  # fmt: skip
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+def test_a_llama_learns_from_the_pairs_of_another_model(act_run, llama, whole, tmp_path):
+    flags = SMALL.replace("--model tiny", f"--model {llama}") + " --pipeline act,sft-choice,dpo,no-reasoning,il,rl --max-new-tokens 8"
+    result = act_run(f"{flags} --steps 1 --kl 0 --eval-episodes 2 --pairs {whole}/pairs.jsonl --out-dir run", tmp_path)
+    assert result.status == 0, result.stderr
+    metrics, summary = lines(tmp_path / "run" / "metrics.jsonl"), json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert metrics[0]["rows"] == {"untagged": 1.0} and metrics[0]["reward"] == -0.5 and metrics[0]["grad_norm"] == 0
+    assert metrics[0]["groups_without_spread"] == metrics[0]["groups"] == 2 and all(row["grad_norm"] > 0 for row in metrics[1:3])
+    assert lines(tmp_path / "run" / "pairs.jsonl") == lines(whole / "pairs.jsonl")
+    assert summary["stages"][0]["choice"] is None and summary["stages"][0]["next_action"] == 0  # it proposed nothing to choose from
+    saved = llama, tmp_path / "run" / "1-act", tmp_path / "run" / "2-sft-choice"
+    weights = [common.fingerprint(common.load(str(path))[0]) for path in saved]
+    assert weights[0] == weights[1] != weights[2]  # equal rewards teach exactly nothing
+    chat = common.load(str(tmp_path / "run" / "model"))[1]
+    assert chat.prompt([{"role": "user", "content": "Hi"}]) == common.load(str(llama))[1].prompt([{"role": "user", "content": "Hi"}])
+
+
+def test_a_model_that_proposes_nothing_is_told_so(act_run, llama, tmp_path):
+    flags = SMALL.replace("--model tiny", f"--model {llama}") + " --max-new-tokens 8"
+    result = act_run(f"{flags} --out-dir run", tmp_path)
+    assert result.status == 2 and "stage act" in result.stderr and "Traceback" not in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def refused(result, *words):
+    assert result.status == 2 and not result.stdout, (result.status, result.stdout, result.stderr)
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and len(result.stderr) < 1000, result.stderr
+    for word in words:
+        assert word in result.stderr, (word, result.stderr)
+
+
+ACCEPTED = "common.Run.start = act.evaluate = lambda *a: os._exit(77)"  # or a full run would follow
+
+
+@pytest.fixture(scope="session")
+def bad_models(llama, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bad")
+    save_llama(path / "short", context=64)
+    save_llama(path / "no-template", template=None)
+    (path / "file").write_text("")
+    return path
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--model ./nowhere", "config.json is missing"), ("--model nobody/nothing", "cannot be loaded"), ("--model tiny:10x1", "multiple"),
+    ("--model {bad}/no-template", "chat template"), ("--model {bad}/short", "context"), ("--model {bad}/short --eval-only", "context"),
+    ("--env chess", "unknown world 'chess'"), ("--steps 0", "--steps"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--lr inf", "--lr"),
+    ("--batch-size 0", "--batch-size"), ("--micro-batch-size 0", "--micro-batch-size"), ("--micro-batch-size 5", "--micro-batch-size"),
+    ("--max-new-tokens 0", "--max-new-tokens"), ("--temperature 0", "--temperature"), ("--temperature nan", "--temperature"),
+    ("--eval-temperature -1", "--eval-temperature"), ("--eval-episodes 0", "--eval-episodes"), ("--eval-every 0", "--eval-every"),
+    ("--save-every -1", "--save-every"), ("--seed -1", "--seed"), ("--group-size 0", "--group-size"), ("--group-size 1", "--group-size"),
+    ("--group-size -4", "--group-size"), ("--batch-size 16 --group-size 3", "--group-size"), ("--clip -0.1", "--clip"),
+    ("--clip nan", "--clip"), ("--kl -1", "--kl"), ("--kl nan", "--kl"), ("--kl inf", "--kl"), ("--dpo-beta -1", "--dpo-beta"),
+    ("--dpo-beta nan", "--dpo-beta"), ("--epochs 0", "--epochs"), ("--epochs -1", "--epochs"), ("--num-demos 0", "--num-demos"),
+    ("--candidates 0", "--candidates"), ("--examples 0", "--examples"), ("--rl both", "--rl"), ("--epochs 1.5", "--epochs"),
+    ("--pipeline il,sing", "'sing'"), ("--pipeline act,,il", "--pipeline"), ("--pipeline ,", "--pipeline"), ("--pipeline ACT", "'ACT'"),
+    ("--pipeline il, --rl states", "--pipeline"), ("--pipeline act;il", "'act;il'"),
+    ("--demos nowhere.jsonl", "nowhere.jsonl: no such file"), ("--pairs nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ("--demos {bad}/file", "file is empty"), ("--pairs {bad}/file", "file is empty"), ("--pairs {bad}", "no such file"),
+    ("--nonsense 1", "--nonsense"), ("--device warp", "--device"), ("--dtype float16", "--dtype"), ("--resume", "no run"),
+    ("--out-dir {bad}/short", "exists"), ("--out-dir {bad}/file", "exists"), ("--out-dir {bad}/file/run", "--out-dir"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(act_run, bad_models, home, tmp_path, flags, words):
+    before = everything_under(bad_models), everything_under(home)
+    refused(act_run(f"--env {ENV} {flags.format(bad=bad_models)}", tmp_path, ACCEPTED), words)
+    assert not list(tmp_path.iterdir()) and (everything_under(bad_models), everything_under(home)) == before
+
+
+USER, ASSISTANT = {"role": "user", "content": "Hm."}, {"role": "assistant", "content": "look"}
+BAD_LINES = {  # what the third line is, in place of a good row; and what the message says of it
+    "broken": ('{"env": "repair", ', "JSONDecodeError"), "blank": ("", "JSONDecodeError"), "two rows": ("{} {}", "JSONDecodeError"),
+    "a list": ("[]", "'env'"), "a number": ("3", "TypeError"), "null": ("null", "TypeError"), "a text": ('"env"', ""),
+    "deep": ("[" * 100_000, "RecursionError"), "another world": ({"env": "20q"}, "'20q'"), "env": ({"env": 3}, "'env'"),
+    "split": ({"split": None}, "'split'"), "seed": ({"seed": 1.5}, "'seed'"), "turn": ({"turn": "1"}, "'turn'"),
+    "admissible": ({"admissible": "look"}, "'admissible'"), "an admissible number": ({"admissible": ["look", 1]}, "'admissible'"),
+    "expert": ({"expert": None}, "'expert'"), "expert list": ({"expert": ["look"]}, "'expert'"),
+    "messages": ({"messages": {}}, "'messages'"),
+    "no message": ({"messages": []}, "by turns"), "assistant first": ({"messages": [ASSISTANT, USER]}, "by turns"),
+    "assistant last": ({"messages": [USER, ASSISTANT]}, "by turns"), "user twice": ({"messages": [USER, USER]}, "by turns"),
+    "a system prompt": ({"messages": [{"role": "system", "content": "x"}, USER]}, "by turns"),
+    "a text for a message": ({"messages": ["Hm."]}, "TypeError"), "no role": ({"messages": [{"content": "Hm."}]}, "KeyError"),
+    "no content": ({"messages": [{"role": "user"}]}, "KeyError"), "content": ({"messages": [{"role": "user", "content": 3}]}, "by turns"),
+    "half a character": ({"expert": "\ud800"}, "surrogates"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["--demos", "--pairs"])
+def test_a_bad_line_is_named(act_run, demos, tmp_path, flag):
+    good = demos[0] | ({"candidate": "clean the gears"} if flag == "--pairs" else {})
+    bad = dict(BAD_LINES) | {f"without {key}": ({key: ...}, repr(key)) for key in act.STATE}
+    if flag == "--pairs":
+        bad |= {"without candidate": ({"candidate": ...}, "'candidate'"), "candidate": ({"candidate": 3}, "'candidate'")}
+    for name, (line, words) in bad.items():
+        if isinstance(line, dict):
+            line = json.dumps({key: value for key, value in (good | line).items() if value is not ...})
+        (tmp_path / "data.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good)}\n{line}\n{json.dumps(good)}\n")
+        refused(act_run(f"--env {ENV} {flag} data.jsonl", tmp_path, ACCEPTED), "data.jsonl, line 3", words)
+        assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"], name
+    (tmp_path / "data.jsonl").write_text(json.dumps(good))  # and what is good is accepted, without a last line break too
+    assert act_run(f"--env {ENV} --examples 400 {flag} data.jsonl", tmp_path, ACCEPTED).status == 77
+
+
+def test_bad_input_by_subprocess(environment, tmp_path):
+    result = subprocess.run([sys.executable, ROOT / "act.py", "--env", ENV, "--pipeline", "sing"], env=environment, cwd=tmp_path,
+                            capture_output=True, text=True)  # fmt: skip
+    refused(SimpleNamespace(status=result.returncode, **vars(result)), "--pipeline")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_never_overwritten_and_resumed_only_as_it_was(act_run, whole, tmp_path):
+    before = everything_under(whole)
+    refused(act_run(f"{SMALL} --out-dir {whole}", tmp_path), "--resume", "--out-dir")
+    refused(act_run(f"{SMALL} --out-dir {whole} --resume --pipeline il --candidates 3", tmp_path), "pipeline was", "candidates was")
+    assert everything_under(whole) == before and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------ kills and resume
+
+LOG = """
+log = common.Run.log
+def fatal(run, record):
+    log(run, record)
+    if record["step"] == {step}:
+        os.kill(os.getpid(), signal.{name})
+common.Run.log = fatal
+"""
+AT = {  # where the run is killed: code, and how many lines of metrics it had written by then; checkpoints: after 2, 4, 6, 8, 9
+    "at its pairs": ("act.make_pairs = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", 0),
+    "within a stage": (LOG.format(step=5, name="SIGKILL"), 5),  # il, step 2; from its step 1
+    "after a stage": (LOG.format(step=7, name="SIGKILL"), 7),  # rl, step 1; from the end of il
+    "amid the second checkpoint": ("""
+import torch
+save, seen = torch.save, []
+def fatal(saved, file):
+    seen.append(save(saved, file))
+    file.flush()
+    len(seen) == 2 and os.kill(os.getpid(), signal.SIGKILL)
+torch.save = fatal""", 4),
+    "before the summary": ("common.Run.finish = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", 9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", AT)
+def test_killed_anywhere_and_resumed(act_run, whole, tmp_path, where):
+    fault, written = AT[where]
+    assert act_run(f"{SMALL} --out-dir run", tmp_path, fault).status == -signal.SIGKILL
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert (len(lines(metrics)) if metrics.exists() else 0) == written and not (tmp_path / "run" / "summary.json").exists()
+    result = act_run(f"{SMALL} --out-dir run --resume", tmp_path)
+    assert result.status == 0, result.stderr
+    same_run(whole, tmp_path / "run")
+
+
+def test_asked_to_stop_keeps_the_step_and_resumes(act_run, whole, tmp_path):
+    result = act_run(f"{SMALL} --out-dir run", tmp_path, LOG.format(step=1, name="SIGTERM"))
+    assert result.status == 143 and "Traceback" not in result.stderr
+    assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]["done"] == 1
+    other = act_run(f"{SMALL} --steps 4 --out-dir run --resume", tmp_path)  # other stages would end elsewhere
+    assert other.status == 2 and "--steps" in other.stderr and "Traceback" not in other.stderr
+    assert act_run(f"{SMALL} --out-dir run --resume", tmp_path).status == 0
+    same_run(whole, tmp_path / "run")
