@@ -27,6 +27,8 @@ runs() { # NAME "SEEDS" SCRIPT [FLAGS...]
 }
 best() { "$python" docs/report.py --results "$results" best "$1" 2>/dev/null || true; } # the flags of the best arm NAME...; before the search: none
 
+tokens() { "$python" docs/report.py --results "$results" tokens "$1" 2>/dev/null || echo 1; } # what a finished run sampled
+
 # the claim: the learned language critic does it
 runs nlac               "0 1 2 3 4" nlac.py
 runs frozen-critic      "0 1 2 3 4" nlac.py --ablation frozen-critic
@@ -72,4 +74,18 @@ runs 20q-ppo               "0 1 2" docs/ppo.py --env 20q $(best 20q-ppo-search) 
 runs 20q-self-distillation "0 1 2" docs/self_distillation.py --env 20q --eval-every 4 --match "$results/20q-nlac-s@"
 runs 20q-nlql              "0 1 2" docs/nlql.py --env 20q --match "$results/20q-nlac-s@"
 runs 20q-mc-backup         "0 1 2" nlac.py --env 20q --ablation mc-backup
+runs 20q-grpo              "0 1 2" self_guide.py --env 20q --guide off --steps 150 # as many episodes as nlac's
+
+# Self-Guide and its arms, all from one base
+runs self-guide-full       "0 1 2 3 4" self_guide.py
+runs self-guide-zero       "0 1 2 3 4" self_guide.py --trust zero
+runs self-guide-grpo       "0 1 2 3 4" self_guide.py --guide off
+runs self-guide-inference  "0 1 2" self_guide.py --guide inference
+runs self-guide-immediate  "0 1 2" self_guide.py --trust immediate
+runs self-guide-no-anneal  "0 1 2" self_guide.py --trust no-anneal
+runs self-guide-dapo       "0 1 2" self_guide.py --estimator dapo
+runs self-guide-grpo-dapo  "0 1 2" self_guide.py --estimator dapo --guide off
+for seed in 0 1 2; do # plain GRPO with as many sampled tokens as the full method had
+    runs self-guide-grpo-tokens "$seed" self_guide.py --guide off --token-budget "$(tokens "self-guide-full-s$seed")"
+done
 exit $failed

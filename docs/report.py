@@ -4,6 +4,7 @@
     python docs/report.py --write README.md      the tables between <!-- results --> and <!-- /results --> in that file, too
     python docs/report.py keep runs              copy the finished runs in runs/ to docs/results: summary, settings, thinned metrics
     python docs/report.py best ppo-search        the flags of PPO's search, from the best arm whose name begins so
+    python docs/report.py tokens nlac-s0         what a run sampled
 
 A run is a directory NAME-sSEED with summary.json, args.json and metrics.jsonl; an arm is what shares NAME. Standard errors are over seeds.
 """
@@ -18,7 +19,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 MARKS = "<!-- results -->", "<!-- /results -->"
-CURVES = "nlac", "ceiling", "mc-backup", "ppo", "self-distillation", "nlql", "blind-critic", "frozen-critic"  # arms of the figure
+METHODS = {"self-guide": "Self-Guide", "act": "ACT", "reagent": "Reagent"}  # beginning of the names: title of the table
+MAIN = "nlac", "full", "act,il", "U"  # what the other arms of a table are compared with
+CURVES = ("nlac", "frozen-critic", "blind-critic", "ceiling", "mc-backup", "ppo", "self-distillation", "nlql", "grpo", "full", "zero",
+          "immediate", "no-anneal", "inference")  # arms of the figure
 
 
 def read_runs(results):
@@ -58,26 +62,29 @@ def number(mean, se, signed=False):
 
 
 def label(name):
-    return re.sub(r"^20q(-full)?-", "", name)
+    return re.sub(r"^(20q(-full)?|self-guide|act|reagent)-", "", name)
 
 
 def order(name):
-    known = [*CURVES[:1], "frozen-critic", "blind-critic", "ceiling", *CURVES]
-    return known.index(label(name)) if label(name) in known else len(known), name
+    return CURVES.index(label(name)) if label(name) in CURVES else len(CURVES), name
 
 
-def by_world(arms):
-    worlds = defaultdict(dict)
+def by_table(arms):
+    """{title: {name: runs}}: NLAC and its rivals by world, each other method in a table of its own, by the beginning of the names."""
+    tables = defaultdict(dict)
     for name in sorted(arms, key=order):
-        env = next(iter(arms[name].values()))["summary"]["env"]
-        worlds[env][name] = {seed: run for seed, run in arms[name].items() if run["summary"]["env"] == env}
-    return dict(sorted(worlds.items(), key=lambda item: ("20q" in item[0], item[0])))
+        for env in sorted({run["summary"]["env"] for run in arms[name].values()}):
+            method = next((method for method in METHODS if name.startswith(f"{method}-")), None)
+            title = f"{METHODS[method]}, {env}" if method else env
+            tables[title][name] = {seed: run for seed, run in arms[name].items() if run["summary"]["env"] == env}
+    return dict(sorted(tables.items(), key=lambda item: (", " in item[0], "20q" in item[0], item[0])))
 
 
 def result_table(arms):
     """A row per arm: everything by which runs can be compared, as means over seeds."""
-    lines = ["| arm | seeds | before | after | of the expert's | environment steps | generated tokens | gradient steps | minutes |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    ood = any("after_ood" in run["summary"] for runs in arms.values() for run in runs.values())
+    lines = [f"| arm | seeds | before | after | {'ood, after | ' * ood}of the expert's | environment steps | generated tokens | "
+             "gradient steps | minutes |", "|---|---|---|---|" + "---|" * ood + "---|---|---|---|---|"]
     for name, runs in arms.items():
         s = [run["summary"] for run in runs.values()]
         after, share = (mean_se([f(x) for x in s]) for f in (
@@ -86,20 +93,21 @@ def result_table(arms):
         simulated = [x["simulation_steps"] for x in s if x.get("simulation_steps")]
         more = f" + {sum(simulated) / len(simulated):,.0f} simulated" if simulated else ""
         before = number(*mean_se([x["before"]["success"] for x in s]))
-        lines.append(f"| {name} | {len(s)} | {before} | **{number(*after)}** | {share[0]:.0%} | "
+        other = f"{number(*mean_se([x['after_ood']['success'] for x in s if 'after_ood' in x] or [math.nan]))} | " if ood else ""
+        lines.append(f"| {name} | {len(s)} | {before} | **{number(*after)}** | {other}{share[0]:.0%} | "
                      f"{mean['env_steps']:,.0f}{more} | {mean['generated_tokens']:,.0f} | {mean['gradient_steps']:,.0f} | "
                      f"{mean['seconds'] / 60:.1f} |")
     return lines
 
 
 def difference_table(arms):
-    """nlac minus each other arm, and minus its own base, paired over the seeds that both have."""
-    main = next((runs for name, runs in arms.items() if label(name) == "nlac"), None)
+    """The method minus each other arm, and minus its own base, paired over the seeds that both have."""
+    mine, main = next(((label(name), runs) for name, runs in arms.items() if label(name) in MAIN), (None, None))
     if not main:
         return []
     success = lambda runs, when="after": {seed: run["summary"][when]["success"] for seed, run in runs.items()}  # noqa: E731
     rivals = {"its base": success(main, "before")} | {name: success(runs) for name, runs in arms.items() if runs is not main}
-    lines = ["| nlac minus | seeds | difference | beyond 2 standard errors |", "|---|---|---|---|"]
+    lines = [f"| {mine} minus | seeds | difference | beyond 2 standard errors |", "|---|---|---|---|"]
     for name, other in rivals.items():
         if shared := sorted(set(other) & set(main)):
             mean, se = mean_se([success(main)[seed] - other[seed] for seed in shared])
@@ -111,7 +119,7 @@ def difference_table(arms):
 def tables(arms):
     """Markdown: for each world the two tables."""
     blocks = []
-    for env, chosen in by_world(arms).items():
+    for env, chosen in by_table(arms).items():
         s = [run["summary"] for runs in chosen.values() for run in runs.values()]
         ends = "; ".join(f"{who} {s[0][who]['success']:.3f}" for who in ("random", "expert"))
         episodes = "/".join(map(str, sorted({x["eval_episodes"] for x in s})))
@@ -153,7 +161,7 @@ def draw(arms, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    worlds = by_world(arms)
+    worlds = by_table(arms)
     figure, panels = plt.subplots(1, len(worlds), figsize=(6.4 * len(worlds), 4.4), squeeze=False)
     for panel, (env, chosen) in zip(panels[0], worlds.items()):
         shown = {label(name): runs for name, runs in chosen.items() if label(name) in CURVES}
@@ -161,7 +169,7 @@ def draw(arms, path):
             points = curve(shown.get(name, {}))
             if points:
                 x, y, se = zip(*points)
-                panel.plot(x, y, color=f"C{i}", label=f"{name} ({len(shown[name])})", linewidth=2.2 if name == "nlac" else 1.3)
+                panel.plot(x, y, color=f"C{i}", label=f"{name} ({len(shown[name])})", linewidth=2.2 if name in MAIN else 1.3)
                 wide = [0 if math.isnan(e) else e for e in se]
                 low, high = [a - e for a, e in zip(y, wide)], [a + e for a, e in zip(y, wide)]
                 panel.fill_between(x, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
@@ -231,11 +239,16 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("keep").add_argument("runs", help="directory that holds the runs")
     commands.add_parser("best").add_argument("prefix", help="beginning of the arms' names")
+    commands.add_parser("tokens").add_argument("run", help="NAME-sSEED")
     args = parser.parse_args(argv)
     if args.command == "keep":
         kept = keep(args.runs, args.results)
         return print(f"{len(kept)} finished runs kept in {args.results}")
     arms = read_runs(args.results)
+    if args.command == "tokens":
+        name, _, seed = args.run.rpartition("-s")
+        run = arms.get(name, {}).get(int(seed) if seed.isdigit() else None)
+        return print(run["summary"]["generated_tokens"]) if run else refuse(f"no finished run {args.run} in {args.results}")
     if args.command == "best":
         flags = best(arms, args.prefix)
         return print(flags) if flags is not None else refuse(f"no finished run in {args.results} begins with {args.prefix}")
