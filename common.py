@@ -510,7 +510,7 @@ def build_tiny(directory, examples, constants, width, layers, seed, device):
         torch.manual_seed(seed)
         model = transformers.Qwen3ForCausalLM(config).to(device)
         order = torch.randperm(len(rows)).tolist()
-    size = max(8, min(32, 5000 * len(rows) // sum(len(prompt) + len(rest) for prompt, rest, _ in rows)))  # fewer of whole dialogues
+    size = max(8, min(32, 500 * len(rows) // sum(sum(learnt) for *_, learnt in rows)))  # fewer of whole dialogues
     batches = [order[i:i + size] for i in range(0, len(order), size)]  # every batch mixes all parts: sorting by length would separate them
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.01)
     warmup = 1 + min(50, len(batches) // 10)

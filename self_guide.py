@@ -19,7 +19,6 @@ Departures from the paper, and why:
     how to act.
  3. The system prompt explains rating and acting once; a turn asks for one of them in a word.
  4. A rating that is not a reason and a label counts as neutral (the paper does not say), and is counted.
- 5. R_env is the score of the world, without the penalty for invalid actions that a public script of its framework has.
 The paper leaves open: group size, learning rate and KL weight of its GRPO runs, the scale of R_env, if "full reward at once" ever ends.
 
     python self_guide.py                                        # household, tiny model: see README for minutes and numbers
@@ -57,8 +56,8 @@ class Args:
     env: str = common.flag("household", "a world of envs.py")
     seed: int = common.flag(0, "of everything sampled; the tiny model is built with seed 0")
     steps: int = common.flag(100, "updates (paper: 100)")
-    lr: float = common.flag(1e-3, "AdamW, constant after 5 steps (paper: 1e-6, for pretrained models)")
-    batch_size: int = common.flag(64, "episodes per step: groups x --group-size (public script: 128)")
+    lr: float = common.flag(5e-4, "AdamW, constant after 5 steps (paper: 1e-6, for pretrained models)")
+    batch_size: int = common.flag(128, "episodes per step: groups x --group-size (public script: 128)")
     micro_batch_size: int = common.flag(16, "episodes per backward pass; changes memory and speed, not the gradient")
     max_new_tokens: int = common.flag(24, "of one rating or action (paper: 1024)")
     temperature: float = common.flag(0.8, "while training, and of the log-probs (paper: 1.0, for pretrained models)")
@@ -74,11 +73,11 @@ class Args:
     quick: bool = common.flag(False, "a small run through every line, to see that it works; overrides the sizes")
     # group-relative policy optimisation
     group_size: int = common.flag(8, "episodes of one task (paper: 8 for DAPO)")
-    updates: int = common.flag(2, "gradient steps per step, each on its share of the groups (not in the paper)")
+    updates: int = common.flag(4, "gradient steps per step, each on its share of the groups (not in the paper)")
     estimator: str = common.flag("grpo", "dapo: asymmetric clip, token-mean loss, dynamic sampling", choices=["grpo", "dapo"])
     clip: float = common.flag(0.2, "the ratio stays above 1 - clip, and with grpo below 1 + clip (paper)")
     clip_high: float = common.flag(0.28, "with dapo below 1 + clip_high (paper)")
-    kl: float = common.flag(0.01, "weight of the KL to the start policy; 0 switches it off (paper: 0.01 for DAPO)")
+    kl: float = common.flag(0.03, "weight of the KL to the start policy; 0 switches it off (paper: 0.01 for DAPO)")
     resample: int = common.flag(2, "dapo: times that groups without spread in R are replaced, per step (not in the paper)")
     # Self-Guide
     guide: str = common.flag("on", "off: plain GRPO; inference: ratings steer an untrained policy", choices=["on", "off", "inference"])
@@ -88,8 +87,9 @@ class Args:
         "help": "shares of --steps: ratings start to earn, earn fully, start to earn less, earn nothing (paper)"})
     rating_reward: float = common.flag(0.1, "g of a positive rating; a negative one is its opposite (paper)")
     reward_scale: float = common.flag(10.0, "R_env of a success, against which ratings are weighed (public script: 10; paper: unclear)")
+    invalid_penalty: float = common.flag(0.0, "taken from R_env for each invalid action (public script: 0.1; paper: unclear)")
     token_budget: int = common.flag(0, "with --guide off: stop after so many sampled tokens, not after --steps; 0: no budget")
-    examples: int = common.flag(3000, "episodes that make a tiny model")
+    examples: int = common.flag(6000, "episodes that make a tiny model")
 
 
 # ------------------------------------------------------------------------------------------------------ prompts and parsers
@@ -184,7 +184,8 @@ def trust(args, share):
 
 def rewards(args, episode):
     """(R_env, sum_t g(z_t)) of a trajectory. Not divided by its length, as in the paper: long self-praise pays."""
-    return args.reward_scale * episode["score"], args.rating_reward * sum(label or 0 for label in episode["labels"])
+    env = args.reward_scale * episode["score"] - args.invalid_penalty * episode["valid"].count(False)
+    return env, args.rating_reward * sum(label or 0 for label in episode["labels"])
 
 
 def total_reward(args, episode, weight):
@@ -367,10 +368,10 @@ def warmup(world, args):
             over = terminated or truncated
             guided += [] if over else [user(f"{observation}\n{RATE}")]
             plain += [assistant(action), user(observation)]
-        cut = 2 * rng.randint(1, len(plain) // 2 - 1)
-        *plain, last = plain[:cut + 2]
+        turns = rng.randint(1, rng.randint(1, len(plain) // 2 - 1))  # mostly short: more of them in the same time
+        *plain, last = plain[:2 + 2 * turns]
         plain += [user(f"{last['content']}\n{READ}"), assistant(f"{world.task}\n{event(last['content'])}")]
-        examples += [plain, guided]
+        examples += [plain, guided[:1 + 4 * turns]]
     rng.shuffle(examples)
     return examples
 
@@ -388,7 +389,7 @@ def check_args(args):
     common.check_common(args)
     for name in "group_size", "updates", "examples":
         common.check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in "clip", "clip_high", "kl", "resample", "token_budget":
+    for name in "clip", "clip_high", "kl", "resample", "invalid_penalty", "token_budget":
         common.check(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
     common.check(args.group_size > 1, "--group-size must be at least 2: an advantage is a difference within a group")
     common.check(args.batch_size % args.group_size == 0, f"--batch-size must be a multiple of --group-size, not {args.batch_size}")
@@ -417,8 +418,8 @@ def main():
     """The loop of the docstring."""
     args = common.parse_args(Args)
     if args.quick:
-        args = dataclasses.replace(args, steps=4, batch_size=16, micro_batch_size=8, group_size=4, eval_episodes=16, eval_every=2,
-                                   save_every=2, examples=600)
+        args = dataclasses.replace(args, steps=4, batch_size=16, micro_batch_size=8, group_size=4, updates=2, eval_episodes=16,
+                                   eval_every=2, save_every=2, examples=600)
     world = check_args(args)
     guided, groups = args.guide == "on", args.batch_size // args.group_size
     out_dir = args.out_dir or f"runs/self_guide-{args.env.replace(':', '-')}-s{args.seed}"
