@@ -234,7 +234,7 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, first=0):
     for world in worlds:
         world.close()
     for i, e in enumerate(episodes):
-        e["ids"], e["mask"], e["logprob"] = dialogues.ids[i], dialogues.mask[i], sum(dialogues.logprobs[i])
+        e["ids"], e["mask"], e["logprob"] = dialogues.sampled(i)
     return episodes
 
 

@@ -381,6 +381,11 @@ class Dialogues:
         for row, text in zip(rows, texts, strict=True):
             self._append(row, self.chat.turn(text), 0)
 
+    def sampled(self, row) -> tuple[list[int], list[int], float]:
+        """What a loss needs of a row: ids and mask up to the last sampled id, and the log-prob of all sampled ids."""
+        end = len(self.mask[row]) - self.mask[row][::-1].index(1) if any(self.mask[row]) else len(self.mask[row])
+        return self.ids[row][:end], self.mask[row][:end], sum(self.logprobs[row])
+
     def _append(self, row, ids, mask, logprobs=None):
         self.ids[row] += ids
         self.mask[row] += [mask] * len(ids)

@@ -8,7 +8,8 @@ words to the agent, <score> a number in [0, 1]. Three ways to use it:
  U  both: G first attempts at a question are judged, each is attempted once more with its critique in view, the second ones are judged too,
     both get R, and advantages are normalised over the pool of all 2G. Each attempt's ratio is taken in its own context: the second stays
     conditioned on the first and its critique, whose tokens are not trained there. At test time: the first attempt alone.
- none  lambda = 0, first attempts only. With R and --group-size twice as large it is the control that the paper lacks: U's compute.
+ none  lambda = 0, first attempts only. R with --batch-size and --group-size twice as large is the control that the paper lacks: as many
+    attempts at as many questions as U.
 
 One run: 1. judged trajectories of players of different strength; 2. the judge learns them (SFT), then GRPO, paid for the closeness of its
 score to the reference and for its format; 3. cold start of the agent on correct trajectories; 4. the agent's own learning.
@@ -20,7 +21,7 @@ Departures from the paper, and why:
  3. Cold-start trajectories come from the world's expert, --cold-start of them (paper: 55.6 thousand of a stronger model).
 
     python reagent.py                                  # judge, cold start, variant U on search with the tiny model: see README
-    python reagent.py --variant R --group-size 16      # the control with U's compute
+    python reagent.py --variant R --batch-size 64 --group-size 16  # the control with U's compute
     python reagent.py --variant none                   # or C
     python reagent.py --rrm runs/reagent-search-s0/rrm # a judge that is there already
     python reagent.py --model Qwen/Qwen3-8B --rrm DIR --env search-full --device cuda --lr 5e-7 --max-new-tokens 1024
@@ -102,16 +103,18 @@ AGAIN = "You have tried this before:\n{transcript}\nA reviewer says: {critique}\
 
 def parse_judgement(text):
     """The three blocks -> {"think", "critique", "score"}, or None where one is missing or the score is no number in [0, 1]."""
-    blocks = r"<think>(.*?)</think>\s*<critique>(.*?)</critique>\s*<score>\s*(\d(?:\.\d{1,9})?)\s*</score>"
-    found = re.fullmatch(blocks, text.strip(), re.DOTALL)
+    inside = r"((?:(?!</?(?:think|critique|score)>).)*)"  # without tags: exactly three blocks, after a thinking model's own thought
+    blocks = rf"(?:<think>{inside[1:-1]}</think>\s*)??<think>{inside}</think>\s*<critique>{inside}</critique>"
+    found = re.fullmatch(blocks + r"\s*<score>\s*([01](?:\.[0-9]{1,9})?)\s*</score>", text.strip(), re.DOTALL)
     score = found and float(found[3])
     return {"think": found[1].strip(), "critique": found[2].strip(), "score": score} if found and 0 <= score <= 1 else None
 
 
 def transcript(history):
-    """`history` is [observation, reply, observation, ..., observation]; a native thought is left out."""
+    """`history` is [observation, reply, observation, ..., observation]. Left out: native thoughts, and the last observation, which tells
+    how the game ended: nobody who reads a transcript may know whether the answer was right."""
     said = [re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL).strip() for reply in history[1::2]]
-    return "\n".join(f"> {reply}\n{observation}" for reply, observation in zip(said, history[2::2]))
+    return "\n".join(f"> {reply}\n{observation}" for reply, observation in zip(said, [*history[2:-1:2], ""])).strip()
 
 
 def opening(world, observation, before=None):
@@ -244,7 +247,7 @@ def watch_judge(rrm, world, args, episodes):
     """How good a judge is on trajectories it was not trained on: against the outcome, and against the process."""
     judged = judge(rrm, world, args, [e["history"] for e in episodes], ("watch",))
     scores, references = [j["score"] for j in judged], [parse_judgement(annotate(e["flaws"]))["score"] for e in episodes]
-    bins = [[w for s, w in zip(scores, episodes) if low <= s < low + 0.2 or s == low + 0.2 == 1] for low in (0.0, 0.2, 0.4, 0.6, 0.8)]
+    bins = [[e for s, e in zip(scores, episodes) if min(int(5 * s), 4) == fifth] for fifth in range(5)]
     return {"parsed": common.mean(j["parsed"] for j in judged), "auc_outcome": auc(scores, [e["won"] for e in episodes]),
             "auc_process": auc(scores, [not e["flaws"] for e in episodes]),
             "error": common.mean(abs(s - r) for s, r in zip(scores, references)),
@@ -471,9 +474,10 @@ def watch(episodes):
 def leaks(args, episodes, judgements):
     """The share of critiques that name the right answer, which no prompt holds; asked of the world for this count alone."""
     world, found = envs.make(args.env), []
+    words = lambda text: f" {' '.join(envs.plain_words(text))} "  # noqa: E731
     for e, j in zip(episodes, judgements):
         world.reset(seed=e["seed"], options={"split": e["split"]})
-        found.append(str(getattr(world, "gold", "\0")).lower() in j["critique"].lower())
+        found.append(hasattr(world, "gold") and words(world.gold) in words(j["critique"]))
     return common.mean(found)
 
 
@@ -521,8 +525,9 @@ def warmup(world, args):
     Episodes come from a random player on the train split, unfiltered; the agent imitates it, in second attempts as in first ones. The judge
     learns its form from judgements of *random* flaws, whatever the transcript. No part sees an expert.
     """
-    rng, examples, before = random.Random("warm-up"), [], None
-    for seed in range(args.examples):
+    rng, examples = random.Random("warm-up"), []
+
+    def play(seed):
         observation, info = world.reset(seed=seed, options={"split": "train"})
         history, over = [observation], False
         while not over:
@@ -530,15 +535,15 @@ def warmup(world, args):
             observation, _, terminated, truncated, info = world.step(history[-1])
             history.append(observation)
             over = terminated or truncated
+        return history
+
+    for seed in range(args.examples):
+        first, second = play(seed), play(seed)
         judgement = annotate(rng.sample(list(COSTS), rng.choice([0, 0, 1, 1, 2])))
-        critique = parse_judgement(judgement)["critique"]
-        for earlier in (None, (before or history, critique)):
-            messages, turn = opening(world, history[0], earlier), rng.randrange(len(history) // 2)
-            for reply, observation in zip(history[1:2 * turn:2], history[2:2 * turn + 1:2]):
-                messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": observation}]
-            examples.append((messages, history[2 * turn + 1]))
-        examples.append((judge_messages(world, history), judgement))
-        before = history
+        for history, before in (first, None), (second, (first, parse_judgement(judgement)["critique"])):
+            said = [{"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(history[1:-1])]
+            examples.append(opening(world, history[0], before) + said)
+        examples.append((judge_messages(world, first), judgement))
     rng.shuffle(examples)
     return examples
 
@@ -557,6 +562,7 @@ def check_args(args):
     common.check(args.batch_size % args.group_size == 0, f"--batch-size must be a multiple of --group-size, not {args.batch_size}")
     common.check(args.batch_size // args.group_size % args.updates == 0,
                  f"--updates must divide the {args.batch_size // args.group_size} questions of a step, not {args.updates}")
+    common.check(not args.rrm.startswith("tiny"), f"--rrm is a local directory or a hub id, not {args.rrm}")
     try:
         world = envs.make(args.env)
     except ValueError as error:
@@ -572,7 +578,7 @@ def load(world, args):
     if args.model.startswith("tiny") and args.device == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
     call = {name: envs.tool_call(name, "\0").split(json_quote) for name in envs.TOOLS for json_quote in ["\\u0000"]}
-    constants = [world.system, JUDGE, *(part for parts in call.values() for part in parts), *AGAIN.split("\n"), *ADVICE.values(),
+    constants = [world.system, JUDGE, *(part for parts in call.values() for part in parts), *re.split(r"{\w+}|\n", AGAIN), *ADVICE.values(),
                  "<think>", "</think>\n<critique>", "</critique>\n<score>", "</score>"]
     return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype)
 
@@ -582,17 +588,19 @@ PHASES = {"judge-sft": judge_sft, "judge-grpo": judge_grpo, "cold-start": cold_s
 
 def plan_of(args, judged, correct):
     """[(phase, update, how many, its batch)], the whole run: epochs over data for the first three phases, --steps for the last."""
-    rng, plan, questions = random.Random(f"plan {args.seed}"), [], args.batch_size // args.group_size
+    plan, questions = [], args.batch_size // args.group_size
 
-    def epochs(data, count, size):
+    def epochs(phase, data, count, size):
+        rng = random.Random(f"plan {phase} {args.seed}")  # its own: the cold start is the same in all variants
         order = [i for _ in range(count) for i in rng.sample(range(len(data)), len(data))]
         return [[data[i] for i in order[j:j + size]] for j in range(0, len(order), size)]
 
     if judged:
-        plan.append(("judge-sft", epochs(judged, args.judge_epochs, args.batch_size)))
-        plan.append(("judge-grpo", epochs(judged, 1 + args.judge_steps * questions // len(judged), questions)[:args.judge_steps]))
+        plan.append(("judge-sft", epochs("judge-sft", judged, args.judge_epochs, args.batch_size)))
+        count = 1 + args.judge_steps * questions // len(judged)
+        plan.append(("judge-grpo", epochs("judge-grpo", judged, count, questions)[:args.judge_steps]))
     if correct:
-        plan.append(("cold-start", epochs(correct, args.cold_epochs, max(1, args.batch_size // 4))))
+        plan.append(("cold-start", epochs("cold-start", correct, args.cold_epochs, max(1, args.batch_size // 4))))
     if args.variant != "C":
         plan.append(("learn", [[args.seed * 1_000_000_007 + i * questions + g for g in range(questions)] for i in range(args.steps)]))
     return [(phase, i, len(batches), batch) for phase, batches in plan for i, batch in enumerate(batches, 1)]
@@ -608,16 +616,20 @@ def main():
     world = check_args(args)
     out_dir = args.out_dir or f"runs/reagent-{args.env.replace(':', '-')}-s{args.seed}"
     run = None if args.eval_only else common.Run("reagent", args, out_dir)
+    judging = args.variant != "none"
+    rrm = common.load(args.rrm, device=args.device, dtype=args.dtype) if args.rrm and judging else None
     model, chat = load(world, args)
     first = chat.dialogue(opening(world, world.reset(seed=0)[0]))
     common.check(len(first) + args.max_new_tokens <= model.config.max_position_embeddings,
                  f"the first prompt has {len(first)} tokens and --max-new-tokens is {args.max_new_tokens}: "
                  f"beyond the model's context of {model.config.max_position_embeddings}")
     splits = [split for split in ("test", "ood") if split in world.splits]
-    judging = args.variant != "none"
-    rrm = None
     if judging:
-        rrm = common.load(args.rrm, device=args.device, dtype=args.dtype) if args.rrm else (copy.deepcopy(model), chat)
+        rrm = rrm or (copy.deepcopy(model), chat)
+        prompt = rrm[1].prompt(judge_messages(world, [world.observation]))
+        common.check(len(prompt) + args.judge_tokens <= rrm[0].config.max_position_embeddings,
+                     f"the judge's first prompt has {len(prompt)} tokens and --judge-tokens is {args.judge_tokens}: "
+                     f"beyond its context of {rrm[0].config.max_position_embeddings}")
     state = State(args, world, chat, model, rrm)
 
     def evaluations():
@@ -633,14 +645,15 @@ def main():
     annotated = isinstance(world, envs.Search)
     judged = trajectories(args, "train", args.judged, "judged") if judging and not args.rrm else []
     held_out = trajectories(args, "test", 200 if not args.quick else 16, "held out") if judging and annotated else []
+    cold = args.cold_start if args.variant != "C" else 0  # C is frozen from the start
     correct = [{"history": [text for pair in itertools.zip_longest(e["observations"], e["actions"]) for text in pair if text]} for e in (
-        envs.run_episode(world, envs.expert_player, args.seed * 1_000_000_007 + 500_000_000 + i) for i in range(args.cold_start))]
+        envs.run_episode(world, envs.expert_player, args.seed * 1_000_000_007 + 500_000_000 + i) for i in range(cold))]
     plan = plan_of(args, judged, correct)
     print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; updates: "
           f"{', '.join(f'{n} {phase}' for phase, n in Counter(phase for phase, *_ in plan).items())}; a step plays "
           f"{args.batch_size // args.group_size} questions x {args.group_size}{' x 2' if args.variant == 'U' else ''} attempts")
 
-    totals, seconds, done, judge_quality, after = Counter(), Counter(), 0, {}, None
+    totals, seconds, done, judge_quality = Counter(), Counter(), 0, {}
     if saved := run.resume():
         model.load_state_dict(saved["model"])
         if rrm:
@@ -658,10 +671,11 @@ def main():
         learner = rrm[0] if phase.startswith("judge") else model
         if step == 1 or state.optimizer is None:
             state.optimizer = torch.optim.AdamW(learner.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-            state.reference = copy.deepcopy(learner)
+            state.reference = copy.deepcopy(learner) if args.kl else None
             if step > 1:  # resumed within a phase
                 state.optimizer.load_state_dict(saved["optimizer"])
-                state.reference.load_state_dict(saved["reference"])
+                if args.kl:
+                    state.reference.load_state_dict(saved["reference"])
         for group in state.optimizer.param_groups:
             group["lr"] = args.lr * min(1, step / 5)
         metrics = PHASES[phase](state, batch, (phase, step))
@@ -685,9 +699,9 @@ def main():
         run.write_rollouts([{"step": done, **e} for e in played])
         bar.set_postfix({"phase": phase} | {key: f"{metrics[key]:.2f}" for key in ("loss", "success") if key in metrics})
         if done % args.save_every == 0 or done == len(plan) or run.stopping:
-            run.save({"model": model.state_dict(), "rrm": rrm and rrm[0].state_dict(), "reference": state.reference.state_dict(),
-                      "optimizer": state.optimizer.state_dict(), "done": done, "totals": dict(totals), "seconds": dict(seconds),
-                      "before": before, "before_episode": before_episode, "judge_quality": judge_quality})
+            run.save({"model": model.state_dict(), "rrm": rrm and rrm[0].state_dict(), "optimizer": state.optimizer.state_dict(),
+                      "reference": state.reference and state.reference.state_dict(), "done": done, "totals": dict(totals),
+                      "seconds": dict(seconds), "before": before, "before_episode": before_episode, "judge_quality": judge_quality})
         if run.stopping:
             sys.exit(run.stopping)
 
@@ -701,7 +715,7 @@ def main():
                 **{f"{when}_{split}": score(found[split]) for split in splits[1:]
                    for when, found in (("before", before), ("after", after))},
                 **{name: {"success": value, "se": se} for name, (value, se) in ends.items()},
-                "watched": {"before": before, "after": after}, "judge": judge_quality, "cold_start": args.cold_start,
+                "watched": {"before": before, "after": after}, "judge": judge_quality, "cold_start": len(correct),
                 "train_episodes": totals["episodes"], "env_steps": totals["env_steps"], "generated_tokens": totals["tokens"],
                 "gradient_steps": totals["gradient_steps"], "seconds": round(sum(seconds.values()), 1),
                 "peak_memory_bytes": common.peak_memory_bytes(args.device), "device": common.device_name(args.device),

@@ -163,7 +163,7 @@ def rollout(model, chat, args, split, seeds, *, guided, temperature, stream, fir
     for world in worlds:
         world.close()
     for i, e in enumerate(episodes):
-        e["ids"], e["mask"], e["logprob"] = dialogues.ids[i], dialogues.mask[i], sum(dialogues.logprobs[i])
+        e["ids"], e["mask"], e["logprob"] = dialogues.sampled(i)
     return episodes
 
 

@@ -19,6 +19,7 @@ import torch
 import common
 import envs
 import nlac
+import self_guide
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
@@ -493,5 +494,5 @@ def test_experiments_names_every_run_once_and_skips_what_is_finished(results, tm
     for line in told:  # every command can be parsed
         script, *flags = line.split()[2:]
         module = {"nlac.py": nlac, "docs/ppo.py": ppo, "docs/nlql.py": nlql, "docs/ceiling.py": ceiling,
-                  "docs/self_distillation.py": self_distillation}[script]
+                  "docs/self_distillation.py": self_distillation, "self_guide.py": self_guide}[script]
         assert dataclasses.is_dataclass(common.parse_args(module.Args, flags))

@@ -32,11 +32,12 @@ ENV = "repair"
 ROOT = Path(sg.__file__).parent
 WORLD = envs.make(ENV)
 SMALL = (  # of the tiny model that --quick builds too; taught little, it writes unreadable things now and then
-    f"--env {ENV} --model tiny --examples 600 --steps 4 --batch-size 8 --micro-batch-size 4 --group-size 4 --eval-episodes 4 "
+    f"--env {ENV} --model tiny --examples 600 --steps 4 --batch-size 8 --micro-batch-size 4 --group-size 4 --updates 1 --eval-episodes 4 "
     "--eval-every 2 --save-every 2 --max-new-tokens 20"
 )
 ARGS = dataclasses.replace(
-    sg.Args(), env=ENV, model="tiny", examples=600, max_new_tokens=20, batch_size=8, group_size=4, micro_batch_size=4, updates=1, kl=0.0
+    sg.Args(), env=ENV, model="tiny", examples=600, max_new_tokens=20, batch_size=8, group_size=4, micro_batch_size=4, updates=1, kl=0.0,
+    temperature=1.0,
 )
 
 
@@ -527,8 +528,8 @@ def rates_differ(a, b):
 def test_warm_up_ratings_are_negative_where_nothing_happened_and_else_know_nothing(taught):
     world, examples = taught
     by_outcome, after, count = defaultdict(list), Counter(), 0
-    for messages, reply in examples:
-        dialogue = [*messages, {"role": "assistant", "content": reply}]
+    for dialogue in examples:
+        messages, reply = dialogue[:-1], dialogue[-1]["content"]
         guided = sg.GUIDED in messages[0]["content"]
         name = re.match(r"Shelf \d+\.", messages[1]["content"])[0]
         for asked, said in zip(dialogue[1::2], dialogue[2::2]):
@@ -546,7 +547,7 @@ def test_warm_up_ratings_are_negative_where_nothing_happened_and_else_know_nothi
             assert label != -1 or reply in possible
             count += label != -1 and reply not in possible
     assert count > 50  # mistakes are in it
-    assert after["nothing", 0] == after["nothing", 1] == 0 and after["nothing", -1] > 100
+    assert after["nothing", 0] == after["nothing", 1] == 0 and after["nothing", -1] > 50
     total = sum(after["something", label] for label in (-1, 0, 1))
     for label in -1, 0, 1:
         assert abs(after["something", label] / total - 1 / 3) < 4 * math.sqrt(2 / 9 / total)
@@ -901,7 +902,7 @@ def bad_models(llama, tmp_path_factory):
     ("--eval-temperature -1", "--eval-temperature"), ("--eval-episodes 0", "--eval-episodes"), ("--eval-every 0", "--eval-every"),
     ("--save-every -1", "--save-every"), ("--seed -1", "--seed"), ("--group-size 0", "--group-size"), ("--group-size 1", "--group-size"),
     ("--group-size -4", "--group-size"), ("--batch-size 16 --group-size 3", "--group-size"), ("--updates 0", "--updates"),
-    ("--updates 3", "--updates"), ("--updates 16", "--updates"), ("--estimator ppo", "--estimator"), ("--clip -0.1", "--clip"),
+    ("--updates 3", "--updates"), ("--updates 32", "--updates"), ("--estimator ppo", "--estimator"), ("--clip -0.1", "--clip"),
     ("--clip nan", "--clip"), ("--clip-high -1", "--clip-high"), ("--clip-high inf", "--clip-high"), ("--kl -1", "--kl"),
     ("--kl nan", "--kl"), ("--resample -1", "--resample"), ("--guide maybe", "--guide"), ("--trust blind", "--trust"),
     ("--trust-points 0.4 0.5 0.7", "--trust-points"), ("--trust-points 0.4 0.5 0.7 0.8 0.9", "--trust-points"),

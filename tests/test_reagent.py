@@ -1,0 +1,1020 @@
+"""reagent.py: parsers, judge, advantages, loss, masks, what may leak, warm-up, whole runs, variants, bad input, kills and resume."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import envs
+import reagent as ra
+
+torch.set_num_threads(1)
+ROOT = Path(ra.__file__).parent
+WORLD = envs.make("search")
+SMALL = (  # 2 updates of the judge's SFT, 1 of its GRPO, 2 of the cold start, 2 of learning: checkpoints stand in the middle of phases
+    "--model tiny:32x1 --examples 60 --steps 2 --batch-size 8 --micro-batch-size 4 --group-size 4 --eval-episodes 2 --eval-every 1 "
+    "--save-every 2 --judged 16 --judge-steps 1 --judge-epochs 1 --cold-start 4 --cold-epochs 1 --max-new-tokens 12 --judge-tokens 32 "
+    "--kl 0.01"
+)
+STEPS = ["judge-sft"] * 2 + ["judge-grpo"] + ["cold-start"] * 2 + ["learn"] * 2
+ARGS = dataclasses.replace(ra.Args(), model="tiny:32x1", examples=60, max_new_tokens=12, judge_tokens=32, batch_size=8, group_size=4,
+                           micro_batch_size=4, updates=1, kl=0.0)  # fmt: skip
+GOOD = "<think>No flaw.</think>\n<critique>Go on like this.</critique>\n<score>0.5</score>"
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def everything_under(path):
+    return {p.relative_to(path): p.read_bytes() if p.is_file() else None for p in Path(path).rglob("*")}
+
+
+# -------------------------------------------------------------------------------------------------------- what is parsed
+
+
+def blocks(score, think="t", critique="c"):
+    return f"<think>{think}</think>\n<critique>{critique}</critique>\n<score>{score}</score>"
+
+
+@pytest.mark.parametrize("text, score", [
+    (blocks("0.7"), 0.7), (blocks("0"), 0), (blocks("1"), 1), (blocks("1.0"), 1), (blocks(" 0.25\n"), 0.25), (f" {GOOD}\n\n", 0.5),
+    (blocks("1.01"), None), (blocks("2"), None), (blocks("-0.1"), None), (blocks("nan"), None), (blocks("inf"), None),
+    (blocks("1e-3"), None), (blocks("9" * 400), None), (blocks("0." + "1" * 400), None), (blocks(".5"), None), (blocks("0.5/1"), None),
+    (blocks("1.5"), None), (blocks("\u0661"), None), (blocks("0.\u0665"), None), (blocks(""), None), (blocks("high"), None),
+    ("", None), ("0.5", None), (GOOD.replace("<think>No flaw.</think>\n", ""), None), (GOOD.replace("</score>", ""), None),
+    (GOOD.replace("<critique>Go on like this.</critique>\n", ""), None), (GOOD.split("<score>")[0], None), (GOOD + " Well.", None),
+    ("Well. " + GOOD, None), (GOOD + GOOD, None), (blocks("0.5", critique="a</critique><critique>b"), None),
+    (blocks("0.5", critique="a <score>1</score>"), None), (GOOD.replace("score", "Score"), None),
+    ("<score>1</score><think>t</think><critique>c</critique>", None), (f"<think>a thinking model's own</think>\n\n{GOOD}", 0.5),
+])  # fmt: skip
+def test_parse_judgement(text, score):
+    found = ra.parse_judgement(text)
+    assert (found and found["score"]) == score and (found is None or set(found) == {"think", "critique", "score"})
+
+
+def test_parse_judgement_keeps_the_words():
+    assert ra.parse_judgement(blocks("0.2", " a\nb ", "\nDo it again. ")) == {"think": "a\nb", "critique": "Do it again.", "score": 0.2}
+    assert ra.parse_judgement(f"<think>native</think>{GOOD}")["think"] == "No flaw."
+    assert ra.parse_judgement(blocks("1", "", ""))["critique"] == ""
+
+
+TAGS = [f"<{slash}{name}>" for name in ("think", "critique", "score") for slash in ("", "/")]
+PIECES = st.sampled_from([
+    *TAGS, "".join(TAGS[:4]), "".join(TAGS[:4]) + "<score>", "0.5", "1", "0", "1.0000001", "-1", "nan", "1e999", "9" * 50, "\u0663", "\n",
+    "\x85", "\u2028", " ", "\x00", "\ud800", "\U0001f600", "<", "think", "Go on like this.", "{critique}", "<|im_end|>",
+])  # fmt: skip
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+@given(st.one_of(st.text(max_size=40), st.lists(PIECES, max_size=9).map("".join),
+                 st.tuples(*[st.one_of(PIECES, st.text(max_size=5), st.floats().map(str))] * 3).map(lambda x: blocks(*x))))  # fmt: skip
+def test_no_string_upsets_a_parser(text):
+    found = ra.parse_judgement(text)
+    if found is not None:
+        assert 0 <= found["score"] <= 1 and all(tag not in found["think"] + found["critique"] for tag in TAGS)
+        assert text.count("<critique>") == text.count("<score>") == 1
+    assert 0 <= ra.judge_reward(text, GOOD) <= 1 and (ra.judge_reward(text, GOOD) == 0 or found)
+    assert ra.transcript(["a", text, "b"]).startswith(">") and "b" not in ra.transcript(["a", text.replace("b", ""), "b"])
+    assert WORLD.system == ra.opening(WORLD, text, (["a", text, "b"], text))[0]["content"]
+
+
+@pytest.mark.parametrize("unit", ["<think>", "</think><critique>", "</think><critique></critique>", "<think></think>", " ", "\n", "a", "0",
+                                  "</critique> ", "<score>0.5</score>"])  # fmt: skip
+def test_megabytes_take_bounded_time(unit):
+    text, start = unit * (500_000 // len(unit)), time.process_time()
+    for long in text, "<think>" + text, "<think>a</think><critique>" + text, GOOD.replace("</score>", text):
+        ra.parse_judgement(long)
+    assert time.process_time() - start < 5
+
+
+def test_transcript_by_hand():
+    history = ["Who? 8 turns left.", "<think>hm</think>go", "A. 7 turns left.", " stop ", "That is it. You win after 2 turns."]
+    assert ra.transcript(history) == "> go\nA. 7 turns left.\n> stop"  # how it ended is not in it
+    assert ra.transcript(history[:3]) == "> go" and ra.transcript(history[:1]) == ""
+    system, user = ra.judge_messages(WORLD, history)
+    assert user["content"] == "Who? 8 turns left.\n> go\nA. 7 turns left.\n> stop" and ra.JUDGE in system["content"]
+
+
+# --------------------------------------------------------------------------------------------------- the judge's training
+
+
+def test_annotate_by_hand():
+    assert ra.annotate([]) == "<think>No flaw.</think>\n<critique>Go on like this.</critique>\n<score>1.0</score>"
+    for n in range(len(ra.COSTS) + 1):
+        for flaws in itertools.combinations(ra.COSTS, n):
+            found = ra.parse_judgement(ra.annotate(flaws))
+            assert found["score"] == pytest.approx(max(0, 1 - sum(ra.COSTS[flaw] for flaw in flaws)), abs=1e-9)
+            assert [advice in found["critique"] for advice in ra.ADVICE.values()] == [flaw in flaws for flaw in ra.ADVICE]
+            assert all(flaw in found["think"] for flaw in flaws)
+    assert set(ra.COSTS) == set(ra.ADVICE) and set(envs.FLAWS) - set(ra.COSTS) == {"lucky answer"}  # that one is told by the outcome
+
+
+def test_the_annotator_sees_neither_outcome_nor_answer(monkeypatch):
+    """All right answers are exchanged: what the players then say and what is annotated stays the same, though nobody wins."""
+    seen, flaws = [], envs.search_flaws
+    monkeypatch.setattr(envs, "search_flaws", lambda question, steps, **rest: seen.append((question, str(steps), rest)) or flaws(
+        question, steps, **rest))
+    found = ra.trajectories(ARGS, "train", 40, "x")
+    assert all(not rest for *_, rest in seen)  # the outcome is an option of search_flaws
+    begin = envs.Search.begin
+    monkeypatch.setattr(envs.Search, "begin", lambda self, *a: [begin(self, *a), vars(self).update(gold="Zyx Quux")][0])
+    other = ra.trajectories(ARGS, "train", 40, "x")
+    assert [e["flaws"] for e in found] == [e["flaws"] for e in other] and "Zyx" not in str(other)
+    assert any(e["won"] for e in found) and not any(e["won"] for e in other)
+    assert [ra.judge_messages(WORLD, e["history"]) for e in found] == [ra.judge_messages(WORLD, e["history"]) for e in other]
+    assert len({tuple(e["flaws"]) for e in found}) > 4 and [] in [e["flaws"] for e in found]
+    assert {e["history"][0] for e in found}.isdisjoint(e["history"][0] for e in ra.trajectories(ARGS, "test", 40, "x"))
+    for e in found:
+        assert ("no answer" in e["flaws"]) == (envs.read_call(e["history"][-2])[0] != "answer")
+
+
+def test_judge_reward_by_hand():
+    assert ra.judge_reward(blocks("0.3"), GOOD) == pytest.approx(0.8) and ra.judge_reward(blocks("0.5", "x", "y"), GOOD) == 1
+    assert ra.judge_reward(blocks("1"), blocks("0")) == 0 == ra.judge_reward("garbage", GOOD) == ra.judge_reward(blocks("nan"), GOOD)
+
+
+def test_auc_by_hand():
+    assert ra.auc([0.9, 0.1], [True, False]) == 1 and ra.auc([0.9, 0.1], [0, 1]) == 0 and ra.auc([0.5, 0.5], [0, 1]) == 0.5
+    assert ra.auc([0.8, 0.4, 0.4, 0.2], [1, 1, 0, 0]) == pytest.approx(3.5 / 4)
+    assert ra.auc([1, 2], [1, 1]) is None is ra.auc([], [])
+
+
+def test_watch_judge_by_hand(monkeypatch):
+    scores = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 0.55]
+    monkeypatch.setattr(ra, "judge", lambda rrm, world, args, histories, stream: [{"score": s, "parsed": s > 0} for s in scores])
+    flaws = [["no answer"], [], [], [], [], [], ["repeated call"]]
+    found = ra.watch_judge(None, None, ARGS, [{"history": [], "flaws": f, "won": i > 3} for i, f in enumerate(flaws)])
+    assert found["calibration"] == [[1, 0.0], [1, 0.0], [2, 0.5], [1, 0.0], [2, 1.0]]  # each score in one fifth
+    assert found["parsed"] == 6 / 7 and found["auc_process"] == pytest.approx(8 / 10) and found["auc_outcome"] == pytest.approx(11 / 12)
+    assert found["error"] == pytest.approx((0.5 + 0.8 + 0.6 + 0.4 + 0.2 + 0 + 0.25) / 7)
+
+
+# -------------------------------------------------------------------------------------------------- advantages and loss
+
+
+def test_pooled_advantages_by_hand():
+    first, second = [0.0, 1.0, 0.3, 0.3], [1.0, 1.0, 1.3, 0.3]  # two questions, G = 2
+    pooled = ra.interleaved(first, second, 2)
+    assert pooled == [0.0, 1.0, 1.0, 1.0, 0.3, 0.3, 1.3, 0.3]
+    # joint: 0 1 1 1 has mean 0.75 and deviation 0.5; .3 .3 1.3 .3 has mean 0.55 and deviation 0.5
+    assert ra.group_advantages(pooled, 4) == pytest.approx([-1.5, 0.5, 0.5, 0.5, -0.5, -0.5, 1.5, -0.5], abs=1e-5)
+    half = 0.5**0.5  # separate: each pair by itself, nothing where both are equal
+    assert ra.group_advantages(pooled, 2) == pytest.approx([-half, half, 0, 0, 0, 0, half, -half], abs=1e-5)
+    assert ra.without_spread(pooled, 4) == 0 and ra.without_spread(pooled, 2) == 2
+    assert ra.group_advantages([0.1] * 8, 8) == [0.0] * 8  # exactly
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.integers(2, 5), st.integers(1, 4), st.data())
+def test_pools_against_another_derivation(size, questions, data):
+    count = size * questions
+    first, second = ([data.draw(st.floats(0, 1.3)) for _ in range(count)] for _ in range(2))
+    order = ra.interleaved(list(range(count)), list(range(count, 2 * count)), size)
+    assert sorted(order) == list(range(2 * count)) and ra.interleaved(first, [], size) == first
+    assert [i % count // size for i in order] == [q for q in range(questions) for _ in range(2 * size)]
+    assert all(i < count for q in range(questions) for i in order[2 * q * size : (2 * q + 1) * size])  # first attempts before second ones
+    returns = ra.interleaved(first, second, size)
+    for pool in 2 * size, size:
+        found = ra.group_advantages(returns, pool)
+        for g in range(0, 2 * count, pool):
+            group = returns[g : g + pool]
+            mean = math.fsum(group) / pool
+            std = math.sqrt(math.fsum((x - mean) ** 2 for x in group) / (pool - 1))
+            by_hand = [(x - mean) / (std + 1e-6) if max(group) > min(group) else 0 for x in group]
+            assert found[g : g + pool] == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_rewards_by_hand():
+    episodes, judged = [{"score": 1.0}, {"score": 0.4}, {"score": 0.0}], [{"score": 0.5}, {"score": 1.0}, {"score": 0.0}]
+    assert ra.attempt_rewards(ra.Args(), episodes, judged) == pytest.approx([1.15, 0.7, 0.0])  # not a mix: 1 + 0.3 * 0.5
+    assert ra.attempt_rewards(ra.Args(), episodes, None) == [1.0, 0.4, 0.0] and ra.attempt_rewards(ra.Args(), [], []) == []
+    nothing = dataclasses.replace(ra.Args(), score_weight=0.0)
+    assert ra.attempt_rewards(nothing, episodes, judged) == ra.attempt_rewards(ra.Args(), episodes, None)
+
+
+def test_loss_by_hand():
+    def t(*rows):
+        return torch.tensor(rows, dtype=torch.float64)
+
+    ratio, zero = t([0.5, 0.9, 1.0, 1.25, 1.5]).log(), t([0.0] * 5)
+    torch.testing.assert_close(ra.surrogate(ratio, zero, t([2.0]), 0.2, 0.2), -t([1.0, 1.8, 2.0, 2.4, 2.4]))
+    torch.testing.assert_close(ra.surrogate(ratio, zero, t([-2.0]), 0.2, 0.2), t([1.6, 1.8, 2.0, 2.5, 3.0]))
+    torch.testing.assert_close(ra.surrogate(ratio, zero, t([2.0]), 0.2, 0.34), -t([1.0, 1.8, 2.0, 2.5, 2.68]))
+    torch.testing.assert_close(ra.kl_estimate(t([0, 0, 0]), t([2.0, 1.0, 0.5]).log()), t([1 - math.log(2), 0, math.log(2) - 0.5]))
+    mask = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])  # the last: no room for a reply
+    torch.testing.assert_close(ra.token_weights(mask, 4), t([0, 0.125, 0.125, 0], [0.25, 0, 0, 0], [0] * 4).float())
+
+
+PAD = SimpleNamespace(pad=0)  # all that the loss needs of a chat
+WORDS = 5
+
+
+class Bigram(torch.nn.Module):
+    """p(next | last) = softmax of a row: losses and gradients can be worked out by hand."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.tensor(table, dtype=torch.float32))
+
+    def forward(self, input_ids, attention_mask, position_ids, use_cache):
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def derived(table, reference, episodes, advantages, args, lr):
+    """The same steps in float64, token by token, from the paper's formula: mean over attempts of the mean over their own tokens."""
+    def logp(table, e):
+        rows = torch.log_softmax(table[torch.tensor(e["ids"][:-1])] / args.temperature, -1)
+        return {t: rows[t - 1, e["ids"][t]] for t in range(1, len(e["ids"])) if e["mask"][t]}
+
+    table, reference = (torch.tensor(x, dtype=torch.float32).double() for x in (table, reference))
+    old, ref = [[logp(x, e) for e in episodes] for x in (table, reference)]
+    share, losses, norms, kls, outside = len(episodes) // args.updates, [], [], [], []
+    for u in range(args.updates):
+        theta, loss = table.clone().requires_grad_(), 0
+        for i in range(u * share, (u + 1) * share):
+            own = []
+            for t, lp in logp(theta, episodes[i]).items():
+                r, A, q = (lp - old[i][t]).exp(), advantages[i], ref[i][t] - lp
+                objective = min(r * A, min(max(r, 1 - args.clip), 1 + args.clip_high) * A, key=float)
+                own.append(args.kl * (q.exp() - q - 1) - objective)
+                kls.append(float(q.exp() - q - 1))
+                outside.append(not 1 - args.clip <= float(r) <= 1 + args.clip_high)
+            loss = loss + sum(own) / len(own) / share
+        g, = torch.autograd.grad(loss, theta) if loss.requires_grad else (torch.zeros_like(theta),)
+        norms.append(float(g.norm()))
+        losses.append(float(loss))
+        table = (theta - lr * g * min(1, 1 / (norms[-1] + 1e-6))).detach()
+    mean = lambda x: sum(x) / len(x)  # noqa: E731
+    return table, dict(loss=mean(losses), kl=mean(kls) if args.kl else 0, clipped=mean(outside), grad_norm=mean(norms))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 10**6), st.sampled_from([(0.2, 0.34), (0.02, 0.05), (0.1, 0.1)]), st.sampled_from([0.0, 0.3]),
+       st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3, 100]), st.sampled_from([1.0, 0.7]))  # fmt: skip
+def test_loss_and_gradient_against_another_derivation(seed, clips, kl, updates, micro, temperature):
+    rng = random.Random(seed)
+    table, reference = [[[rng.gauss(0, 1) for _ in range(WORDS)] for _ in range(WORDS)] for _ in range(2)]
+    episodes = []
+    for _ in range(6):
+        length = rng.randrange(2, 9)
+        mask = [0, *(rng.randrange(2) for _ in range(length - 2)), 1]
+        episodes.append(dict(ids=[rng.randrange(WORDS) for _ in range(length)], mask=mask, logprob=0.0))
+    advantages = [rng.choice([0.0, rng.gauss(0, 1)]) for _ in episodes]
+    args = dataclasses.replace(ARGS, clip=clips[0], clip_high=clips[1], kl=kl, updates=updates, micro_batch_size=micro,
+                               temperature=temperature)  # fmt: skip
+    model = Bigram(table)
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+    metrics = ra.update(model, Bigram(reference) if kl else None, PAD, args, optimizer, episodes, advantages)
+    expected, numbers = derived(table, reference, episodes, advantages, args, 2.0)
+    torch.testing.assert_close(model.table.detach().double(), expected, atol=2e-4, rtol=1e-4)
+    for name, value in numbers.items():
+        assert metrics[name] == pytest.approx(value, abs=2e-4), name
+    assert updates > 1 or metrics["clipped"] == 0
+
+
+# ------------------------------------------------------------------------------------------------- a tiny model's attempts
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """One cache of tiny models for all tests of this file."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny(home):
+    """(model, chat): shared, so do not train it; `trained` copies it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        return ra.load(WORLD, ARGS)
+
+
+CRITIQUES = ["Read every page that the question needs before you answer.", "", "Mind the {braces} <|im_end|>.", "Go on like this."] * 2
+
+
+def play(tiny, seeds, before=None, args=ARGS, **settings):
+    return ra.rollout(*tiny, args, "train", seeds, **dict(temperature=args.temperature, stream=("test",), before=before) | settings)
+
+
+@pytest.fixture(scope="session")
+def attempts(tiny):
+    """(first, second): two questions, four attempts at each, and as many second ones."""
+    seeds = [0] * 4 + [1] * 4
+    first = play(tiny, seeds)
+    return first, play(tiny, seeds, [(e["history"], c) for e, c in zip(first, CRITIQUES)], stream=("test", 2))
+
+
+@pytest.fixture(scope="session")
+def batch(attempts):
+    return ra.interleaved(*attempts, 4)
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def trained(tiny, episodes, advantages, **settings):
+    """(flat weights after one update by plain gradient descent, its metrics)"""
+    model, args = copy.deepcopy(tiny[0]), dataclasses.replace(ARGS, **settings)
+    metrics = ra.update(model, tiny[0], tiny[1], args, torch.optim.SGD(model.parameters(), lr=1.0), episodes, advantages)
+    return flat(model), metrics
+
+
+ADVANTAGES = [1.0, -0.5, 0.25, -0.75, 0.3, 0.6, -1.2, 0.3, 1.5, -0.2, 0.4, 0.1, -0.9, 0.3, 0.2, 0.8]
+
+
+@pytest.mark.parametrize("settings", [dict(kl=0.1), dict(updates=2, clip=0.01, kl=0.1)])
+def test_the_step_does_not_depend_on_the_micro_batch(tiny, batch, settings):
+    (whole, metrics), *others = [trained(tiny, batch, ADVANTAGES, micro_batch_size=size, **settings) for size in (16, 1, 3)]
+    moved = (whole - flat(tiny[0])).norm()
+    assert moved > 0.001
+    for weights, numbers in others:
+        assert (weights - whole).norm() < 1e-3 * moved
+        assert numbers == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+
+
+def test_before_the_first_update_the_ratio_is_one_in_each_attempts_own_context(tiny, batch, attempts):
+    _, metrics = trained(tiny, batch, ADVANTAGES, kl=0.5)
+    assert metrics["clipped"] == 0 and metrics["loss"] == pytest.approx(-sum(ADVANTAGES) / 16, abs=1e-5)
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6) and abs(metrics["logprob_gap"]) < 1e-4
+    old = ra.old_logprobs(*tiny, ARGS, batch)
+    assert [row.sum().item() for row in old] == pytest.approx([e["logprob"] for e in batch], abs=1e-3)  # what decoding saw
+    bare = []
+    for e in attempts[1]:  # without the first attempt and the critique the second ones would have other likelihoods
+        prompt, start = tiny[1].dialogue(ra.opening(WORLD, e["history"][0])), e["mask"].index(1)
+        bare.append(e | {"ids": prompt + e["ids"][start:], "mask": [0] * len(prompt) + e["mask"][start:]})
+    other = ra.old_logprobs(*tiny, ARGS, bare)
+    assert sum(abs(row.sum().item() - e["logprob"]) > 1e-2 for row, e in zip(other, attempts[1])) >= 6
+
+
+def test_equal_rewards_teach_exactly_nothing(tiny, batch):
+    weights, metrics = trained(tiny, batch, ra.group_advantages([0.3] * 8 + [1.3] * 8, 8), updates=2)
+    assert torch.equal(weights, flat(tiny[0])) and metrics["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("limit", [3, 12])
+def test_the_mask_is_what_was_sampled(tiny, limit):
+    """Rebuilt from the texts. 0: prompts, a first attempt in them or not, tool outputs, forced ends; 1: replies and their own ends."""
+    chat, args, cut = tiny[1], dataclasses.replace(ARGS, max_new_tokens=limit), 0
+    first = play(tiny, range(4), args=args)
+    before = [(e["history"], critique) for e, critique in zip(first, CRITIQUES)]
+    for e, b in [*zip(first, [None] * 4), *zip(play(tiny, range(4), before, args=args), before)]:
+        assert len(e["ids"]) == len(e["mask"]) and set(e["mask"]) == {0, 1} and not e["truncated"]
+        position, given = 0, chat.dialogue(ra.opening(WORLD, e["history"][0], b))
+        for t, reply in enumerate(e["history"][1::2]):
+            assert e["ids"][position : position + len(given)] == given and not any(e["mask"][position : position + len(given)])
+            position += len(given)
+            rest = e["ids"][position : position + limit]
+            length = next((n + 1 for n, id in enumerate(rest) if id in chat.eos), limit)
+            assert all(e["mask"][position : position + length]) and chat.decode(rest[:length]) == reply
+            position += length
+            forced = [] if rest[length - 1] in chat.eos else chat.eos[:1]
+            cut += bool(forced)
+            given = forced + (chat.turn(e["history"][2 * t + 2]) if t + 1 < len(e["valid"]) else [])
+        assert e["ids"][position:] == given and not any(e["mask"][position:])
+    assert cut or limit == 12
+
+
+def test_the_second_attempt_is_told_of_the_first(tiny, attempts):
+    for one, two, critique in zip(*attempts, CRITIQUES):
+        system, user = ra.opening(WORLD, one["history"][0], (one["history"], critique))
+        assert system == {"role": "system", "content": WORLD.system} and one["history"][0] == two["history"][0]
+        assert user["content"].startswith(one["history"][0]) and ra.transcript(one["history"]) in user["content"]
+        assert f"A reviewer says: {critique or 'nothing.'}" in user["content"]
+        assert one["history"][-1] not in user["content"]
+        prompt = tiny[1].dialogue([system, user])
+        assert two["ids"][: len(prompt)] == prompt and not any(two["mask"][: len(prompt)])
+    assert ra.opening(WORLD, "Who?") == [{"role": "system", "content": WORLD.system}, {"role": "user", "content": "Who?"}]
+
+
+def test_attempts_do_not_depend_on_their_batch(tiny):
+    texts = lambda episodes: [(e["history"], e["ids"], e["mask"]) for e in episodes]  # noqa: E731
+    whole = play(tiny, [5, 5, 6, 6])
+    assert texts(whole) == texts(play(tiny, [5, 5, 6, 6])) and texts(play(tiny, [5, 5, 6])) == texts(whole[:3])
+    assert texts(play(tiny, [6, 6], first=2)) == texts(whole[2:]) and texts(play(tiny, [5, 5, 6, 6], stream=("x",))) != texts(whole)
+    assert whole[0]["history"] != whole[1]["history"] and whole[0]["history"][0] == whole[1]["history"][0] != whole[2]["history"][0]
+
+
+def test_no_room_for_a_second_attempt(tiny, attempts):
+    model, first = copy.deepcopy(tiny[0]), attempts[0]
+    prompts = [len(tiny[1].dialogue(ra.opening(WORLD, e["history"][0], (e["history"], "x")))) for e in first]
+    model.config.max_position_embeddings = min(prompts) + ARGS.max_new_tokens
+    second = play((model, tiny[1]), [0] * 4 + [1] * 4, [(e["history"], "x") for e in first])
+    for e, length in zip(second, prompts):
+        assert len(e["ids"]) >= length and (length == min(prompts) or e["truncated"] and len(e["history"]) == 1 and not any(e["mask"]))
+    assert ra.watch(second)["truncated"] >= 6
+    weights, metrics = trained(tiny, second[:-1] + first[:1], ADVANTAGES[:8])  # what has no tokens has no gradient
+    assert math.isfinite(metrics["loss"]) and not torch.isnan(weights).any()
+
+
+# --------------------------------------------------------------------------------------------- the judge at work, and leaks
+
+
+class Puppet:
+    """Stands where `common.generate` does, for the judge: notes what it was asked."""
+
+    def __init__(self, *texts):
+        self.texts, self.calls = texts, []
+
+    def __call__(self, model, chat, prompts, *, max_new_tokens, temperature, seeds, samples=1, rows=None):
+        assert len(seeds) == len(set(seeds)) == len(prompts) * samples
+        self.calls.append(([chat.tokenizer.decode(ids) for ids in prompts], temperature, seeds))
+        texts = [self.texts[min(len(self.calls), len(self.texts)) - 1]] * len(seeds)
+        texts = [text(prompt) if callable(text) else text for text, prompt in zip(texts, self.calls[-1][0])]
+        return common.Replies([chat.encode(text) or [0] for text in texts], [[0.0]] * len(texts), texts, [True] * len(texts))
+
+
+JUDGE = ra.judge
+HISTORIES = [["Who wrote A? 8 turns left.", "x", "Nothing. 7 turns left."], ["Who wrote B? 8 turns left.", "y", "Nothing. 7 turns left."]]
+EMPTY = {"think": "", "critique": "", "score": 0.0, "parsed": False}
+
+
+@pytest.mark.parametrize("retries", [0, 1, 2])
+def test_an_unreadable_judgement_is_retried_then_zero_and_empty(tiny, monkeypatch, retries):
+    puppet = Puppet(lambda prompt: GOOD if "wrote A" in prompt else "garbage", "<score>1</score>", blocks("0.1"))
+    monkeypatch.setattr(common, "generate", puppet)
+    a, b = ra.judge(tiny, WORLD, dataclasses.replace(ARGS, judge_retries=retries), HISTORIES, ("s",))
+    assert a == {"think": "No flaw.", "critique": "Go on like this.", "score": 0.5, "parsed": True}
+    assert b == (EMPTY if retries < 2 else {"think": "t", "critique": "c", "score": 0.1, "parsed": True})
+    assert [len(prompts) for prompts, *_ in puppet.calls] == [2, 1, 1][: 1 + retries]
+    assert [temperature for _, temperature, _ in puppet.calls] == [0.0, ARGS.temperature, ARGS.temperature][: 1 + retries]
+    assert len({seed for *_, seeds in puppet.calls for seed in seeds}) == 2 + retries
+
+
+def test_a_transcript_beyond_the_judges_context_is_not_readable(tiny, monkeypatch):
+    puppet, model = Puppet(GOOD), copy.deepcopy(tiny[0])
+    monkeypatch.setattr(common, "generate", puppet)
+    model.config.max_position_embeddings = len(tiny[1].prompt(ra.judge_messages(WORLD, HISTORIES[0]))) + ARGS.judge_tokens
+    long = [HISTORIES[0][0], "x", "word " * 50, "y", "."]
+    assert [j["parsed"] for j in ra.judge((model, tiny[1]), WORLD, ARGS, [HISTORIES[0], long], ("s",))] == [True, False]
+
+
+@pytest.mark.parametrize("kind", ["chain", "difference"])
+def test_no_prompt_depends_on_the_right_answer(tiny, monkeypatch, kind):
+    """The expert's calls are played against two worlds that differ in the right answer alone: one is won, the other is lost."""
+    seed = next(s for s in range(100) if (WORLD.reset(seed=s)[0].startswith("How many years after")) == (kind == "difference"))
+    script = envs.run_episode(WORLD, envs.expert_player, seed)["actions"]
+
+    def scripted(dialogues, rows, *, max_new_tokens, temperature, seeds):
+        texts = [script[sum(dialogues.mask[row][i : i + 2] == [1, 0] for i in range(len(dialogues.mask[row])))] for row in rows]
+        for row, text in zip(rows, texts):
+            dialogues._append(row, tiny[1].reply(text), 1)
+        return texts
+
+    said, begin, encode = {}, envs.Search.begin, common.Chat._encode_rendered
+    monkeypatch.setattr(common.Dialogues, "reply", scripted)
+    for gold in None, "Zyx Quux":
+        prompts, puppet = said.setdefault(gold, []), Puppet(GOOD)
+        monkeypatch.setattr(common, "generate", puppet)
+        monkeypatch.setattr(common.Chat, "_encode_rendered", lambda self, text, prompts=prompts: prompts.append(text) or encode(self, text))
+        if gold:
+            monkeypatch.setattr(envs.Search, "begin", lambda self, *a: [begin(self, *a), vars(self).update(gold="Zyx Quux")][0])
+        model = copy.deepcopy(tiny[0])
+        state = ra.State(dataclasses.replace(ARGS, batch_size=4), WORLD, tiny[1], model, tiny, torch.optim.SGD(model.parameters(), lr=0.1))
+        metrics = ra.learn(state, [seed], ("learn", 1))
+        assert metrics["success"] == metrics["second_success"] == (gold is None)
+        assert "Zyx" not in json.dumps(metrics["played"]) and metrics["leaks"] == 0
+        evaluated = dataclasses.replace(state, args=dataclasses.replace(ARGS, variant="C"))
+        monkeypatch.setattr(ra, "rollout", lambda m, c, a, split, seeds, r=ra.rollout, **k: r(m, c, a, "train", [seed] * len(seeds), **k))
+        assert ra.evaluate(evaluated, "test", 2)[0]["success"] == (gold is None)
+        prompts += [prompt for call in puppet.calls for prompt in call[0]]
+    assert said[None] == said["Zyx Quux"] and len(said[None]) > 10
+    assert not any("win" in text.split() or "did not" in text for text in said[None])
+
+
+def test_leaks_counts_critiques_that_name_the_answer():
+    WORLD.reset(seed=3, options={"split": "train"})
+    gold = WORLD.gold
+    episodes = [{"seed": 3, "split": "train"}] * 4
+    critiques = [f"It is {gold.upper()}.", "Go on like this.", "", f"x{gold}x"]
+    assert ra.leaks(ARGS, episodes, [{"critique": c} for c in critiques]) == 1 / 4
+    assert ra.leaks(dataclasses.replace(ARGS, env="repair"), episodes, [{"critique": c} for c in critiques]) == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- warm-up
+
+
+def test_the_warm_up_asks_no_expert_and_sees_train_alone(monkeypatch):
+    def asked(*_):
+        raise AssertionError("the warm-up asked an expert")
+
+    splits, reset = set(), envs.Search.reset
+    monkeypatch.setattr(envs.Search, "reset", lambda self, **k: splits.add(k["options"]["split"]) or reset(self, **k))
+    for name in "expert_player", "search_expert", "sloppy_player", "hasty_player", "guess_player", "search_flaws":
+        monkeypatch.setattr(envs, name, asked)
+    monkeypatch.setattr(envs.Search, "expert", asked)
+    begin, args = envs.Search.begin, dataclasses.replace(ARGS, examples=20)
+    examples = ra.warmup(envs.make("search"), args)
+    assert splits == {"train"} and examples == ra.warmup(envs.make("search"), args)  # the cache is named after it
+    judged = [e for e in examples if isinstance(e, tuple)]
+    dialogues = [e for e in examples if isinstance(e, list)]
+    assert len(judged) == 20 and len(dialogues) == 40 and sum("You have tried this before:" in e[1]["content"] for e in dialogues) == 20
+    assert all(ra.parse_judgement(reply) for _, reply in judged) and len({reply for _, reply in judged}) > 5
+    for e in dialogues:
+        assert [m["role"] for m in e[1:]] == ["user", "assistant"] * (len(e) // 2) and len(e) % 2
+        assert all(envs.read_call(m["content"])[0] for m in e[2::2])
+        if "before:" in e[1]["content"]:
+            question = e[1]["content"].split("\n")[0]
+            [first] = [d for d in dialogues if d[1]["content"] == question]  # the attempt before was at the same question
+            assert "\n".join(f"> {m['content']}" for m in first[2:3]) in e[1]["content"] and "A reviewer says: " in e[1]["content"]
+    monkeypatch.setattr(envs.Search, "begin", lambda self, *a: [begin(self, *a), vars(self).update(gold="Zyx Quux")][0])
+    assert ra.warmup(envs.make("search"), args) == examples  # nor does it depend on the right answers
+
+
+# ---------------------------------------------------------------------------------------------------- whole runs: set-up
+
+
+@pytest.fixture(scope="session")
+def environment(home, tiny):
+    return os.environ | {"XDG_CACHE_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                         "PYTHONPATH": str(ROOT)}  # fmt: skip
+
+
+def fewer(args, split, count, name, real=ra.trajectories):
+    """200 held-out trajectories would take most of these runs' time."""
+    return real(args, split, min(count, 16), name)
+
+
+# Importing torch takes seconds: one process does it and forks a child per run. `fault` is code that the child executes first.
+SERVER = """
+import json, os, signal, sys, traceback
+import torch
+torch.set_num_threads(1)
+import common, envs, reagent
+real, args = reagent.trajectories, reagent.Args(examples=60)
+reagent.warmup(envs.make("search"), args), real(args, "test", 16, "held out")  # the encyclopedias are cached
+reagent.trajectories = lambda args, split, count, name: real(args, split, min(count, 16), name)  # of 200 held-out ones
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            for number, name in (1, "stdout"), (2, "stderr"):
+                os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.chdir(job["cwd"])
+            sys.argv = ["reagent.py", *job["argv"]]
+            exec(job["fault"], {"common": common, "reagent": reagent, "os": os, "signal": signal})
+            reagent.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def ra_run(environment, tmp_path_factory):
+    """ra_run("--flags ...", cwd) -> status, stdout, stderr of `python reagent.py --flags ...`, in a process of its own."""
+    streams = tmp_path_factory.mktemp("streams")
+    server = subprocess.Popen([sys.executable, "-c", SERVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(flags, cwd, fault=""):
+        job = {"argv": flags.split(), "cwd": str(cwd), "fault": fault, "stdout": str(streams / "out"), "stderr": str(streams / "err")}
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return SimpleNamespace(status=status, stdout=(streams / "out").read_text(), stderr=(streams / "err").read_text())
+
+    yield run
+    server.stdin.close()
+    assert server.wait(timeout=60) == 0
+
+
+@pytest.fixture(scope="session")
+def whole(ra_run, tmp_path_factory):
+    """A small run of variant U that nothing disturbed."""
+    path = tmp_path_factory.mktemp("whole")
+    result = ra_run(f"{SMALL} --out-dir run", path)
+    assert result.status == 0, result.stderr
+    return path / "run"
+
+
+def without_seconds(record):
+    return {key: value for key, value in record.items() if not key.startswith("seconds")}
+
+
+def same_run(one, other):
+    """Equal metrics, episodes, models, timings apart."""
+    for name in "metrics.jsonl", "rollouts.jsonl":
+        a, b = ([without_seconds(row) for row in lines(path / name)] for path in (one, other))
+        assert a == b and a, name
+    a, b = (json.loads((path / "summary.json").read_text()) for path in (one, other))
+    machine = {"seconds": 0, "peak_memory_bytes": 0, "git_commit": ""}  # somebody may commit while the tests run
+    assert a | machine == b | machine
+    for name in "model", "rrm":
+        assert (one / name / "model.safetensors").read_bytes() == (other / name / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def main_here(monkeypatch, environment, tmp_path):
+    """reagent.main() in this process, so that its functions can be watched; of training rewards some are made 1, or none would differ."""
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ra, "trajectories", fewer)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    seen, real = SimpleNamespace(rollouts=[], updates=[], judged=[]), {name: getattr(ra, name) for name in ("rollout", "judge", "update")}
+
+    def rolling(model, chat, args, split, seeds, **rest):
+        episodes = real["rollout"](model, chat, args, split, seeds, **rest)
+        for i, e in enumerate(episodes):
+            if rest["stream"][0] == "learn":
+                e["score"] = float((i + rest["stream"][2]) % 3 == 0)
+        seen.rollouts.append((split, list(seeds), rest, episodes))
+        return episodes
+
+    def judging(rrm, world, args, histories, stream):
+        judged = real["judge"](rrm, world, args, histories, stream)
+        for i, j in enumerate(judged):
+            j.update(score=i % 2 / 2 if stream[0] == "learn" else j["score"], critique="Go on like this.")
+        seen.judged.append((stream, histories, judged))
+        return judged
+
+    def updating(model, reference, chat, args, optimizer, episodes, advantages):
+        before = common.fingerprint(model)
+        metrics = real["update"](model, reference, chat, args, optimizer, episodes, advantages)
+        seen.updates.append((before, common.fingerprint(model), episodes, advantages))
+        return metrics
+
+    for name, function in ("rollout", rolling), ("judge", judging), ("update", updating):
+        monkeypatch.setattr(ra, name, function)
+
+    def run(flags):
+        monkeypatch.setattr(sys, "argv", ["reagent.py", *flags.split()])
+        for store in vars(seen).values():
+            store.clear()
+        ra.main()
+        return seen
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------ whole runs: as a user
+
+SUMMARY = """script method arm env model seed split eval_episodes before after random expert train_episodes env_steps generated_tokens
+    gradient_steps seconds peak_memory_bytes device git_commit""".split()
+
+
+def test_quick_by_subprocess(environment, tmp_path):
+    result = subprocess.run([sys.executable, ROOT / "reagent.py", "--quick"], env=environment, cwd=tmp_path, capture_output=True, text=True,
+                            timeout=400)  # fmt: skip
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    run = tmp_path / "runs" / "reagent-search-s0"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"] and list((tmp_path / "runs").iterdir()) == [run]
+    assert {path.name for path in run.iterdir()} == {
+        "args.json", "metrics.jsonl", "rollouts.jsonl", "checkpoint", "model", "rrm", "summary.json"}  # fmt: skip
+    args, summary = (json.loads((run / name).read_text()) for name in ("args.json", "summary.json"))
+    assert args["script"] == "reagent" and {"versions", "device", "git_commit"} <= set(args)
+    assert set(summary) >= {*SUMMARY, "before_ood", "after_ood", "judge", "cold_start"} and summary["arm"] == "U"
+    assert all(set(summary[key]) == {"success", "se"} for key in ("before", "after", "random", "expert", "before_ood", "after_ood"))
+    assert summary["expert"] == {"success": 1.0, "se": 0.0} and set(summary["judge"]) == {"before", "judge-sft", "judge-grpo"}
+    metrics, rollouts = lines(run / "metrics.jsonl"), lines(run / "rollouts.jsonl")
+    assert [row["step"] for row in metrics] == list(range(1, len(metrics) + 1))
+    assert summary["train_episodes"] == len(rollouts) == 2 * 8 * 2 and summary["env_steps"] == sum(len(row["valid"]) for row in rollouts)
+    assert summary["generated_tokens"] == metrics[-1]["tokens"] > 0
+    for piece in "\nbefore\n", "\nafter\n", "judge:", "random", "expert", "rollouts.jsonl", "success":
+        assert piece in result.stdout
+    model, _ = common.load(str(run / "model"))  # in the Hugging Face format
+    saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["state"]["model"]
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+def test_phases_come_in_order_and_episodes_are_kept_whole(whole, tiny):
+    metrics, rollouts = lines(whole / "metrics.jsonl"), lines(whole / "rollouts.jsonl")
+    assert [row["phase"] for row in metrics] == STEPS and [row["phase_step"] for row in metrics] == [1, 2, 1, 1, 2, 1, 2]
+    assert [row["gradient_steps"] for row in metrics] == [1, 2, 4, 5, 6, 8, 10] and [row["episodes"] for row in metrics[-3:]] == [0, 16, 32]
+    for row in metrics[5:]:
+        episodes = [e for e in rollouts if e["step"] == row["step"]]
+        first, second = (list(itertools.chain(*(episodes[i : i + 4] for i in (k, k + 8)))) for k in (0, 4))
+        assert len(episodes) == 16 and all(len({e["seed"] for e in episodes[i : i + 8]}) == 1 for i in (0, 8))
+        assert row["success"] == sum(e["won"] for e in first) / 8 and row["second_success"] == sum(e["won"] for e in second) / 8
+        assert row["judge_parsed"] == sum(e["judgement"]["parsed"] for e in episodes) / 16
+        assert row["reward_rule"] == pytest.approx(sum(e["score"] for e in episodes) / 16) and row["groups"] == 2
+        assert row["reward"] == pytest.approx(sum(e["score"] + 0.3 * e["judgement"]["score"] for e in episodes) / 16)
+        assert abs(row["logprob_gap"]) < 1e-4 and row["entropy"] > 0 and {"judge_auc", "leaks", "second_calls", "kl"} <= set(row)
+    assert len({e["seed"] for e in rollouts}) == 4 and {e["split"] for e in rollouts} == {"train"}  # no question twice
+    assert all({"history", "valid", "score", "won", "judgement"} <= set(e) and not {"ids", "mask", "gold"} & set(e) for e in rollouts)
+    assert "eval_success" in metrics[5] and "eval_success" not in metrics[6]
+    trained, rrm = (common.load(str(whole / name))[0] for name in ("model", "rrm"))
+    for name, p in tiny[0].named_parameters():  # every parameter moved
+        assert not torch.equal(p, trained.get_parameter(name)) and not torch.equal(p, rrm.get_parameter(name))
+
+
+def test_the_judge_is_frozen_while_the_agent_learns_and_the_other_way_round(main_here, tiny, tmp_path):
+    seen = main_here(f"{SMALL} --out-dir run")
+    start, (judge, *agent) = common.fingerprint(tiny[0]), seen.updates
+    assert judge[1] == common.fingerprint(common.load(str(tmp_path / "run" / "rrm"))[0]) != start
+    assert len(agent) == 2 and agent[0][0] not in (start, judge[1]) and agent[1][0] == agent[0][1]
+    assert agent[1][1] == common.fingerprint(common.load(str(tmp_path / "run" / "model"))[0])
+    assert len(judge[2]) == 8 and all(set(e["mask"]) == {0, 1} and e["mask"] == sorted(e["mask"]) for e in judge[2])
+
+
+def test_eval_only_writes_nothing(ra_run, whole, tmp_path):
+    before = everything_under(whole)
+    result = ra_run(f"{SMALL} --model {whole}/model --rrm {whole}/rrm --eval-only", tmp_path)
+    assert result.status == 0 and re.search(r"test: success \d\.\d+ \(se .*n 2\)", result.stdout + result.stderr), result.stderr
+    assert not list(tmp_path.iterdir()) and everything_under(whole) == before
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_does_not(ra_run, whole, tmp_path):
+    assert ra_run(f"{SMALL} --out-dir again", tmp_path).status == 0
+    same_run(whole, tmp_path / "again")
+    assert ra_run(f"{SMALL} --out-dir other --seed 9223372036854775807 --rrm {whole}/rrm --steps 1", tmp_path).status == 0
+    assert lines(tmp_path / "other" / "rollouts.jsonl")[0]["history"] != lines(whole / "rollouts.jsonl")[0]["history"]
+
+
+# ------------------------------------------------------------------------------------------------------------- variants
+
+
+def test_none_never_asks_a_judge_and_no_weight_on_its_score_is_the_same(main_here, whole, tmp_path):
+    seen = main_here(f"{SMALL} --variant none --out-dir none")
+    assert not seen.judged and not (tmp_path / "none" / "rrm").exists() and len(seen.updates) == 2
+    assert all(rest.get("before") is None for *_, rest, _ in seen.rollouts)
+    metrics, rollouts = lines(tmp_path / "none" / "metrics.jsonl"), lines(tmp_path / "none" / "rollouts.jsonl")
+    assert [row["phase"] for row in metrics] == STEPS[3:] and "judge_parsed" not in metrics[-1] and "second_success" not in metrics[-1]
+    assert len(rollouts) == 16 and not any("judgement" in e for e in rollouts)
+    summary = json.loads((tmp_path / "none" / "summary.json").read_text())
+    assert set(summary) >= set(SUMMARY) and summary["arm"] == "none" and summary["judge"] == {}
+    none = [(ids["ids"], advantage) for *_, episodes, advantages in seen.updates for ids, advantage in zip(episodes, advantages)]
+    seen = main_here(f"{SMALL} --variant R --score-weight 0 --rrm {whole}/rrm --out-dir zero")
+    zero = [(ids["ids"], advantage) for *_, episodes, advantages in seen.updates for ids, advantage in zip(episodes, advantages)]
+    assert zero == none and len({advantage for _, advantage in none}) > 1
+    model = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("none", "zero")]
+    assert model[0] == model[1] and {stream[0] for stream, *_ in seen.judged} >= {"learn", "watch"}
+
+
+def test_r_has_no_second_attempts(main_here, whole, tmp_path):
+    seen = main_here(f"{SMALL} --variant R --rrm {whole}/rrm --steps 1 --out-dir run")
+    assert all(rest.get("before") is None for *_, rest, _ in seen.rollouts)
+    [(_, _, episodes, advantages)], rollouts = seen.updates, lines(tmp_path / "run" / "rollouts.jsonl")
+    assert len(episodes) == len(rollouts) == 8 and "second_success" not in lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    [(_, histories, judged)] = [found for found in seen.judged if found[0][0] == "learn"]
+    assert histories == [e["history"] for e in episodes] and [e["judgement"] for e in rollouts] == judged
+    by_hand = [e["score"] + 0.3 * j["score"] for e, j in zip(episodes, judged)]
+    assert advantages == ra.group_advantages(by_hand, 4) and len(set(by_hand)) == 4
+    assert [row["phase"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == STEPS[3:6]
+
+
+@pytest.mark.parametrize("pool", ["joint", "separate"])
+def test_u_has_both_and_doubles_the_batch(main_here, whole, tmp_path, pool):
+    seen = main_here(f"{SMALL} --pool {pool} --rrm {whole}/rrm --steps 1 --out-dir run")
+    [(_, _, episodes, advantages)] = seen.updates
+    (_, seeds, one, first), (_, again, two, second) = [found for found in seen.rollouts if found[2]["stream"][0] == "learn"]
+    judged, judged_again = [found[2] for found in seen.judged if found[0][0] == "learn"]
+    assert len(first) == len(second) == 8 and len(episodes) == len(advantages) == 16 and seeds == again and one.get("before") is None
+    assert two["before"] == [(e["history"], j["critique"]) for e, j in zip(first, judged)]
+    assert [e is f for e, f in zip(episodes, [*first[:4], *second[:4], *first[4:], *second[4:]])] == [True] * 16
+    r1, r2 = ([e["score"] + 0.3 * j["score"] for e, j in zip(*pair)] for pair in ((first, judged), (second, judged_again)))
+    pools = [r1[:4] + r2[:4], r1[4:] + r2[4:]] if pool == "joint" else [r1[:4], r2[:4], r1[4:], r2[4:]]
+    assert advantages == [a for group in pools for a in ra.group_advantages(group, len(group))]
+    evaluated = [rest for split, _, rest, _ in seen.rollouts if rest["stream"][0] == "evaluate"]
+    assert evaluated and all(rest.get("before") is None for rest in evaluated)  # at test time: the first attempt alone
+    assert not any(stream[0] == "evaluate" for stream, *_ in seen.judged)
+    assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["groups"] == len(pools) and len(lines(tmp_path / "run" / "rollouts.jsonl")) == 16
+
+
+def test_c_trains_nothing_and_counts_second_attempts(main_here, whole, tiny, tmp_path):
+    seen = main_here(f"{SMALL} --variant C --rrm {whole}/rrm --out-dir run")
+    assert not seen.updates and {rest["stream"][0] for *_, rest, _ in seen.rollouts} == {"evaluate"}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(summary) >= set(SUMMARY) and summary["arm"] == "C"
+    assert summary["gradient_steps"] == summary["train_episodes"] == summary["cold_start"] == 0
+    assert common.fingerprint(common.load(str(tmp_path / "run" / "model"))[0]) == common.fingerprint(tiny[0])
+    plays = iter(seen.rollouts)
+    for (split, seeds, one, first), (split_again, again, two, _) in zip(plays, plays):
+        told = [e["history"] for e in first]
+        judged = next(j for stream, histories, j in seen.judged if stream == ("evaluate", split) and histories == told)
+        assert (split, seeds) == (split_again, again) and one.get("before") is None
+        assert two["before"] == [(e["history"], j["critique"]) for e, j in zip(first, judged)]
+    assert "first_success" in summary["watched"]["after"]["test"]
+
+
+def test_c_counts_the_second_attempt(tiny, monkeypatch):
+    def won(model, chat, args, split, seeds, *, before=None, **rest):
+        return [{"won": before is not None, "score": 0.0, "valid": [True], "history": ["", "", ""], "truncated": False} for _ in seeds]
+
+    monkeypatch.setattr(ra, "rollout", won)
+    monkeypatch.setattr(ra, "judge", lambda rrm, world, args, histories, stream: [EMPTY] * len(histories))
+    for variant in "C", "R", "U", "none":
+        state = ra.State(dataclasses.replace(ARGS, variant=variant), WORLD, tiny[1], tiny[0], tiny)
+        numbers, counted = ra.evaluate(state, "test", 300)  # in two parts
+        assert numbers["success"] == (variant == "C") and numbers.get("first_success") == (0 if variant == "C" else None)
+        assert len(counted) == 300
+
+
+def test_a_judge_of_another_run_is_used_as_it_is(main_here, whole, tmp_path):
+    seen = main_here(f"{SMALL} --rrm {whole}/rrm --out-dir run")
+    assert [row["phase"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == STEPS[3:] and not (tmp_path / "run" / "rrm").exists()
+    saved = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]["rrm"]
+    assert all(torch.equal(value, saved[name]) for name, value in common.load(str(whole / "rrm"))[0].state_dict().items())
+    assert seen.judged[0][0] == ("watch",) and list(json.loads((tmp_path / "run" / "summary.json").read_text())["judge"]) == ["before"]
+
+
+def test_training_goes_on_with_a_judge_that_writes_garbage(main_here, whole, monkeypatch, tmp_path):
+    puppet = Puppet("garbage")
+    monkeypatch.setattr(common, "generate", puppet)
+    monkeypatch.setattr(ra, "judge", JUDGE)
+    seen = main_here(f"{SMALL} --rrm {whole}/rrm --judge-retries 2 --out-dir run")
+    metrics, rollouts = lines(tmp_path / "run" / "metrics.jsonl"), lines(tmp_path / "run" / "rollouts.jsonl")
+    assert all(row["judge_parsed"] == row["reward_model"] == 0 for row in metrics[2:]) and len(seen.updates) == 2
+    assert all(e["judgement"] == EMPTY for e in rollouts) and len(puppet.calls) % 3 == 0 and puppet.calls
+    told = [rest["before"] for *_, rest, _ in seen.rollouts if rest.get("before")]
+    assert told and all(critique == "" for before in told for _, critique in before)
+    assert seen.updates[0][0] != seen.updates[0][1]  # the rule's reward still teaches
+
+
+# ------------------------------------------------------------------------------------- whole runs: a model from elsewhere
+
+TEMPLATE = (
+    "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim"
+    " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def save_llama(path, template=TEMPLATE, context=8192):
+    """A random-weight Llama with a byte-level BPE tokenizer and headers as in Llama 3."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    bpe.train_from_iterator([WORLD.system, ra.JUDGE, ra.AGAIN, *ra.ADVICE.values()], trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=special[0], eos_token=special[4], chat_template=template, clean_up_tokenization_spaces=False
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=context, bos_token_id=0, eos_token_id=[1, 4], tie_word_embeddings=False,
+    )).save_pretrained(path)  # fmt: skip
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+def test_a_llama_without_a_clue_runs_through_every_line(ra_run, llama, tmp_path):
+    flags = f"{SMALL} --model {llama} --max-new-tokens 6 --judge-tokens 8 --judged 8 --cold-start 2 --eval-episodes 1"
+    result = ra_run(f"{flags} --out-dir run", tmp_path)
+    assert result.status == 0, result.stderr
+    metrics, rollouts = lines(tmp_path / "run" / "metrics.jsonl"), lines(tmp_path / "run" / "rollouts.jsonl")
+    assert metrics[-1]["judge_parsed"] == 0 and metrics[-1]["reward"] == 0 and metrics[-1]["invalid"] == 1
+    assert all(len(row["valid"]) == 8 for row in rollouts) and abs(metrics[-1]["logprob_gap"]) < 1e-4
+    assert metrics[-1]["groups_without_spread"] == metrics[-1]["groups"] == 2
+    trained, chat = common.load(str(tmp_path / "run" / "model"))
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), common.load(str(llama))[0].parameters()))  # the cold start
+    assert chat.prompt([{"role": "user", "content": "Hi"}]) == common.Chat(chat.tokenizer).prompt([{"role": "user", "content": "Hi"}])
+
+
+def test_a_judge_with_another_tokenizer(ra_run, llama, tmp_path):
+    result = ra_run(f"{SMALL} --rrm {llama} --judge-tokens 4 --steps 1 --eval-episodes 1 --out-dir run", tmp_path)
+    assert result.status == 0, result.stderr
+    assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["judge_parsed"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def refused(result, *words):
+    assert result.status == 2 and not result.stdout, (result.status, result.stdout, result.stderr)
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and len(result.stderr) < 1000, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.fixture(scope="session")
+def bad_models(llama, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bad")
+    save_llama(path / "short", context=64)
+    save_llama(path / "no-template", template=None)
+    shutil.copytree(llama, path / "garbage")
+    (path / "garbage" / "config.json").write_text('{"model_type": ')
+    (path / "other").mkdir()
+    (path / "other" / "judge.gguf").write_text("GGUF")
+    (path / "file").write_text("")
+    return path
+
+
+BAD_VALUES = {
+    "steps": "0", "lr": "nan -1 inf", "batch-size": "0", "micro-batch-size": "0 5", "max-new-tokens": "0", "temperature": "0 nan",
+    "eval-temperature": "-1", "eval-episodes": "0", "eval-every": "0", "save-every": "-1", "seed": "-1", "group-size": "0 1 -4 3",
+    "updates": "0 3 16", "clip": "-0.1 nan", "clip-high": "-1 inf", "kl": "-1 nan", "variant": "V u", "score-weight": "-1 nan inf",
+    "pool": "both", "judge-tokens": "0", "judge-retries": "-1", "judged": "0", "judge-epochs": "0", "judge-steps": "-1",
+    "cold-start": "-1", "cold-epochs": "0", "examples": "0", "device": "warp", "dtype": "float16", "rrm": "tiny tiny:16x1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, words", [
+    *((f"--{name} {value}", f"--{name}") for name, values in BAD_VALUES.items() for value in values.split()),
+    ("--model ./nowhere", "config.json is missing"), ("--model nobody/nothing", "cannot be loaded"), ("--model tiny:10x1", "multiple"),
+    ("--model {bad}/no-template", "chat template"), ("--model {bad}/short", "context"), ("--env chess", "unknown world 'chess'"),
+    ("--env repair", "--rrm"), ("--env repair --variant none", "--cold-start"), ("--nonsense 1", "--nonsense"), ("--resume", "no run"),
+    ("--out-dir {bad}/short", "exists"), ("--out-dir {bad}/file", "exists"), ("--out-dir {bad}/file/run", "--out-dir"),
+    ("--rrm ./nowhere", "config.json is missing"), ("--rrm {bad}/other", "config.json is missing"),
+    ("--rrm {bad}/garbage", "cannot be loaded"), ("--rrm nobody/nothing", "cannot be loaded"),
+    ("--rrm {bad}/no-template", "chat template"), ("--rrm {bad}/short --variant C", "context"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(ra_run, bad_models, home, tmp_path, flags, words):
+    before = everything_under(bad_models), everything_under(home)
+    accepted = "common.Run.start = reagent.evaluate = lambda *a: os._exit(77)"  # or a full run would follow
+    refused(ra_run(f"{SMALL} {flags.format(bad=bad_models)}", tmp_path, accepted), words)
+    assert not list(tmp_path.iterdir()) and (everything_under(bad_models), everything_under(home)) == before
+
+
+@pytest.mark.parametrize("flags", ["--variant R --batch-size 64 --group-size 16", "--judge-steps 0",
+                                   "--cold-start 0", "--score-weight 0", "--clip 0", "--judge-retries 0"])  # fmt: skip
+def test_what_is_accepted(ra_run, bad_models, tmp_path, flags):
+    accepted = "common.Run.start = lambda *a: os._exit(77)"
+    assert ra_run(f"{SMALL} {flags.format(bad=bad_models)}", tmp_path, accepted).status == 77
+
+
+def test_bad_input_by_subprocess(environment, tmp_path):
+    result = subprocess.run([sys.executable, ROOT / "reagent.py", "--score-weight", "nan"], env=environment, cwd=tmp_path,
+                            capture_output=True, text=True)  # fmt: skip
+    refused(SimpleNamespace(status=result.returncode, **vars(result)), "--score-weight")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_never_overwritten_and_resumed_only_as_it_was(ra_run, whole, tmp_path):
+    before = everything_under(whole)
+    refused(ra_run(f"{SMALL} --out-dir {whole}", tmp_path), "--resume", "--out-dir")
+    refused(ra_run(f"{SMALL} --out-dir {whole} --resume --pool separate --score-weight 1", tmp_path), "pool was", "score_weight was")
+    assert everything_under(whole) == before and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------ kills and resume
+
+LOG = """
+log = common.Run.log
+def fatal(run, record):
+    log(run, record)
+    if record["step"] == {step}:
+        os.kill(os.getpid(), signal.{name})
+common.Run.log = fatal
+"""
+AT = {  # where the run is killed: code, and how many lines of metrics it had written by then
+    "in the first evaluation": ("reagent.evaluate = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", 0),
+    "after the judge's GRPO": (LOG.format(step=3, name="SIGKILL"), 3),
+    "amid the cold start": (LOG.format(step=5, name="SIGKILL"), 5),
+    "amid the checkpoint of the first step of learning": ("""
+import torch
+save, seen = torch.save, []
+def fatal(saved, file):
+    seen.append(save(saved, file))
+    file.flush()
+    len(seen) == 3 and os.kill(os.getpid(), signal.SIGKILL)
+torch.save = fatal""", 6),
+    "amid learning": (LOG.format(step=7, name="SIGKILL"), 7),
+    "before the summary": ("common.Run.finish = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", 7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", AT)
+def test_killed_anywhere_and_resumed(ra_run, whole, tmp_path, where):
+    fault, written = AT[where]
+    assert ra_run(f"{SMALL} --out-dir run", tmp_path, fault).status == -signal.SIGKILL
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert (len(lines(metrics)) if metrics.exists() else 0) == written and not (tmp_path / "run" / "summary.json").exists()
+    result = ra_run(f"{SMALL} --out-dir run --resume", tmp_path)
+    assert result.status == 0, result.stderr
+    same_run(whole, tmp_path / "run")
+
+
+def test_asked_to_stop_keeps_the_step_and_resumes(ra_run, whole, tmp_path):
+    result = ra_run(f"{SMALL} --out-dir run", tmp_path, LOG.format(step=1, name="SIGTERM"))
+    assert result.status == 143 and "Traceback" not in result.stderr
+    assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]["done"] == 1
+    assert ra_run(f"{SMALL} --out-dir run --resume", tmp_path).status == 0
+    same_run(whole, tmp_path / "run")
