@@ -555,7 +555,7 @@ def environment(home, tiny):
 
 def fewer(args, split, count, name, real=ra.trajectories):
     """200 held-out trajectories would take most of these runs' time."""
-    return real(args, split, min(count, 16), name)
+    return real(args, split, min(count, 4 if name == "held out" else 16), name)
 
 
 # Importing torch takes seconds: one process does it and forks a child per run. `fault` is code that the child executes first.
@@ -565,8 +565,8 @@ import torch
 torch.set_num_threads(1)
 import common, envs, reagent
 real, args = reagent.trajectories, reagent.Args(examples=60)
-reagent.warmup(envs.make("search"), args), real(args, "test", 16, "held out")  # the encyclopedias are cached
-reagent.trajectories = lambda args, split, count, name: real(args, split, min(count, 16), name)  # of 200 held-out ones
+reagent.warmup(envs.make("search"), args), [real(args, split, 8, "any") for split in ("test", "ood")]  # the encyclopedias are cached
+reagent.trajectories = lambda args, split, count, name: real(args, split, min(count, 4 if name == "held out" else 16), name)
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
@@ -986,7 +986,6 @@ common.Run.log = fatal
 """
 AT = {  # where the run is killed: code, and how many lines of metrics it had written by then
     "in the first evaluation": ("reagent.evaluate = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", 0),
-    "after the judge's GRPO": (LOG.format(step=3, name="SIGKILL"), 3),
     "amid the cold start": (LOG.format(step=5, name="SIGKILL"), 5),
     "amid the checkpoint of the first step of learning": ("""
 import torch
@@ -997,7 +996,6 @@ def fatal(saved, file):
     len(seen) == 3 and os.kill(os.getpid(), signal.SIGKILL)
 torch.save = fatal""", 6),
     "amid learning": (LOG.format(step=7, name="SIGKILL"), 7),
-    "before the summary": ("common.Run.finish = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", 7),
 }  # fmt: skip
 
 
