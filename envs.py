@@ -802,6 +802,7 @@ def numbered(words):
 
 
 def with_article(name):
+    """with_article("apple 1") -> "an apple 1"."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 

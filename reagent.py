@@ -19,6 +19,8 @@ Departures from the paper, and why:
     model of 120 billion parameters. The annotator serves there alone: the agent meets the trained judge only.
  2. The reward of the judge's GRPO and the prompt of the second attempt are unpublished; those below are ours.
  3. Cold-start trajectories come from the world's expert, --cold-start of them (paper: 55.6 thousand of a stronger model).
+ 4. Transcripts lack the last observation, in which our worlds say how the game ended: neither judge nor second attempt may know.
+ 5. One --lr for all phases, SFT and GRPO (paper: 1e-5 and 5e-7); evaluation without top-p.
 
     python reagent.py                                  # judge, cold start, variant U on search with the tiny model: see README
     python reagent.py --variant R --batch-size 64 --group-size 16  # the control with U's compute
@@ -91,7 +93,7 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------------ prompts and parsers
-# The rubric and the three blocks are the paper's; the wording is ours. A world's own system prompt comes first.
+# The rubric and the three blocks are the paper's; the wording is ours. The agent's system prompt is the world's.
 
 JUDGE = """You judge how an agent worked on a task. Read the task and the whole transcript. Were tools called where they were needed? Was a
 call wrong, repeated or made up? Was the answer found, or guessed? Reply with three blocks:
@@ -166,7 +168,7 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None
     for world in worlds:
         world.close()
     for i, e in enumerate(episodes):
-        e["ids"], e["mask"], e["logprob"] = dialogues.ids[i], dialogues.mask[i], sum(dialogues.logprobs[i])
+        e["ids"], e["mask"], e["logprob"] = dialogues.sampled(i)
     return episodes
 
 

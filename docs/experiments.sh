@@ -39,11 +39,11 @@ runs ceiling            "0 1 2" docs/ceiling.py --match "$results/nlac-s@"
 runs ceiling-rules      "0 1 2" docs/ceiling.py --refiner rule --match "$results/nlac-s@"
 runs ceiling-evaluator  "0 1 2" docs/ceiling.py --verdicts model --match "$results/nlac-s@"
 
-# rivals at equal environment steps; PPO's learning rate and entropy bonus are searched on seeds of their own, and the best of the eight on
+# rivals at equal environment steps; PPO's learning rate and entropy bonus are searched on a seed of their own, and the best of the eight on
 # the test episodes is taken
 for lr in 1e-4 3e-4 1e-3 3e-3; do
-    runs "ppo-search-lr$lr"        "100 101" docs/ppo.py --lr "$lr" --entropy-coef 0 --match "$results/nlac-s0"
-    runs "ppo-search-lr$lr-e0.01"  "100 101" docs/ppo.py --lr "$lr" --entropy-coef 0.01 --match "$results/nlac-s0"
+    runs "ppo-search-lr$lr"        "100" docs/ppo.py --lr "$lr" --entropy-coef 0 --match "$results/nlac-s0"
+    runs "ppo-search-lr$lr-e0.01"  "100" docs/ppo.py --lr "$lr" --entropy-coef 0.01 --match "$results/nlac-s0"
 done
 # shellcheck disable=SC2046
 runs ppo                "0 1 2" docs/ppo.py $(best ppo-search) --match "$results/nlac-s@"

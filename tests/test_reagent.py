@@ -394,7 +394,7 @@ def test_the_mask_is_what_was_sampled(tiny, limit):
             forced = [] if rest[length - 1] in chat.eos else chat.eos[:1]
             cut += bool(forced)
             given = forced + (chat.turn(e["history"][2 * t + 2]) if t + 1 < len(e["valid"]) else [])
-        assert e["ids"][position:] == given and not any(e["mask"][position:])
+        assert position == len(e["ids"])  # nothing behind the last sampled token
     assert cut or limit == 12
 
 
