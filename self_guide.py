@@ -19,6 +19,7 @@ Departures from the paper, and why:
     how to act.
  3. The system prompt explains rating and acting once; a turn asks for one of them in a word.
  4. A rating that is not a reason and a label counts as neutral (the paper does not say), and is counted.
+ 5. A tiny model has been told beforehand what a rating looks like and to try a possible action after a negative one (`warmup`).
 The paper leaves open: group size, learning rate and KL weight of its GRPO runs, the scale of R_env, if "full reward at once" ever ends.
 
     python self_guide.py                                        # household, tiny model: see README for minutes and numbers
@@ -27,7 +28,7 @@ The paper leaves open: group size, learning rate and KL weight of its GRPO runs,
     python self_guide.py --trust zero                           # or immediate, no-anneal
     python self_guide.py --estimator dapo
     python self_guide.py --guide off --token-budget 3000000     # as many sampled tokens as a guided run had
-    python self_guide.py --model Qwen/Qwen3-1.7B --env household-full --device cuda --lr 1e-6 --max-new-tokens 512
+    python self_guide.py --model Qwen/Qwen3-1.7B --env household-full --device cuda --lr 1e-6 --temperature 1 --kl 0.01 --max-new-tokens 512
     python self_guide.py --quick                                # the whole path in under a minute
 """
 
@@ -81,12 +82,12 @@ class Args:
     resample: int = common.flag(2, "dapo: times that groups without spread in R are replaced, per step (not in the paper)")
     # Self-Guide
     guide: str = common.flag("on", "off: plain GRPO; inference: ratings steer an untrained policy", choices=["on", "off", "inference"])
-    trust: str = common.flag("schedule", "lambda over the run (paper: all but no-anneal's name)",
+    trust: str = common.flag("schedule", "lambda over the run, with --guide on (paper: the schedule and, as ablations, the others)",
                              choices=["schedule", "zero", "immediate", "no-anneal"])
     trust_points: list[float] = dataclasses.field(default_factory=lambda: [0.4, 0.5, 0.7, 0.8], metadata={
         "help": "shares of --steps: ratings start to earn, earn fully, start to earn less, earn nothing (paper)"})
     rating_reward: float = common.flag(0.1, "g of a positive rating; a negative one is its opposite (paper)")
-    reward_scale: float = common.flag(10.0, "R_env of a success, against which ratings are weighed (public script: 10; paper: unclear)")
+    reward_scale: float = common.flag(10.0, "R_env is this times the world's score, 1 for success (public script: 10; paper: unclear)")
     invalid_penalty: float = common.flag(0.0, "taken from R_env for each invalid action (public script: 0.1; paper: unclear)")
     token_budget: int = common.flag(0, "with --guide off: stop after so many sampled tokens, not after --steps; 0: no budget")
     examples: int = common.flag(6000, "episodes that make a tiny model")
@@ -104,15 +105,20 @@ RATE, ACT, READ = "Rate.", "Act.", "Repeat the task, and what the last action br
 LABELS = ["negative", "neutral", "positive"]
 
 
+def spoken(reply):
+    """A reply without the native thought of a thinking model."""
+    return re.sub(r"^\s*<think>.*?</think>", "", reply, flags=re.DOTALL).strip()
+
+
 def parse_rating(reply):
     """A rating -> -1, 0 or 1 for its label, or None if it is not a reason and a label."""
-    found = re.fullmatch(r"Reason:.*\nLabel:\W*(negative|neutral|positive)\W*", reply.strip(), re.IGNORECASE | re.ASCII | re.DOTALL)
+    found = re.fullmatch(r"Reason:[^\n]*\w[^\n]*\n+Label:\W*(negative|neutral|positive)\W*", spoken(reply), re.IGNORECASE | re.ASCII)
     return LABELS.index(found[1].lower()) - 1 if found else None
 
 
 def parse_action(reply):
     """The first line of a reply."""
-    return (reply.strip().splitlines() or [""])[0].strip()
+    return (spoken(reply).splitlines() or [""])[0].strip()
 
 
 def opening(world, observation, guided):
@@ -387,7 +393,7 @@ def event(observation):
 def check_args(args):
     """Everything that can be refused before a model is loaded. Returns the world."""
     common.check_common(args)
-    for name in "group_size", "updates", "examples":
+    for name in "updates", "examples":
         common.check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     for name in "clip", "clip_high", "kl", "resample", "invalid_penalty", "token_budget":
         common.check(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
@@ -419,14 +425,15 @@ def main():
     args = common.parse_args(Args)
     if args.quick:
         args = dataclasses.replace(args, steps=4, batch_size=16, micro_batch_size=8, group_size=4, updates=2, eval_episodes=16,
-                                   eval_every=2, save_every=2, examples=600)
+                                   eval_every=2, save_every=2, examples=600, token_budget=0)
     world = check_args(args)
     guided, groups = args.guide == "on", args.batch_size // args.group_size
     out_dir = args.out_dir or f"runs/self_guide-{args.env.replace(':', '-')}-s{args.seed}"
     run = None if args.eval_only else common.Run("self_guide", args, out_dir)
     model, chat = load(world, args)
     first = chat.dialogue(opening(world, world.reset(seed=0)[0], args.guide != "off"))
-    common.check(len(first) + 2 * (args.max_new_tokens + len(chat.turn(ACT))) <= model.config.max_position_embeddings,
+    replies = 1 if args.guide == "off" else 2
+    common.check(len(first) + replies * (args.max_new_tokens + len(chat.turn(ACT))) <= model.config.max_position_embeddings,
                  f"the first prompt has {len(first)} tokens and --max-new-tokens is {args.max_new_tokens}: "
                  f"beyond the model's context of {model.config.max_position_embeddings}")
     splits = [split for split in ("test", "ood") if split in world.splits]
@@ -500,7 +507,8 @@ def main():
         totals["gradient_steps"] += args.updates
         clock.lap("update")
 
-        metrics = {"step": step, **watch(all_played), **losses, "trust": weight, "reward_env": common.mean(env for env, _ in parts),
+        metrics = {"step": step, **watch(all_played), **losses, "trust": weight,
+                   "reward_env": common.mean(env for env, _ in parts),
                    "reward_guide": common.mean(guide for _, guide in parts), "return": common.mean(returns), "groups": groups,
                    "groups_without_spread": without_spread(returns, args.group_size), "groups_replaced": replaced,
                    "groups_without_spread_env": without_spread([env for env, _ in parts], args.group_size)}
