@@ -15,7 +15,10 @@ of the paper reinforces right after ACT (act,rl), version 2 imitates in between.
 Departures from the paper, and why:
  1. The policy acts in one growing dialogue, so that every token is encoded once; a state is that dialogue up to its last observation, and
     no list of possible actions stands in it (lists would pile up). A question about two actions has the list, once.
- 2. One instruction for the policy everywhere: <action> tags, thought optional. Imitation teaches the bare action.
+ 2. One instruction for the policy everywhere: <action> tags, thought optional. Imitation teaches the bare action. So no-reasoning asks for
+    an answer at once below an instruction that allows thought, and a thought is not punished.
+ 3. One gradient step per batch: the ratio is 1, and --clip only binds if you add steps. Repeated candidates of a state make one pair.
+Early Experience, a baseline of the paper, is not here yet.
 The paper's prompts and its GRPO settings are not public; those below are ours.
 
     python act.py                                    # pairs, ACT, imitation on household with the tiny model: see README
@@ -171,7 +174,7 @@ def read_examples(path, keys):
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 common.refuse(f"{path}, line {n}: {type(error).__name__}: {error}")
             common.check(not missing, f"{path}, line {n}: {missing and missing[0]!r} is missing or of the wrong kind")
-            common.check(roles == ["user", "assistant"] * (len(roles) // 2) + ["user"],
+            common.check(roles and len(roles) == len(row["messages"]) and roles == ["user", "assistant"] * (len(roles) // 2) + ["user"],
                          f"{path}, line {n}: messages must be of user and assistant by turns, and end with user")
             rows.append(row)
     common.check(rows, f"{path} is empty")

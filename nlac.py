@@ -22,7 +22,7 @@ Departures from the paper, and why:
     policy acts while only M learns (--critic-warmup).
  4. The target of a terminal transition is composed from the observation and the outcome, not written by B_L: it grounds M.
  5. A target that cannot be read (see `parse_future`) is left out of L1, and counted.
- 6. The policy answers with an action; --react True lets it think first, as the paper's does.
+ 6. The policy answers with an action; --react True lets it think first, as the paper does, but a changed action is taught without thought.
  7. The critic's futures come from theta_bar, and so does a' in the targets: averaged weights are steadier than those of the moment.
  8. The buffer is sampled more evenly over turns than it fills (`sampling_weights`); version 1 of the paper ranked it by loss, version 2
     has a plain one.
@@ -30,6 +30,7 @@ Departures from the paper, and why:
     and a log can read. The paper's are free text; for a large model, loosen SUCCESSOR, BACKUP and EVALUATOR and their parsers.
 10. B_L and E, which read and do not imagine, decode greedily (--reader-temperature).
 11. Defaults are k = 4 and m = 2 (paper: 1 and 1), for a model of 0.1 million parameters.
+12. The targets and lessons of a step are made once, before its gradient steps, and each of these takes L1, L2 and the anchor together.
 The paper's prompts, learning rate, EMA rate and buffer size are not public; those below are ours.
 
     python nlac.py                            # repair shop, tiny model: see README for minutes and numbers
@@ -93,7 +94,8 @@ class Args:
     frozen_parts: bool = common.flag(True, "B_L, E and pi_r from the start weights: departure 1")
     distil: str = common.flag("kept", "kept: approved actions only, departure 2; all: the paper's", choices=["kept", "all"])
     react: bool = common.flag(False, "thought before action (paper: yes): departure 6")
-    ablation: str = common.flag("none", "one line each, below", choices=["none", "mc-backup", "blind-critic", "frozen-critic"])
+    ablation: str = common.flag("none", "no bootstrap; futures of other states; M as it started",
+                                choices=["none", "mc-backup", "blind-critic", "frozen-critic"])
     examples: int = common.flag(4000, "rounds of warm-up examples that make a tiny model")
 
 
@@ -258,7 +260,7 @@ class Parts:
     PARSERS = {"successor": parse_future, "successor_bar": parse_future, "backup": parse_future, "evaluator": parse_verdict}
 
     def __init__(self, model, target, start, chat, world, args):
-        """`model`: theta; `target`: theta_bar, the EMA; `start`: a frozen copy of the start weights, or None."""
+        """`model`: theta; `target`: theta_bar, the EMA; `start`: a frozen copy of the start weights."""
         self.chat, self.world, self.args = chat, world, args
         unchanging = start if args.frozen_parts else model
         self.weights = {"policy": model, "policy_bar": target, "successor": target, "successor_bar": target,
@@ -619,7 +621,8 @@ def main():
                    "l1": losses["l1"], "l2": losses["l2"], "anchor": losses["anchor"], "lessons": len(lessons),
                    "entropy": -sum(e["logprob"] for e in episodes) / max(1, sum(e["tokens"] for e in episodes)),
                    "turns": common.mean(len(e["valid"]) for e in episodes), "valid": common.mean(v for e in episodes for v in e["valid"]),
-                   "truncated": sum(e["truncated"] for e in episodes), "targets_dropped": targets.count(None)}
+                   "truncated": sum(e["truncated"] for e in episodes),
+                   "targets_dropped": 0 if args.ablation == "frozen-critic" else targets.count(None)}
         metrics |= calibration(parts, rng.sample(fresh, min(32, len(fresh))), ("calibration", step))
         if refined:
             verdicts = [parse_verdict(t["critique"]) for r in refined for t in r["tries"]]

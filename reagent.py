@@ -23,10 +23,10 @@ Departures from the paper, and why:
  5. One --lr for all phases, SFT and GRPO (paper: 1e-5 and 5e-7); evaluation without top-p.
 
     python reagent.py                                  # judge, cold start, variant U on search with the tiny model: see README
-    python reagent.py --variant R --batch-size 64 --group-size 16  # the control with U's compute
+    python reagent.py --variant R --batch-size 64 --group-size 16 --rrm runs/reagent-search-s0/rrm  # U's compute, U's judge
     python reagent.py --variant none                   # or C
     python reagent.py --rrm runs/reagent-search-s0/rrm # a judge that is there already
-    python reagent.py --model Qwen/Qwen3-8B --rrm DIR --env search-full --device cuda --lr 5e-7 --max-new-tokens 1024
+    python reagent.py --model Qwen/Qwen3-8B --rrm DIR --env search-full --device cuda --lr 5e-7 --max-new-tokens 1024 --cold-start 0
     python reagent.py --quick                          # the whole path in under a minute
 """
 
@@ -89,6 +89,7 @@ class Args:
     judge_steps: int = common.flag(20, "updates of its GRPO (paper: 90 thousand trajectories)")
     cold_start: int = common.flag(100, "correct trajectories of the expert that the agent imitates first; 0: none (paper: 55.6 thousand)")
     cold_epochs: int = common.flag(2, "of the cold start (paper)")
+    sft_batch_size: int = common.flag(16, "trajectories per gradient step of judge SFT and cold start (paper: 32)")
     examples: int = common.flag(1500, "rounds of warm-up examples that make a tiny model")
 
 
@@ -96,7 +97,8 @@ class Args:
 # The rubric and the three blocks are the paper's; the wording is ours. The agent's system prompt is the world's.
 
 JUDGE = """You judge how an agent worked on a task. Read the task and the whole transcript. Were tools called where they were needed? Was a
-call wrong, repeated or made up? Was the answer found, or guessed? Reply with three blocks:
+call wrong, repeated or made up? Were the limits of the tools respected? Did it get better as it went on? Was the answer found, or guessed?
+Reply with three blocks:
 <think>your analysis</think>
 <critique>what the agent should do otherwise, to the agent, without the answer or a hint to it</critique>
 <score>a number from 0, harmful, to 1, flawless</score>"""
@@ -556,7 +558,7 @@ def warmup(world, args):
 def check_args(args):
     """Everything that can be refused before a model is loaded. Returns the world."""
     common.check_common(args)
-    for name in "updates", "judge_tokens", "judged", "judge_epochs", "cold_epochs", "examples":
+    for name in "updates", "judge_tokens", "judged", "judge_epochs", "cold_epochs", "sft_batch_size", "examples":
         common.check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     for name in "clip", "clip_high", "kl", "score_weight", "judge_retries", "judge_steps", "cold_start":
         common.check(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
@@ -564,6 +566,7 @@ def check_args(args):
     common.check(args.batch_size % args.group_size == 0, f"--batch-size must be a multiple of --group-size, not {args.batch_size}")
     common.check(args.batch_size // args.group_size % args.updates == 0,
                  f"--updates must divide the {args.batch_size // args.group_size} questions of a step, not {args.updates}")
+    common.check(args.rrm or not args.eval_only or args.variant != "C", "--eval-only --variant C needs a judge: give --rrm")
     common.check(not args.rrm.startswith("tiny"), f"--rrm is a local directory or a hub id, not {args.rrm}")
     try:
         world = envs.make(args.env)
@@ -579,8 +582,8 @@ def load(world, args):
     """The model that acts, and its chat; a tiny one is made from `warmup`."""
     if args.model.startswith("tiny") and args.device == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
-    call = {name: envs.tool_call(name, "\0").split(json_quote) for name in envs.TOOLS for json_quote in ["\\u0000"]}
-    constants = [world.system, JUDGE, *(part for parts in call.values() for part in parts), *re.split(r"{\w+}|\n", AGAIN), *ADVICE.values(),
+    calls = [part for name in envs.TOOLS for part in envs.tool_call(name, "\0").split("\\u0000")]
+    constants = [world.system, JUDGE, *calls, *re.split(r"{\w+}|\n", AGAIN), *ADVICE.values(),
                  "<think>", "</think>\n<critique>", "</critique>\n<score>", "</score>"]
     return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype)
 
@@ -598,11 +601,11 @@ def plan_of(args, judged, correct):
         return [[data[i] for i in order[j:j + size]] for j in range(0, len(order), size)]
 
     if judged:
-        plan.append(("judge-sft", epochs("judge-sft", judged, args.judge_epochs, args.batch_size)))
+        plan.append(("judge-sft", epochs("judge-sft", judged, args.judge_epochs, args.sft_batch_size)))
         count = 1 + args.judge_steps * questions // len(judged)
         plan.append(("judge-grpo", epochs("judge-grpo", judged, count, questions)[:args.judge_steps]))
     if correct:
-        plan.append(("cold-start", epochs("cold-start", correct, args.cold_epochs, max(1, args.batch_size // 4))))
+        plan.append(("cold-start", epochs("cold-start", correct, args.cold_epochs, args.sft_batch_size)))
     if args.variant != "C":
         plan.append(("learn", [[args.seed * 1_000_000_007 + i * questions + g for g in range(questions)] for i in range(args.steps)]))
     return [(phase, i, len(batches), batch) for phase, batches in plan for i, batch in enumerate(batches, 1)]
@@ -648,8 +651,11 @@ def main():
     judged = trajectories(args, "train", args.judged, "judged") if judging and not args.rrm else []
     held_out = trajectories(args, "test", 200 if not args.quick else 16, "held out") if judging and annotated else []
     cold = args.cold_start if args.variant != "C" else 0  # C is frozen from the start
-    correct = [{"history": [text for pair in itertools.zip_longest(e["observations"], e["actions"]) for text in pair if text]} for e in (
-        envs.run_episode(world, envs.expert_player, args.seed * 1_000_000_007 + 500_000_000 + i) for i in range(cold))]
+    correct = []
+    for i in range(cold):
+        e = envs.run_episode(world, envs.expert_player, args.seed * 1_000_000_007 + 500_000_000 + i)
+        turns = itertools.zip_longest(e["observations"], e["actions"])
+        correct.append({"history": [text for turn in turns for text in turn if text is not None]})
     plan = plan_of(args, judged, correct)
     print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; updates: "
           f"{', '.join(f'{n} {phase}' for phase, n in Counter(phase for phase, *_ in plan).items())}; a step plays "

@@ -33,8 +33,8 @@ ROOT = Path(ra.__file__).parent
 WORLD = envs.make("search")
 SMALL = (  # 2 updates of the judge's SFT, 1 of its GRPO, 2 of the cold start, 2 of learning: checkpoints stand in the middle of phases
     "--model tiny:32x1 --examples 60 --steps 2 --batch-size 8 --micro-batch-size 4 --group-size 4 --eval-episodes 2 --eval-every 1 "
-    "--save-every 2 --judged 16 --judge-steps 1 --judge-epochs 1 --cold-start 4 --cold-epochs 1 --max-new-tokens 12 --judge-tokens 32 "
-    "--kl 0.01"
+    "--save-every 2 --judged 16 --judge-steps 1 --judge-epochs 1 --cold-start 16 --cold-epochs 1 --max-new-tokens 12 --judge-tokens 32 "
+    "--sft-batch-size 8 --kl 0.01"
 )
 STEPS = ["judge-sft"] * 2 + ["judge-grpo"] + ["cold-start"] * 2 + ["learn"] * 2
 ARGS = dataclasses.replace(ra.Args(), model="tiny:32x1", examples=60, max_new_tokens=12, judge_tokens=32, batch_size=8, group_size=4,
