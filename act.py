@@ -18,7 +18,7 @@ Departures from the paper, and why:
  2. One instruction for the policy everywhere: <action> tags, thought optional. Imitation teaches the bare action. So no-reasoning asks for
     an answer at once below an instruction that allows thought, and a thought is not punished.
  3. One gradient step per batch: the ratio is 1, and --clip only binds if you add steps. Repeated candidates of a state make one pair.
-Early Experience, a baseline of the paper, is not here yet.
+Early Experience, a baseline of the paper, is docs/early_experience.py.
 The paper's prompts and its GRPO settings are not public; those below are ours.
 
     python act.py                                    # pairs, ACT, imitation on household with the tiny model: see README
@@ -35,6 +35,7 @@ import json
 import random
 import re
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class Args:
     seed: int = common.flag(0, "of everything sampled, the demonstrations too; the tiny model is built with seed 0")
     steps: int | None = common.flag(None, "updates per stage; default: as many as --epochs need")
     lr: float = common.flag(1e-3, "AdamW, of all stages, constant after 5 steps (not in the paper; a pretrained model wants about 1e-6)")
-    batch_size: int = common.flag(64, "replies per update of a GRPO stage (questions x --group-size), examples of a supervised one")
+    batch_size: int = common.flag(64, "replies per update of a GRPO stage: questions x --group-size")
     micro_batch_size: int = common.flag(16, "sequences per backward pass; changes memory and speed, not the gradient")
     max_new_tokens: int = common.flag(48, "of one reply")
     temperature: float = common.flag(1.0, "while training, and of the log-probs (not in the paper)")
@@ -77,6 +78,7 @@ class Args:
     kl: float = common.flag(0.01, "weight of the KL to the policy at the start of the stage; 0 switches it off (not in the paper)")
     # ACT
     pipeline: str = common.flag("act,il", "stages in their order, of: act, il, rl, sft-choice, dpo, no-reasoning")
+    sft_batch_size: int = common.flag(16, "examples per update of a supervised stage (not in the paper)")
     epochs: int = common.flag(3, "passes of every stage over its data (paper: 3 in version 2)")
     num_demos: int = common.flag(40, "episodes of the world's expert (paper: its benchmarks' own)")
     demos: str = common.flag("", "demonstrations from a JSON lines file in place of the expert's")
@@ -161,23 +163,27 @@ def demonstrations(args, split, seeds):
 
 def read_examples(path, keys):
     """A JSON lines file of states or pairs; the first line that is not one is named, in `common.refuse`."""
+    import datasets  # takes a second, and most runs need none of it
+
     common.check(Path(path).is_file(), f"{path}: no such file")
+    common.check(Path(path).stat().st_size, f"{path} is empty")
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as cache:  # as text: the JSON loader guesses types, takes words for dates and names no line
+        lines = datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache, encoding_errors="replace")["text"][:]
     rows = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for n, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is valid JSON, but no text
-                missing = [key for key, kind in keys.items() if key not in row or not isinstance(row[key], kind)]
-                missing += ["admissible"] * (not missing and not all(isinstance(a, str) for a in row["admissible"] or ()))
-                roles = not missing and [m["role"] for m in row["messages"] if isinstance(m["content"], str)]
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                common.refuse(f"{path}, line {n}: {type(error).__name__}: {error}")
-            common.check(not missing, f"{path}, line {n}: {missing and missing[0]!r} is missing or of the wrong kind")
-            common.check(roles and len(roles) == len(row["messages"]) and roles == ["user", "assistant"] * (len(roles) // 2) + ["user"],
-                         f"{path}, line {n}: messages must be of user and assistant by turns, and end with user")
-            rows.append(row)
-    common.check(rows, f"{path} is empty")
+    for n, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is valid JSON, but no text
+            missing = [key for key, kind in keys.items() if key not in row or not isinstance(row[key], kind)]
+            missing += ["admissible"] * (not missing and not all(isinstance(a, str) for a in row["admissible"] or ()))
+            roles = not missing and [m["role"] for m in row["messages"] if isinstance(m["content"], str)]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            common.refuse(f"{path}, line {n}: {type(error).__name__}: {error}")
+        common.check(not missing, f"{path}, line {n}: {missing and missing[0]!r} is missing or of the wrong kind")
+        common.check(roles and len(roles) == len(row["messages"]) and roles == ["user", "assistant"] * (len(roles) // 2) + ["user"],
+                     f"{path}, line {n}: messages must be of user and assistant by turns, and end with user")
+        rows.append(row)
     return rows
 
 
@@ -187,7 +193,7 @@ def make_pairs(model, chat, world, args, states, stream):
         model, chat, [chat.dialogue(dialogue(world, s["messages"])) for s in states], max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, samples=args.candidates, seeds=[common.row_seed(args.seed, *stream, i) for i in
                                                                       range(len(states) * args.candidates)])
-    pairs, counts = [], Counter(proposed=len(replies.texts))
+    pairs, counts = [], Counter(proposed=len(replies.texts), tokens=sum(map(len, replies.ids)))
     for i, state in enumerate(states):
         seen = {normal(state["expert"])}
         for reply in replies.texts[i * args.candidates:(i + 1) * args.candidates]:
@@ -387,11 +393,11 @@ def act_stage(model, reference, chat, world, args, batch, order, stream, instruc
     """Which of two actions is better? GRPO."""
     prompts = [chat.dialogue(question(world, pair, coin, instruction)) for pair, coin in zip(batch, order)]
     episodes = answer(model, chat, args, prompts, stream, args.group_size)
-    paid = [choice_reward(e["text"], batch[i // args.group_size]) for i, e in enumerate(episodes)]
-    first = [not order[i // args.group_size] for i in range(len(episodes))]
-    return reinforce(model, reference, chat, args, episodes, paid) | {
-        "right_if_first": share(row == "right" for (_, row), f in zip(paid, first) if f),
-        "right_if_second": share(row == "right" for (_, row), f in zip(paid, first) if not f)}
+    asked = [{**pair, "expert_second": coin} for pair, coin in zip(batch, order) for _ in range(args.group_size)]
+    paid = [choice_reward(e["text"], pair) for e, pair in zip(episodes, asked)]
+    return reinforce(model, reference, chat, args, episodes, paid, asked) | {
+        "right_if_first": share(row == "right" for (_, row), pair in zip(paid, asked) if not pair["expert_second"]),
+        "right_if_second": share(row == "right" for (_, row), pair in zip(paid, asked) if pair["expert_second"])}
 
 
 def share(truths):
@@ -408,17 +414,20 @@ def rl_stage(model, reference, chat, world, args, batch, order, stream):
     """GRPO on the policy: at states of the demonstrations, paid for the expert's action; or on whole episodes, paid for success."""
     if args.rl == "states":
         episodes = answer(model, chat, args, [chat.dialogue(dialogue(world, s["messages"])) for s in batch], stream, args.group_size)
-        paid = [choice_reward(e["text"], batch[i // args.group_size]) for i, e in enumerate(episodes)]
-        paid = [(float(row == "right"), row) for _, row in paid]
+        asked = [state for state in batch for _ in range(args.group_size)]
+        rows = [choice_reward(e["text"], state)[1] for e, state in zip(episodes, asked)]
+        paid = [(float(row == "right"), row) for row in rows]
     else:
         seeds = [common.row_seed(args.seed, *stream, g) % 2**40 for g in range(len(batch)) for _ in range(args.group_size)]
         episodes = rollout(model, chat, args, "train", seeds, temperature=args.temperature, stream=stream)
+        asked = episodes
         paid = [(e["reward"], "right" if e["won"] else "lost") for e in episodes]
-    return reinforce(model, reference, chat, args, episodes, paid)
+    return reinforce(model, reference, chat, args, episodes, paid, asked)
 
 
-def reinforce(model, reference, chat, args, episodes, paid):
-    """The GRPO update of a stage, and what there is to log of it. `paid`: (reward, row of the reward table) per episode."""
+def reinforce(model, reference, chat, args, episodes, paid, asked):
+    """The GRPO update of a stage, and what there is to log of it. `paid`: (reward, row of the reward table) per episode; `asked`: its pair,
+    its state, or itself."""
     returns = [reward for reward, _ in paid]
     metrics = grpo_step(model, reference, chat, args, episodes, group_advantages(returns, args.group_size))
     rows = Counter(row for _, row in paid)
@@ -426,7 +435,10 @@ def reinforce(model, reference, chat, args, episodes, paid):
         "reward": common.mean(returns), "groups": len(returns) // args.group_size, "rows": {k: n / len(paid) for k, n in rows.items()},
         "groups_without_spread": without_spread(returns, args.group_size), "length": common.mean(sum(e["mask"]) for e in episodes),
         "tokens": sum(sum(e["mask"]) for e in episodes), "env_steps": sum(len(e.get("valid", ())) for e in episodes),
-        "episodes": sum("valid" in e for e in episodes)}
+        "episodes": sum("valid" in e for e in episodes),
+        "rollouts": [{key: value for key, value in {**what, "reply": e.get("text"), "paid": reward, "row": row}.items()
+                      if key in ("split", "seed", "turn", "history", "expert", "candidate", "expert_second", "reply", "paid", "row")}
+                     for what, e, (reward, row) in zip(asked, episodes, paid)]}
 
 
 def il_stage(model, reference, chat, world, args, batch, order, stream):
@@ -456,7 +468,7 @@ SUPERVISED = "il", "sft-choice", "dpo"
 
 def schedule(args, stage, examples, index):
     """The batches of a stage: `--epochs` passes over the examples, each in an order of its own. [(indices, coins)] per update."""
-    size = args.batch_size // (1 if stage in SUPERVISED else args.group_size)
+    size = args.sft_batch_size if stage in SUPERVISED else args.batch_size // args.group_size
     rng, batches = random.Random(f"{args.seed} {index} {stage}"), []
     while len(batches) < (args.steps or args.epochs * -(-examples // size)):
         order = rng.sample(range(examples), examples)
@@ -517,25 +529,38 @@ def warmup(world, args):
     rng, examples = random.Random("warm-up"), []
     for seed in range(args.examples):
         observation, info = world.reset(seed=seed, options={"split": "train"})
-        messages, states, over = [{"role": "user", "content": observation}], [], False
+        messages, possible, over = [{"role": "user", "content": observation}], [], False
         while not over:
-            action = rng.choice(info["admissible"])
-            states.append((list(messages), info["admissible"], action))
+            possible.append(info["admissible"])
+            action = rng.choice(rng.choice(by_verb(possible[-1])))
             observation, _, terminated, truncated, info = world.step(action)
             messages += [{"role": "assistant", "content": action}, {"role": "user", "content": observation}]
             over = terminated or truncated
-        for messages, possible, action in rng.sample(states, min(2, len(states))):
-            facts = f"{world.task} {event(messages[-1]['content'])}"
-            thought = f"{facts} " if rng.random() < 0.5 else ""
-            examples.append((dialogue(world, messages), thought + tagged(action)))
-            one, two = rng.sample(possible, 2) if len(possible) > 1 else possible * 2
-            pair = {"messages": messages, "admissible": possible, "expert": one, "candidate": two}
-            examples.append((question(world, pair, False), f"{facts} {tagged(rng.choice([one, two]))}"))
-            examples.append((question(world, pair, False, CHOOSE_NOW), tagged(rng.choice([one, two]))))
-            *before, last = dialogue(world, messages)
-            examples.append(([*before, {**last, "content": f"{last['content']}\n{READ}"}], facts))
+        facts = [f"{world.task} {event(m['content'])}" for m in messages[::2]]
+        turns = [rng.randrange(rng.randint(1, len(possible))) for _ in range(4)]  # mostly early: more of them in the same time
+
+        said = dialogue(world, messages[:2 * turns[0] + 2])
+        for turn, message in enumerate(said[2::2]):
+            message["content"] = f"{facts[turn]} {message['content']}" if rng.random() < 0.5 else message["content"]
+        examples.append(said)
+        for turn, instruction in zip(turns[1:], (CHOOSE, CHOOSE_NOW)):
+            one, two = rng.sample(possible[turn], 2) if len(possible[turn]) > 1 else possible[turn] * 2
+            pair = {"messages": messages[:2 * turn + 1], "admissible": possible[turn], "expert": one, "candidate": two}
+            thought = f"{facts[turn]} " if instruction == CHOOSE else ""
+            examples.append([*question(world, pair, False, instruction),
+                             {"role": "assistant", "content": thought + tagged(rng.choice([one, two]))}])
+        *before, last = dialogue(world, messages[:2 * turns[3] + 1])
+        examples.append([*before, {**last, "content": f"{last['content']}\n{READ}"}, {"role": "assistant", "content": facts[turns[3]]}])
     rng.shuffle(examples)
     return examples
+
+
+def by_verb(actions):
+    """Lists of actions that share their first word. Drawn first among these, rare kinds of action are practised too."""
+    verbs = {}
+    for action in actions:
+        verbs.setdefault(action.split()[0], []).append(action)
+    return list(verbs.values())
 
 
 def event(observation):
@@ -549,7 +574,7 @@ def event(observation):
 def check_args(args):
     """Everything that can be refused before a model is loaded. Returns the world, the stages, and the files' states and pairs (or None)."""
     common.check_common(args)
-    for name in "epochs", "num_demos", "candidates", "examples":
+    for name in "sft_batch_size", "epochs", "num_demos", "candidates", "examples":
         common.check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     for name in "clip", "kl", "dpo_beta":
         common.check(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
@@ -571,12 +596,13 @@ def check_args(args):
     return world, stages, demos, pairs
 
 
-def load(world, args):
-    """The model, and its chat; a tiny one is made from `warmup`."""
+def load(world, args, corpus=None, more=()):
+    """The model, and its chat; a tiny one is made from `corpus` (default: `warmup`), with `more` lines that are one token each."""
     if args.model.startswith("tiny") and args.device == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
-    constants = [f"{world.system}\n{POLICY}", CHOOSE, CHOOSE_NOW, READ, "<action>", "</action>"]
-    return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype)
+    constants = [f"{world.system}\n{POLICY}", CHOOSE, CHOOSE_NOW, READ, "<action>", "</action>", *more]
+    return common.load(args.model, corpus=corpus or (lambda: warmup(world, args)), constants=constants, device=args.device,
+                       dtype=args.dtype)
 
 
 def main():
@@ -603,13 +629,17 @@ def main():
 
     if args.eval_only:
         return evaluations()
-    run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
 
     # demonstrations and pairs; the held-out ones are for evaluation alone
     seconds = Counter()
     clock = common.Clock(seconds)
     demos = demos or demonstrations(args, "train", range(args.seed * 1_000_000_007, args.seed * 1_000_000_007 + args.num_demos))
     held_out = demonstrations(args, "test", range(max(2, args.num_demos // 2)))
+    longest = max(len(chat.dialogue(question(world, {"candidate": s["expert"], **s}, False))) for s in [*demos, *held_out, *(pairs or ())])
+    common.check(longest + args.max_new_tokens <= model.config.max_position_embeddings,
+                 f"the longest question has {longest} tokens and --max-new-tokens is {args.max_new_tokens}: "
+                 f"beyond the model's context of {model.config.max_position_embeddings}")
+    run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
     held_out_pairs, _ = make_pairs(model, chat, world, dataclasses.replace(args, candidates=1), held_out, ("held out", "pairs"))
     counts = {}
     if pairs is None and set(stages) & set(PAIRED):
@@ -626,7 +656,8 @@ def main():
     print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; {len(demos)} expert states, "
           f"{len(pairs or ())} pairs {counts or ''}; {' -> '.join(stages)}, {len(plan)} updates")
 
-    reference, optimizer, totals, done, after_episode = copy.deepcopy(model), None, Counter(), 0, None
+    reference, optimizer, done, after_episode = copy.deepcopy(model), None, 0, None
+    totals = Counter(tokens=counts.get("tokens", 0))
     if state := run.resume():
         common.check(state["steps"] == args.steps, f"--resume: --steps, which was {state['steps']}, decides where each stage ends")
         model.load_state_dict(state["model"])
@@ -657,6 +688,7 @@ def main():
         totals.update(tokens=metrics.pop("tokens", 0), env_steps=metrics.pop("env_steps", 0), episodes=metrics.pop("episodes", 0),
                       gradient_steps=1)
         clock.lap(stage)
+        run.write_rollouts([{"stage": f"{index + 1}-{stage}", "step": step, **said} for said in metrics.pop("rollouts", ())])
         if step == steps:
             numbers, after_episode = evaluations()
             found.append({"stage": stage, **numbers, **held_out_accuracy(model, chat, world, args, held_out, held_out_pairs)})

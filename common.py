@@ -428,6 +428,7 @@ def target_logprobs(model, chat, prompts, targets, temperature=1.0):
 CONTROL = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHANGES_OF_SPEAKER = "\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # constants that shorten long dialogues of tiny models
 TINY_VERSION = 4  # part of a tiny model's name in the cache: raise it when build_tiny changes what it builds
 
 
@@ -485,8 +486,9 @@ def tiny_tokenizer(texts, constants=()):
     pieces = [(word, -1.0) for word in sorted(words)] + [(byte, -10.0) for byte in sorted(set(level.alphabet()) - words)]
     tokenizer = Tokenizer(models.Unigram(pieces))
     tokenizer.pre_tokenizer, tokenizer.decoder = level, decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
-    tokenizer.add_tokens([AddedToken(line, normalized=False, special=False) for line in lines])
+    control = [line for line in lines if any(token in line for token in CONTROL)]  # so that nobody can write them into a text
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in [*CONTROL, *control]])
+    tokenizer.add_tokens([AddedToken(line, normalized=False, special=False) for line in lines if line not in control])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=CONTROL[0], eos_token=CONTROL[2], chat_template=CHATML)
 
 

@@ -872,7 +872,7 @@ class Household(World):
 
     name = "household"
     splits = ("train", "test", "ood")
-    max_turns = 15
+    max_turns = 12
     rooms = ("kitchen", "bedroom")
     receptacles = (2, 3)  # fewest, most
     copies = 1  # most of a name, where a room may have several

@@ -127,6 +127,11 @@ def opening(world, observation, before=None):
     return [{"role": "system", "content": world.system}, {"role": "user", "content": observation + again}]
 
 
+def spoken(history):
+    """The messages behind an opening, up to the agent's last reply."""
+    return [{"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(history[1:-1])]
+
+
 def judge_messages(world, history):
     """A call of its own over the whole transcript."""
     return [{"role": "system", "content": JUDGE}, {"role": "user", "content": f"{history[0]}\n{transcript(history)}"}]
@@ -182,7 +187,7 @@ def judge(rrm, world, args, histories, stream):
     model, chat = rrm
     room = model.config.max_position_embeddings - args.judge_tokens
     prompts = [chat.prompt(judge_messages(world, history)) for history in histories]
-    out = [{"think": "", "critique": "", "score": 0.0, "parsed": False} for _ in histories]
+    out = [{"think": "", "critique": "", "score": 0.0, "parsed": False, "tokens": 0} for _ in histories]
     left = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
     for attempt in range(1 + args.judge_retries):
         if not left:
@@ -190,9 +195,9 @@ def judge(rrm, world, args, histories, stream):
         replies = common.generate(model, chat, [prompts[i] for i in left], max_new_tokens=args.judge_tokens,
                                   temperature=args.temperature if attempt else 0.0,  # once more the same would help nobody
                                   seeds=[common.row_seed(args.seed, *stream, "judge", attempt, i) for i in left])
-        for i, text in zip(left, replies.texts):
-            if found := parse_judgement(text):
-                out[i] = found | {"parsed": True}
+        for i, text, ids in zip(left, replies.texts, replies.ids):
+            found = parse_judgement(text)
+            out[i] |= (found or {}) | {"parsed": found is not None, "tokens": out[i]["tokens"] + len(ids)}
         left = [i for i in left if not out[i]["parsed"]]
     return out
 
@@ -363,13 +368,13 @@ def update(model, reference, chat, args, optimizer, episodes, advantages):
     return dict(metrics) | {"entropy": entropy / total, "logprob_gap": gap}
 
 
-def imitate(model, chat, args, optimizer, pairs):
-    """One gradient step on the mean over all target tokens of -log p(target | prompt), for (prompt ids, target ids). Returns metrics."""
-    total, loss = sum(len(target) for _, target in pairs), 0.0
-    pairs = sorted(pairs, key=lambda pair: len(pair[0]))
-    for i in range(0, len(pairs), args.micro_batch_size):
-        logprobs, mask = common.target_logprobs(model, chat, *zip(*pairs[i:i + args.micro_batch_size]), args.temperature)
-        part = -(logprobs * mask).sum() / total
+def imitate(model, chat, args, optimizer, dialogues):
+    """One gradient step on -log p of all that the assistant says in some dialogues (lists of messages), a mean over all its tokens."""
+    episodes = [dict(zip(("ids", "mask"), chat.dialogue_and_mask(messages))) for messages in dialogues]
+    total, loss = sum(sum(e["mask"]) for e in episodes), 0.0
+    for rows in micro_batches(episodes, range(len(episodes)), args.micro_batch_size):
+        logprobs, _ = sampled_logprobs(model, chat, [episodes[i] for i in rows], args.temperature)  # [B, T - 1]
+        part = -logprobs.sum() / total
         part.backward()
         loss += part.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -399,7 +404,7 @@ def judge_sft(state, batch, stream):
     """The judge imitates the annotator."""
     rrm, chat = state.rrm
     return imitate(rrm, chat, state.args, state.optimizer, [
-        (chat.prompt(judge_messages(state.world, e["history"])), chat.reply(annotate(e["flaws"]))) for e in batch])
+        [*judge_messages(state.world, e["history"]), {"role": "assistant", "content": annotate(e["flaws"])}] for e in batch])
 
 
 def judge_grpo(state, batch, stream):
@@ -417,14 +422,9 @@ def judge_grpo(state, batch, stream):
 
 
 def cold_start(state, batch, stream):
-    """The agent imitates correct trajectories, turn by turn."""
-    chat, pairs = state.chat, []
-    for e in batch:
-        messages = opening(state.world, e["history"][0])
-        for reply, observation in zip(e["history"][1::2], e["history"][2::2]):
-            pairs.append((chat.dialogue(messages), chat.reply(reply)))
-            messages = [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": observation}]
-    return imitate(state.model, chat, state.args, state.optimizer, pairs)
+    """The agent imitates correct trajectories."""
+    return imitate(state.model, state.chat, state.args, state.optimizer, [
+        opening(state.world, e["history"][0]) + spoken(e["history"]) for e in batch])
 
 
 def learn(state, batch, stream):
@@ -443,10 +443,11 @@ def learn(state, batch, stream):
     episodes, returns = interleaved(first, second, size), interleaved(rewards, again, size)
     pool = 2 * size if second and args.pool == "joint" else size
     losses = update(state.model, state.reference, state.chat, args, state.optimizer, episodes, group_advantages(returns, pool))
-    judgements = [*(judged or []), *judged_again]
+    judgements = [*(judged or ()), *judged_again]
     metrics = losses | {"reward": common.mean(returns), "reward_rule": common.mean(e["score"] for e in episodes),
                         "groups_without_spread": without_spread(returns, pool), "groups": len(returns) // pool,
-                        "tokens": sum(sum(e["mask"]) for e in episodes), "env_steps": sum(len(e["valid"]) for e in episodes),
+                        "tokens": sum(sum(e["mask"]) for e in episodes) + sum(j["tokens"] for j in judgements),
+                        "env_steps": sum(len(e["valid"]) for e in episodes),
                         "episodes": len(episodes), **watch(first)}
     if judgements:
         metrics |= {"reward_model": common.mean(j["score"] for j in judgements),
@@ -455,10 +456,9 @@ def learn(state, batch, stream):
                     "leaks": leaks(args, [*first, *second], judgements)}
     if second:
         metrics |= {f"second_{key}": value for key, value in watch(second).items()}
-        for e, j in zip(second, judged_again):
-            e["judgement"] = j
-    for e, j in zip(first, judged or []):
-        e["judgement"] = j
+    for attempt, some, verdicts in (1, first, judged or [None] * len(first)), (2, second, judged_again):
+        for e, j in zip(some, verdicts):
+            e |= {"attempt": attempt, "judgement": j}
     return metrics | {"played": [record(e) for e in episodes]}
 
 
@@ -545,8 +545,7 @@ def warmup(world, args):
         first, second = play(seed), play(seed)
         judgement = annotate(rng.sample(list(COSTS), rng.choice([0, 0, 1, 1, 2])))
         for history, before in (first, None), (second, (first, parse_judgement(judgement)["critique"])):
-            said = [{"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(history[1:-1])]
-            examples.append(opening(world, history[0], before) + said)
+            examples.append(opening(world, history[0], before) + spoken(history))
         examples.append((judge_messages(world, first), judgement))
     rng.shuffle(examples)
     return examples

@@ -28,12 +28,13 @@ The paper leaves open: group size, learning rate and KL weight of its GRPO runs,
     python self_guide.py --trust zero                           # or immediate, no-anneal
     python self_guide.py --estimator dapo
     python self_guide.py --guide off --token-budget 3000000     # as many sampled tokens as a guided run had
-    python self_guide.py --model Qwen/Qwen3-1.7B --env household-full --device cuda --lr 1e-6 --temperature 1 --kl 0.01 --max-new-tokens 512
+    python self_guide.py --model Qwen/Qwen3-1.7B --env household-full --device cuda --lr 1e-6 --kl 0.01 --max-new-tokens 512
     python self_guide.py --quick                                # the whole path in under a minute
 """
 
 import copy
 import dataclasses
+import itertools
 import random
 import re
 import sys
@@ -58,10 +59,10 @@ class Args:
     seed: int = common.flag(0, "of everything sampled; the tiny model is built with seed 0")
     steps: int = common.flag(100, "updates (paper: 100)")
     lr: float = common.flag(5e-4, "AdamW, constant after 5 steps (paper: 1e-6, for pretrained models)")
-    batch_size: int = common.flag(128, "episodes per step: groups x --group-size (public script: 128)")
+    batch_size: int = common.flag(64, "episodes per step: groups x --group-size (public script: 128)")
     micro_batch_size: int = common.flag(16, "episodes per backward pass; changes memory and speed, not the gradient")
     max_new_tokens: int = common.flag(24, "of one rating or action (paper: 1024)")
-    temperature: float = common.flag(0.8, "while training, and of the log-probs (paper: 1.0, for pretrained models)")
+    temperature: float = common.flag(1.0, "while training, and of the log-probs (paper)")
     eval_temperature: float = common.flag(0.4, "in evaluation (paper)")
     eval_episodes: int = common.flag(500, "per split, of the first and the last evaluation; a fifth of them, of `test`, in between")
     eval_every: int = common.flag(20, "steps between evaluations")
@@ -90,7 +91,7 @@ class Args:
     reward_scale: float = common.flag(10.0, "R_env is this times the world's score, 1 for success (public script: 10; paper: unclear)")
     invalid_penalty: float = common.flag(0.0, "taken from R_env for each invalid action (public script: 0.1; paper: unclear)")
     token_budget: int = common.flag(0, "with --guide off: stop after so many sampled tokens, not after --steps; 0: no budget")
-    examples: int = common.flag(6000, "episodes that make a tiny model")
+    examples: int = common.flag(10000, "episodes that make a tiny model")
 
 
 # ------------------------------------------------------------------------------------------------------ prompts and parsers
@@ -356,30 +357,41 @@ def show(episode):
 def warmup(world, args):
     """What a model made from nothing is taught before it learns by itself: the world's language, the form of a rating, how to take one.
 
-    Episodes come from a random player on the train split, unfiltered, who tries something impossible once in a while. The policy imitates
-    it. A rating repeats what the last action brought; its label is negative where that was nothing, and random everywhere else: no plan
-    and no success stands behind it. After a negative label the action is a possible one. No part sees an expert.
+    Episodes come from a random player on the train split, unfiltered, and the policy imitates it. In half of them it rates as well, and
+    tries something impossible once in a while: the reason is the end of what was observed last, the label is negative where nothing
+    happened and random everywhere else, mostly neutral; no plan and no success stands behind it. After a negative label the action is a
+    possible one. No part sees an expert.
     """
     rng, examples, said = random.Random("warm-up"), [], []
-    user, assistant = ((lambda text, role=role: {"role": role, "content": text}) for role in ("user", "assistant"))
     for seed in range(args.examples):
         observation, info = world.reset(seed=seed, options={"split": "train"})
-        plain, guided, over = opening(world, observation, guided=False), opening(world, observation, guided=True), False
+        guided, over = seed % 2 == 1, False
+        messages = opening(world, observation, guided)
         while not over:
-            label = rng.choice(LABELS) if info["valid"] else "negative"
+            label = rng.choices(LABELS, (1, 8, 1))[0] if info["valid"] else "negative"
             said = (said + info["admissible"])[-1000:]
-            action = rng.choice(info["admissible"] if label == "negative" or rng.random() < 0.9 else said)
-            guided += [assistant(f"Reason: {event(observation)}\nLabel: {label}"), user(ACT), assistant(action)]
+            impossible = guided and label != "negative" and rng.random() < 0.03
+            action = rng.choice(said) if impossible else rng.choice(rng.choice(by_verb(info["admissible"])))
+            words = [f"Reason: {' '.join(event(observation).split()[-3:])}\nLabel: {label}", ACT, action] if guided else [action]
             observation, _, terminated, truncated, info = world.step(action)
             over = terminated or truncated
-            guided += [] if over else [user(f"{observation}\n{RATE}")]
-            plain += [assistant(action), user(observation)]
-        turns = rng.randint(1, rng.randint(1, len(plain) // 2 - 1))  # mostly short: more of them in the same time
-        *plain, last = plain[:2 + 2 * turns]
-        plain += [user(f"{last['content']}\n{READ}"), assistant(f"{world.task}\n{event(last['content'])}")]
-        examples += [plain, guided[:1 + 4 * turns]]
+            words.append(f"{observation}\n{RATE}" if guided else observation)
+            messages += [{"role": role, "content": text} for role, text in zip(itertools.cycle(["assistant", "user"]), words)]
+        each = 4 if guided else 2  # messages per turn
+        messages = messages[:2 + each * rng.randint(1, (len(messages) - 2) // each)]
+        last = messages.pop()["content"].removesuffix(f"\n{RATE}")
+        messages += [{"role": "user", "content": f"{last}\n{READ}"}, {"role": "assistant", "content": f"{world.task}\n{event(last)}"}]
+        examples.append(messages)
     rng.shuffle(examples)
     return examples
+
+
+def by_verb(actions):
+    """Lists of actions that share their first word. Drawn first among these, rare kinds of action are practised too."""
+    verbs = {}
+    for action in actions:
+        verbs.setdefault(action.split()[0], []).append(action)
+    return list(verbs.values())
 
 
 def event(observation):
@@ -416,7 +428,8 @@ def load(world, args):
     """The model that rates and acts, and its chat; a tiny one is made from `warmup`."""
     if args.model.startswith("tiny") and args.device == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
-    constants = [f"{world.system}\n{POLICY}", f"{world.system}\n{GUIDED}", RATE, ACT, READ]
+    constants = [f"{world.system}\n{POLICY}", f"{world.system}\n{GUIDED}", RATE, ACT, READ, "Reason: ", "\nLabel: ",
+                 *common.CHANGES_OF_SPEAKER]
     return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype)
 
 

@@ -88,4 +88,22 @@ runs self-guide-grpo-dapo  "0 1 2" self_guide.py --estimator dapo --guide off
 for seed in 0 1 2; do # plain GRPO with as many sampled tokens as the full method had
     runs self-guide-grpo-tokens "$seed" self_guide.py --guide off --token-budget "$(tokens "self-guide-full-s$seed")"
 done
+
+# ACT: the pipelines at equal epochs, the baseline of another paper, and pairs that another size of model proposed
+for pipeline in act,il il,il il,rl act,il,rl; do runs "act-$pipeline" "0 1 2 3 4" act.py --pipeline "$pipeline"; done
+for pipeline in il act act,rl il,rl,rl sft-choice,il dpo,il no-reasoning,il; do runs "act-$pipeline" "0 1 2" act.py --pipeline "$pipeline"; done
+runs act-early-experience  "0 1 2" docs/early_experience.py
+runs act-32x2           "0 1 2" act.py --model tiny:32x2
+runs act-32x2-foreign   "0 1 2" act.py --model tiny:32x2 --pairs "$results/act-act,il-s@/pairs.jsonl"
+
+# Reagent: U trains the judge that the other arms of its seed use
+runs reagent-U             "0 1 2 3 4" reagent.py
+runs reagent-none          "0 1 2 3 4" reagent.py --variant none
+runs reagent-R-2G          "0 1 2 3 4" reagent.py --variant R --batch-size 64 --group-size 16 --rrm "$results/reagent-U-s@/rrm"
+runs reagent-R             "0 1 2" reagent.py --variant R --rrm "$results/reagent-U-s@/rrm"
+runs reagent-C             "0 1 2" reagent.py --variant C --rrm "$results/reagent-U-s@/rrm"
+for weight in 0 0.1 0.5; do
+    runs "reagent-U-lambda$weight" "0 1 2" reagent.py --score-weight "$weight" --rrm "$results/reagent-U-s@/rrm"
+done
+runs reagent-U-separate    "0 1 2" reagent.py --pool separate --rrm "$results/reagent-U-s@/rrm"
 exit $failed

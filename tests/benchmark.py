@@ -1,8 +1,9 @@
 """Speed and memory as ratios within one run, medians of a few rounds: python tests/benchmark.py [episodes|outside|memory].
 
-- episodes: Twenty Questions with `common.Dialogues`, which keeps its cache, against the loop that most people write: each turn the whole
-  dialogue through the chat template and the tokenizer, then `model.generate`; the episodes as one batch padded on the left, and one by
-  one. Games of 2 to 32 turns. Greedy, so that all three say the same words. Target: at least 3 times faster at the 20 turns of the game.
+- episodes: Twenty Questions with `common.Dialogues`, which keeps its cache, as all rollouts here do (`self_guide.py --guide off`, for one),
+  against the loop that most people write: each turn the whole dialogue through the chat template and the tokenizer, then
+  `model.generate`; the episodes as one batch padded on the left, and one by one. Games of 2 to 32 turns. Greedy, so that all three say
+  the same words. Target: at least 3 times faster at the 20 turns of the game.
 - outside: the share of a run's wall time outside the model's forward and backward. Target: below 20%.
 - memory: the peak of a run with default settings (few steps) beyond the imports, with the making of the tiny model. Target: below 1 GiB.
 """

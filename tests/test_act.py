@@ -2,34 +2,30 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import pytest
 import torch
+from helpers import CHECKPOINT, LOG, PAD, SUMMARY, WORDS, Bigram, everything_under, lines, random_episodes, random_table, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import act
 import common
 import envs
 
 torch.set_num_threads(1)
 ENV = "repair"
-ROOT = Path(act.__file__).parent
 WORLD = envs.make(ENV)
 SMALL = (  # of the tiny model that --quick builds too
     f"--env {ENV} --model tiny --examples 400 --steps 3 --batch-size 8 --micro-batch-size 4 --group-size 4 --eval-episodes 4 "
@@ -38,14 +34,6 @@ SMALL = (  # of the tiny model that --quick builds too
 ARGS = dataclasses.replace(
     act.Args(), env=ENV, model="tiny", examples=400, max_new_tokens=28, batch_size=8, group_size=4, micro_batch_size=4, num_demos=5, kl=0.0
 )
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def everything_under(path):
-    return {p.relative_to(path): p.read_bytes() if p.is_file() else None for p in Path(path).rglob("*")}
 
 
 def gradient(model):
@@ -138,7 +126,7 @@ def test_a_state_without_a_candidate_has_the_same_table():
 # ------------------------------------------------------------------------------------------------ demonstrations, questions
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chores():
     """States of one episode of the household."""
     return act.demonstrations(dataclasses.replace(ARGS, env="household"), "train", [3])
@@ -275,27 +263,6 @@ def test_dpo_loss_by_hand():
 
 # ------------------------------------------------------------------------------------- whole steps against other derivations
 
-PAD = SimpleNamespace(pad=0)  # all that the losses need of a chat
-WORDS = 5
-
-
-class Bigram(torch.nn.Module):
-    """p(next | last) = softmax of a row: losses and gradients can be worked out by hand."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, table):
-        super().__init__()
-        self.table = torch.nn.Parameter(torch.tensor(table, dtype=torch.float32))
-
-    def forward(self, input_ids, attention_mask, position_ids, use_cache, logits_to_keep=0):
-        return SimpleNamespace(logits=self.table[input_ids][:, -logits_to_keep:])
-
-
-def random_table(rng):
-    return [[rng.gauss(0, 1) for _ in range(WORDS)] for _ in range(WORDS)]
-
-
 def softmax(table, temperature):
     rows = [[math.exp(x / temperature) for x in row] for row in torch.tensor(table, dtype=torch.float32).tolist()]
     return [[x / sum(row) for x in row] for row in rows]
@@ -319,15 +286,6 @@ def derived_grpo(table, reference, episodes, advantages, kl, temperature):
                 for j in range(WORDS):
                     grad[last][j] += slope * ((j == word) - p[last][j]) / temperature
     return torch.tensor(grad), out
-
-
-def random_episodes(rng, count):
-    episodes = []
-    for _ in range(count):
-        length = rng.randrange(2, 9)
-        mask = [0, *(rng.randrange(2) for _ in range(length - 2)), 1]
-        episodes.append({"ids": [rng.randrange(WORDS) for _ in range(length)], "mask": mask, "logprob": 0.0})
-    return episodes
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -402,30 +360,12 @@ def test_a_dpo_step_against_another_derivation(micro):
 # ----------------------------------------------------------------------------------------------------------- a tiny model
 
 
-@pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    """One cache of tiny models for all tests of this file."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
-def tiny(home):
-    """(model, chat): shared, so do not train it; copy it."""
-    before, os.environ["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME"), str(home)
-    try:
-        return act.load(envs.make(ENV), ARGS)
-    finally:
-        del os.environ["XDG_CACHE_HOME"]
-        if before is not None:
-            os.environ["XDG_CACHE_HOME"] = before
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def demos():
     return act.demonstrations(ARGS, "train", range(5))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pairs(tiny, demos):
     return act.make_pairs(*tiny, WORLD, ARGS, demos, ("pairs",))
 
@@ -599,94 +539,18 @@ def test_warm_up_shows_nothing_of_the_test_split():
 # ---------------------------------------------------------------------------------------------------- whole runs: set-up
 
 
-@pytest.fixture(scope="session")
-def environment(home, tiny):
-    return os.environ | {"XDG_CACHE_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                         "PYTHONPATH": str(ROOT)}  # fmt: skip
-
-
-# Importing torch takes seconds: one process does it and forks a child per run. `fault` is code that the child executes first.
-SERVER = """
-import json, os, signal, sys, traceback
-import torch
-torch.set_num_threads(1)
-import common, act
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            for number, name in (1, "stdout"), (2, "stderr"):
-                os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.chdir(job["cwd"])
-            sys.argv = ["act.py", *job["argv"]]
-            exec(job["fault"], {"common": common, "act": act, "os": os, "signal": signal})
-            act.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="session")
-def act_run(environment, tmp_path_factory):
-    """act_run("--flags ...", cwd) -> status, stdout, stderr of `python act.py --flags ...`, in a process of its own."""
-    streams = tmp_path_factory.mktemp("streams")
-    server = subprocess.Popen([sys.executable, "-c", SERVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run(flags, cwd, fault=""):
-        job = {"argv": flags.split(), "cwd": str(cwd), "fault": fault, "stdout": str(streams / "out"), "stderr": str(streams / "err")}
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
-        return SimpleNamespace(status=status, stdout=(streams / "out").read_text(), stderr=(streams / "err").read_text())
-
-    yield run
-    server.stdin.close()
-    assert server.wait(timeout=60) == 0
-
-
-@pytest.fixture(scope="session")
-def whole(act_run, tmp_path_factory):
-    """A small run that nothing disturbed."""
-    path = tmp_path_factory.mktemp("whole")
-    result = act_run(f"{SMALL} --out-dir run", path)
-    assert result.status == 0, result.stderr
-    return path / "run"
+@pytest.fixture(scope="module")
+def environment(environment, tiny):
+    return environment  # with the tiny model in the cache already
 
 
 STAGED = "1-act", "2-il", "3-rl"
-
-
-def without_seconds(record):
-    return {key: value for key, value in record.items() if not key.startswith("seconds")}
-
-
-def same_run(one, other, *apart):
-    """Equal metrics, episodes, data and weights; timings apart, and the keys `apart` of the summary."""
-    for name in "metrics.jsonl", "rollouts.jsonl", "demos.jsonl", "pairs.jsonl":
-        a, b = ([without_seconds(row) for row in lines(path / name)] for path in (one, other))
-        assert a == b and a, name
-    a, b = (json.loads((path / "summary.json").read_text()) for path in (one, other))
-    machine = {"seconds": 0, "peak_memory_bytes": 0, "git_commit": ""} | dict.fromkeys(apart)  # somebody may commit while the tests run
-    assert a | machine == b | machine
-    for name in (*STAGED, "model"):
-        assert (one / name / "model.safetensors").read_bytes() == (other / name / "model.safetensors").read_bytes()
+same_run = functools.partial(helpers.same_run, data=("demos.jsonl", "pairs.jsonl"), weights=(*STAGED, "model"))
 
 
 @pytest.fixture
-def main_here(monkeypatch, environment, tmp_path):
+def main_here(monkeypatch, run_here):
     """act.main() in this process, so that its functions can be watched -> what stages, rollouts and pairs were given."""
-    monkeypatch.setattr(os, "environ", environment)
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     seen = SimpleNamespace(stages=[], rollouts=[], pairs=[])
     rollout, make_pairs = act.rollout, act.make_pairs
 
@@ -715,26 +579,20 @@ def main_here(monkeypatch, environment, tmp_path):
     monkeypatch.setattr(act, "make_pairs", pairing)
 
     def run(flags):
-        monkeypatch.setattr(sys, "argv", ["act.py", *flags.split()])
-        act.main()
+        run_here(flags)
         return seen
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 # ------------------------------------------------------------------------------------------------ whole runs: as a user
 
-SUMMARY = """script method arm env model seed split eval_episodes before after random expert train_episodes env_steps generated_tokens
-    gradient_steps seconds peak_memory_bytes device git_commit""".split()
 FILES = {"args.json", "metrics.jsonl", "rollouts.jsonl", "checkpoint", "model", "summary.json", "demos.jsonl", "pairs.jsonl"}
 
 
-def test_quick_by_subprocess(environment, tmp_path):
-    result = subprocess.run([sys.executable, ROOT / "act.py", "--quick", "--env", ENV], env=environment, cwd=tmp_path,
-                            capture_output=True, text=True, timeout=300)  # fmt: skip
-    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+def test_quick_by_subprocess(run_as_user, tmp_path):
+    result = run_as_user(f"--quick --env {ENV}", tmp_path, timeout=300)
+    assert result.status == 0 and "Traceback" not in result.stderr, result.stderr
     run = tmp_path / "runs" / f"act-{ENV}-s0"
     assert [path.name for path in tmp_path.iterdir()] == ["runs"] and list((tmp_path / "runs").iterdir()) == [run]
     assert {path.name for path in run.iterdir()} == FILES | {"1-act", "2-il"}
@@ -842,19 +700,19 @@ def test_the_pairs_file_holds_no_rendered_prompt(whole):
         assert {m["role"] for m in row["messages"]} <= {"user", "assistant"} and all(set(m) == {"role", "content"} for m in row["messages"])
 
 
-def test_eval_only_writes_nothing(act_run, whole, tmp_path):
+def test_eval_only_writes_nothing(run_script, whole, tmp_path):
     before = everything_under(whole)
-    result = act_run(f"{SMALL.replace('--model tiny', f'--model {whole}/2-il')} --eval-only", tmp_path)
+    result = run_script(f"{SMALL.replace('--model tiny', f'--model {whole}/2-il')} --eval-only", tmp_path)
     assert result.status == 0 and re.search(r"test: success \d\.\d+ \(se .*n 4\)", result.stdout + result.stderr), result.stderr
     assert not list(tmp_path.iterdir()) and everything_under(whole) == before
 
 
-def test_the_same_seed_gives_the_same_metrics_and_another_does_not(act_run, whole, tmp_path):
-    assert act_run(f"{SMALL} --out-dir again", tmp_path).status == 0
+def test_the_same_seed_gives_the_same_metrics_and_another_does_not(run_script, whole, tmp_path):
+    assert run_script(f"{SMALL} --out-dir again", tmp_path).status == 0
     same_run(whole, tmp_path / "again")
-    assert act_run(f"{SMALL} --out-dir other --seed 9223372036854775807 --steps 1", tmp_path).status == 0
+    assert run_script(f"{SMALL} --out-dir other --seed 9223372036854775807 --steps 1", tmp_path).status == 0
     assert lines(tmp_path / "other" / "demos.jsonl")[0]["messages"] != lines(whole / "demos.jsonl")[0]["messages"]
-    result = act_run(f"{SMALL} --steps 1 --pipeline act --demos other/demos.jsonl --pairs other/pairs.jsonl --out-dir third", tmp_path)
+    result = run_script(f"{SMALL} --steps 1 --pipeline act --demos other/demos.jsonl --pairs other/pairs.jsonl --out-dir third", tmp_path)
     assert result.status == 0, result.stderr  # such large seeds are read back as they were
     assert (tmp_path / "third" / "pairs.jsonl").read_bytes() == (tmp_path / "other" / "pairs.jsonl").read_bytes()
 
@@ -862,17 +720,17 @@ def test_the_same_seed_gives_the_same_metrics_and_another_does_not(act_run, whol
 # ------------------------------------------------------------------------------------------------- demonstrations and pairs
 
 
-def test_files_of_another_run_take_the_place_of_its_data(act_run, whole, tmp_path):
-    result = act_run(f"{SMALL} --demos {whole}/demos.jsonl --pairs {whole}/pairs.jsonl --out-dir run", tmp_path)
+def test_files_of_another_run_take_the_place_of_its_data(run_script, whole, tmp_path):
+    result = run_script(f"{SMALL} --demos {whole}/demos.jsonl --pairs {whole}/pairs.jsonl --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
-    same_run(whole, tmp_path / "run", "pair_counts")
+    same_run(whole, tmp_path / "run", apart=["pair_counts"])
 
 
-def test_states_without_a_list_and_with_further_keys(act_run, whole, tmp_path):
+def test_states_without_a_list_and_with_further_keys(run_script, whole, tmp_path):
     rows = [row | {"admissible": None, "note": [n, str(n)][n % 2], "expert": "2020-01-01"}
             for n, row in enumerate(lines(whole / "pairs.jsonl"))]  # fmt: skip
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = act_run(f"{SMALL} --steps 1 --pipeline sft-choice --pairs pairs.jsonl --out-dir run", tmp_path)
+    result = run_script(f"{SMALL} --steps 1 --pipeline sft-choice --pairs pairs.jsonl --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
     assert lines(tmp_path / "run" / "pairs.jsonl") == rows  # a date stays a text
 
@@ -889,39 +747,12 @@ def test_demonstrations_of_a_file_are_what_is_imitated(main_here, whole, tmp_pat
 
 # ------------------------------------------------------------------------------------- whole runs: a model from elsewhere
 
-TEMPLATE = (
-    "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim"
-    " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
+save_llama = functools.partial(helpers.save_llama, text=[WORLD.system, act.POLICY, act.CHOOSE])
 
 
-def save_llama(path, template=TEMPLATE, context=4096):
-    """A random-weight Llama with a byte-level BPE tokenizer and headers as in Llama 3."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    bpe.train_from_iterator([WORLD.system, act.POLICY, act.CHOOSE], trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))  # fmt: skip
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=special[0], eos_token=special[4], chat_template=template, clean_up_tokenization_spaces=False
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=context, bos_token_id=0, eos_token_id=[1, 4], tie_word_embeddings=False,
-    )).save_pretrained(path)  # fmt: skip
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory):
-    return save_llama(tmp_path_factory.mktemp("llama") / "model")
-
-
-def test_a_llama_learns_from_the_pairs_of_another_model(act_run, llama, whole, tmp_path):
+def test_a_llama_learns_from_the_pairs_of_another_model(run_script, llama, whole, tmp_path):
     flags = SMALL.replace("--model tiny", f"--model {llama}") + " --pipeline act,sft-choice,dpo,no-reasoning,il,rl --max-new-tokens 8"
-    result = act_run(f"{flags} --steps 1 --kl 0 --eval-episodes 2 --pairs {whole}/pairs.jsonl --out-dir run", tmp_path)
+    result = run_script(f"{flags} --steps 1 --kl 0 --eval-episodes 2 --pairs {whole}/pairs.jsonl --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
     metrics, summary = lines(tmp_path / "run" / "metrics.jsonl"), json.loads((tmp_path / "run" / "summary.json").read_text())
     assert metrics[0]["rows"] == {"untagged": 1.0} and metrics[0]["reward"] == -0.5 and metrics[0]["grad_norm"] == 0
@@ -935,26 +766,19 @@ def test_a_llama_learns_from_the_pairs_of_another_model(act_run, llama, whole, t
     assert chat.prompt([{"role": "user", "content": "Hi"}]) == common.load(str(llama))[1].prompt([{"role": "user", "content": "Hi"}])
 
 
-def test_a_model_that_proposes_nothing_is_told_so(act_run, llama, tmp_path):
+def test_a_model_that_proposes_nothing_is_told_so(run_script, llama, tmp_path):
     flags = SMALL.replace("--model tiny", f"--model {llama}") + " --max-new-tokens 8"
-    result = act_run(f"{flags} --out-dir run", tmp_path)
+    result = run_script(f"{flags} --out-dir run", tmp_path)
     assert result.status == 2 and "stage act" in result.stderr and "Traceback" not in result.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-def refused(result, *words):
-    assert result.status == 2 and not result.stdout, (result.status, result.stdout, result.stderr)
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and len(result.stderr) < 1000, result.stderr
-    for word in words:
-        assert word in result.stderr, (word, result.stderr)
-
-
 ACCEPTED = "common.Run.start = act.evaluate = lambda *a: os._exit(77)"  # or a full run would follow
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bad_models(llama, tmp_path_factory):
     path = tmp_path_factory.mktemp("bad")
     save_llama(path / "short", context=64)
@@ -982,9 +806,9 @@ def bad_models(llama, tmp_path_factory):
     ("--nonsense 1", "--nonsense"), ("--device warp", "--device"), ("--dtype float16", "--dtype"), ("--resume", "no run"),
     ("--out-dir {bad}/short", "exists"), ("--out-dir {bad}/file", "exists"), ("--out-dir {bad}/file/run", "--out-dir"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_and_leaves_nothing(act_run, bad_models, home, tmp_path, flags, words):
+def test_bad_input_is_one_line_and_leaves_nothing(run_script, bad_models, home, tmp_path, flags, words):
     before = everything_under(bad_models), everything_under(home)
-    refused(act_run(f"--env {ENV} {flags.format(bad=bad_models)}", tmp_path, ACCEPTED), words)
+    refused(run_script(f"--env {ENV} {flags.format(bad=bad_models)}", tmp_path, ACCEPTED), words)
     assert not list(tmp_path.iterdir()) and (everything_under(bad_models), everything_under(home)) == before
 
 
@@ -1007,7 +831,7 @@ BAD_LINES = {  # what the third line is, in place of a good row; and what the me
 
 
 @pytest.mark.parametrize("flag", ["--demos", "--pairs"])
-def test_a_bad_line_is_named(act_run, demos, tmp_path, flag):
+def test_a_bad_line_is_named(run_script, demos, tmp_path, flag):
     good = demos[0] | ({"candidate": "clean the gears"} if flag == "--pairs" else {})
     bad = dict(BAD_LINES) | {f"without {key}": ({key: ...}, repr(key)) for key in act.STATE}
     if flag == "--pairs":
@@ -1016,68 +840,51 @@ def test_a_bad_line_is_named(act_run, demos, tmp_path, flag):
         if isinstance(line, dict):
             line = json.dumps({key: value for key, value in (good | line).items() if value is not ...})
         (tmp_path / "data.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good)}\n{line}\n{json.dumps(good)}\n")
-        refused(act_run(f"--env {ENV} {flag} data.jsonl", tmp_path, ACCEPTED), "data.jsonl, line 3", words)
+        refused(run_script(f"--env {ENV} {flag} data.jsonl", tmp_path, ACCEPTED), "data.jsonl, line 3", words)
         assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"], name
     (tmp_path / "data.jsonl").write_text(json.dumps(good))  # and what is good is accepted, without a last line break too
-    assert act_run(f"--env {ENV} --examples 400 {flag} data.jsonl", tmp_path, ACCEPTED).status == 77
+    assert run_script(f"--env {ENV} --examples 400 {flag} data.jsonl", tmp_path, ACCEPTED).status == 77
 
 
-def test_bad_input_by_subprocess(environment, tmp_path):
-    result = subprocess.run([sys.executable, ROOT / "act.py", "--env", ENV, "--pipeline", "sing"], env=environment, cwd=tmp_path,
-                            capture_output=True, text=True)  # fmt: skip
-    refused(SimpleNamespace(status=result.returncode, **vars(result)), "--pipeline")
+def test_bad_input_by_subprocess(run_as_user, tmp_path):
+    refused(run_as_user(f"--env {ENV} --pipeline sing", tmp_path), "--pipeline")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_is_never_overwritten_and_resumed_only_as_it_was(act_run, whole, tmp_path):
+def test_a_run_is_never_overwritten_and_resumed_only_as_it_was(run_script, whole, tmp_path):
     before = everything_under(whole)
-    refused(act_run(f"{SMALL} --out-dir {whole}", tmp_path), "--resume", "--out-dir")
-    refused(act_run(f"{SMALL} --out-dir {whole} --resume --pipeline il --candidates 3", tmp_path), "pipeline was", "candidates was")
+    refused(run_script(f"{SMALL} --out-dir {whole}", tmp_path), "--resume", "--out-dir")
+    refused(run_script(f"{SMALL} --out-dir {whole} --resume --pipeline il --candidates 3", tmp_path), "pipeline was", "candidates was")
     assert everything_under(whole) == before and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------ kills and resume
 
-LOG = """
-log = common.Run.log
-def fatal(run, record):
-    log(run, record)
-    if record["step"] == {step}:
-        os.kill(os.getpid(), signal.{name})
-common.Run.log = fatal
-"""
 AT = {  # where the run is killed: code, and how many lines of metrics it had written by then; checkpoints: after 2, 4, 6, 8, 9
     "at its pairs": ("act.make_pairs = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", 0),
     "within a stage": (LOG.format(step=5, name="SIGKILL"), 5),  # il, step 2; from its step 1
     "after a stage": (LOG.format(step=7, name="SIGKILL"), 7),  # rl, step 1; from the end of il
-    "amid the second checkpoint": ("""
-import torch
-save, seen = torch.save, []
-def fatal(saved, file):
-    seen.append(save(saved, file))
-    file.flush()
-    len(seen) == 2 and os.kill(os.getpid(), signal.SIGKILL)
-torch.save = fatal""", 4),
+    "amid the second checkpoint": (CHECKPOINT.format(count=2), 4),
     "before the summary": ("common.Run.finish = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", 9),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("where", AT)
-def test_killed_anywhere_and_resumed(act_run, whole, tmp_path, where):
+def test_killed_anywhere_and_resumed(run_script, whole, tmp_path, where):
     fault, written = AT[where]
-    assert act_run(f"{SMALL} --out-dir run", tmp_path, fault).status == -signal.SIGKILL
+    assert run_script(f"{SMALL} --out-dir run", tmp_path, fault).status == -signal.SIGKILL
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert (len(lines(metrics)) if metrics.exists() else 0) == written and not (tmp_path / "run" / "summary.json").exists()
-    result = act_run(f"{SMALL} --out-dir run --resume", tmp_path)
+    result = run_script(f"{SMALL} --out-dir run --resume", tmp_path)
     assert result.status == 0, result.stderr
     same_run(whole, tmp_path / "run")
 
 
-def test_asked_to_stop_keeps_the_step_and_resumes(act_run, whole, tmp_path):
-    result = act_run(f"{SMALL} --out-dir run", tmp_path, LOG.format(step=1, name="SIGTERM"))
+def test_asked_to_stop_keeps_the_step_and_resumes(run_script, whole, tmp_path):
+    result = run_script(f"{SMALL} --out-dir run", tmp_path, LOG.format(step=1, name="SIGTERM"))
     assert result.status == 143 and "Traceback" not in result.stderr
     assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]["done"] == 1
-    other = act_run(f"{SMALL} --steps 4 --out-dir run --resume", tmp_path)  # other stages would end elsewhere
+    other = run_script(f"{SMALL} --steps 4 --out-dir run --resume", tmp_path)  # other stages would end elsewhere
     assert other.status == 2 and "--steps" in other.stderr and "Traceback" not in other.stderr
-    assert act_run(f"{SMALL} --out-dir run --resume", tmp_path).status == 0
+    assert run_script(f"{SMALL} --out-dir run --resume", tmp_path).status == 0
     same_run(whole, tmp_path / "run")

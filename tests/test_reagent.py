@@ -2,34 +2,29 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import pytest
 import torch
+from helpers import CHECKPOINT, LOG, PAD, SUMMARY, Bigram, everything_under, lines, random_episodes, random_table, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import envs
 import reagent as ra
 
 torch.set_num_threads(1)
-ROOT = Path(ra.__file__).parent
 WORLD = envs.make("search")
 SMALL = (  # 2 updates of the judge's SFT, 1 of its GRPO, 2 of the cold start, 2 of learning: checkpoints stand in the middle of phases
     "--model tiny:32x1 --examples 60 --steps 2 --batch-size 8 --micro-batch-size 4 --group-size 4 --eval-episodes 2 --eval-every 1 "
@@ -40,14 +35,6 @@ STEPS = ["judge-sft"] * 2 + ["judge-grpo"] + ["cold-start"] * 2 + ["learn"] * 2
 ARGS = dataclasses.replace(ra.Args(), model="tiny:32x1", examples=60, max_new_tokens=12, judge_tokens=32, batch_size=8, group_size=4,
                            micro_batch_size=4, updates=1, kl=0.0)  # fmt: skip
 GOOD = "<think>No flaw.</think>\n<critique>Go on like this.</critique>\n<score>0.5</score>"
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def everything_under(path):
-    return {p.relative_to(path): p.read_bytes() if p.is_file() else None for p in Path(path).rglob("*")}
 
 
 # -------------------------------------------------------------------------------------------------------- what is parsed
@@ -226,23 +213,6 @@ def test_loss_by_hand():
     torch.testing.assert_close(ra.token_weights(mask, 4), t([0, 0.125, 0.125, 0], [0.25, 0, 0, 0], [0] * 4).float())
 
 
-PAD = SimpleNamespace(pad=0)  # all that the loss needs of a chat
-WORDS = 5
-
-
-class Bigram(torch.nn.Module):
-    """p(next | last) = softmax of a row: losses and gradients can be worked out by hand."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, table):
-        super().__init__()
-        self.table = torch.nn.Parameter(torch.tensor(table, dtype=torch.float32))
-
-    def forward(self, input_ids, attention_mask, position_ids, use_cache):
-        return SimpleNamespace(logits=self.table[input_ids])
-
-
 def derived(table, reference, episodes, advantages, args, lr):
     """The same steps in float64, token by token, from the paper's formula: mean over attempts of the mean over their own tokens."""
     def logp(table, e):
@@ -276,12 +246,7 @@ def derived(table, reference, episodes, advantages, args, lr):
        st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3, 100]), st.sampled_from([1.0, 0.7]))  # fmt: skip
 def test_loss_and_gradient_against_another_derivation(seed, clips, kl, updates, micro, temperature):
     rng = random.Random(seed)
-    table, reference = [[[rng.gauss(0, 1) for _ in range(WORDS)] for _ in range(WORDS)] for _ in range(2)]
-    episodes = []
-    for _ in range(6):
-        length = rng.randrange(2, 9)
-        mask = [0, *(rng.randrange(2) for _ in range(length - 2)), 1]
-        episodes.append(dict(ids=[rng.randrange(WORDS) for _ in range(length)], mask=mask, logprob=0.0))
+    table, reference, episodes = random_table(rng), random_table(rng), random_episodes(rng, 6)
     advantages = [rng.choice([0.0, rng.gauss(0, 1)]) for _ in episodes]
     args = dataclasses.replace(ARGS, clip=clips[0], clip_high=clips[1], kl=kl, updates=updates, micro_batch_size=micro,
                                temperature=temperature)  # fmt: skip
@@ -298,20 +263,6 @@ def test_loss_and_gradient_against_another_derivation(seed, clips, kl, updates, 
 # ------------------------------------------------------------------------------------------------- a tiny model's attempts
 
 
-@pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    """One cache of tiny models for all tests of this file."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
-def tiny(home):
-    """(model, chat): shared, so do not train it; `trained` copies it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(home))
-        return ra.load(WORLD, ARGS)
-
-
 CRITIQUES = ["Read every page that the question needs before you answer.", "", "Mind the {braces} <|im_end|>.", "Go on like this."] * 2
 
 
@@ -319,7 +270,7 @@ def play(tiny, seeds, before=None, args=ARGS, **settings):
     return ra.rollout(*tiny, args, "train", seeds, **dict(temperature=args.temperature, stream=("test",), before=before) | settings)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def attempts(tiny):
     """(first, second): two questions, four attempts at each, and as many second ones."""
     seeds = [0] * 4 + [1] * 4
@@ -327,7 +278,7 @@ def attempts(tiny):
     return first, play(tiny, seeds, [(e["history"], c) for e, c in zip(first, CRITIQUES)], stream=("test", 2))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def batch(attempts):
     return ra.interleaved(*attempts, 4)
 
@@ -547,10 +498,9 @@ def test_the_warm_up_asks_no_expert_and_sees_train_alone(monkeypatch):
 # ---------------------------------------------------------------------------------------------------- whole runs: set-up
 
 
-@pytest.fixture(scope="session")
-def environment(home, tiny):
-    return os.environ | {"XDG_CACHE_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                         "PYTHONPATH": str(ROOT)}  # fmt: skip
+@pytest.fixture(scope="module")
+def environment(environment, tiny):
+    return environment  # with the tiny model in the cache already
 
 
 def fewer(args, split, count, name, real=ra.trajectories):
@@ -558,89 +508,22 @@ def fewer(args, split, count, name, real=ra.trajectories):
     return real(args, split, min(count, 4 if name == "held out" else 16), name)
 
 
-# Importing torch takes seconds: one process does it and forks a child per run. `fault` is code that the child executes first.
-SERVER = """
-import json, os, signal, sys, traceback
-import torch
-torch.set_num_threads(1)
-import common, envs, reagent
+# What the process that runs the script does first: see `run_script` in conftest.py.
+PREPARE = """
+import envs, reagent
 real, args = reagent.trajectories, reagent.Args(examples=60)
 reagent.warmup(envs.make("search"), args), [real(args, split, 8, "any") for split in ("test", "ood")]  # the encyclopedias are cached
 reagent.trajectories = lambda args, split, count, name: real(args, split, min(count, 4 if name == "held out" else 16), name)
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            for number, name in (1, "stdout"), (2, "stderr"):
-                os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.chdir(job["cwd"])
-            sys.argv = ["reagent.py", *job["argv"]]
-            exec(job["fault"], {"common": common, "reagent": reagent, "os": os, "signal": signal})
-            reagent.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-@pytest.fixture(scope="session")
-def ra_run(environment, tmp_path_factory):
-    """ra_run("--flags ...", cwd) -> status, stdout, stderr of `python reagent.py --flags ...`, in a process of its own."""
-    streams = tmp_path_factory.mktemp("streams")
-    server = subprocess.Popen([sys.executable, "-c", SERVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run(flags, cwd, fault=""):
-        job = {"argv": flags.split(), "cwd": str(cwd), "fault": fault, "stdout": str(streams / "out"), "stderr": str(streams / "err")}
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
-        return SimpleNamespace(status=status, stdout=(streams / "out").read_text(), stderr=(streams / "err").read_text())
-
-    yield run
-    server.stdin.close()
-    assert server.wait(timeout=60) == 0
-
-
-@pytest.fixture(scope="session")
-def whole(ra_run, tmp_path_factory):
-    """A small run of variant U that nothing disturbed."""
-    path = tmp_path_factory.mktemp("whole")
-    result = ra_run(f"{SMALL} --out-dir run", path)
-    assert result.status == 0, result.stderr
-    return path / "run"
-
-
-def without_seconds(record):
-    return {key: value for key, value in record.items() if not key.startswith("seconds")}
-
-
-def same_run(one, other):
-    """Equal metrics, episodes, models, timings apart."""
-    for name in "metrics.jsonl", "rollouts.jsonl":
-        a, b = ([without_seconds(row) for row in lines(path / name)] for path in (one, other))
-        assert a == b and a, name
-    a, b = (json.loads((path / "summary.json").read_text()) for path in (one, other))
-    machine = {"seconds": 0, "peak_memory_bytes": 0, "git_commit": ""}  # somebody may commit while the tests run
-    assert a | machine == b | machine
-    for name in "model", "rrm":
-        assert (one / name / "model.safetensors").read_bytes() == (other / name / "model.safetensors").read_bytes()
+same_run = functools.partial(helpers.same_run, weights=("model", "rrm"))
 
 
 @pytest.fixture
-def main_here(monkeypatch, environment, tmp_path):
+def main_here(monkeypatch, run_here):
     """reagent.main() in this process, so that its functions can be watched; of training rewards some are made 1, or none would differ."""
-    monkeypatch.setattr(os, "environ", environment)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ra, "trajectories", fewer)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     seen, real = SimpleNamespace(rollouts=[], updates=[], judged=[]), {name: getattr(ra, name) for name in ("rollout", "judge", "update")}
 
     def rolling(model, chat, args, split, seeds, **rest):
@@ -668,27 +551,19 @@ def main_here(monkeypatch, environment, tmp_path):
         monkeypatch.setattr(ra, name, function)
 
     def run(flags):
-        monkeypatch.setattr(sys, "argv", ["reagent.py", *flags.split()])
         for store in vars(seen).values():
             store.clear()
-        ra.main()
+        run_here(flags)
         return seen
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 # ------------------------------------------------------------------------------------------------ whole runs: as a user
 
-SUMMARY = """script method arm env model seed split eval_episodes before after random expert train_episodes env_steps generated_tokens
-    gradient_steps seconds peak_memory_bytes device git_commit""".split()
-
-
-def test_quick_by_subprocess(environment, tmp_path):
-    result = subprocess.run([sys.executable, ROOT / "reagent.py", "--quick"], env=environment, cwd=tmp_path, capture_output=True, text=True,
-                            timeout=400)  # fmt: skip
-    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+def test_quick_by_subprocess(run_as_user, tmp_path):
+    result = run_as_user("--quick", tmp_path, timeout=400)
+    assert result.status == 0 and "Traceback" not in result.stderr, result.stderr
     run = tmp_path / "runs" / "reagent-search-s0"
     assert [path.name for path in tmp_path.iterdir()] == ["runs"] and list((tmp_path / "runs").iterdir()) == [run]
     assert {path.name for path in run.iterdir()} == {
@@ -739,17 +614,17 @@ def test_the_judge_is_frozen_while_the_agent_learns_and_the_other_way_round(main
     assert len(judge[2]) == 8 and all(set(e["mask"]) == {0, 1} and e["mask"] == sorted(e["mask"]) for e in judge[2])
 
 
-def test_eval_only_writes_nothing(ra_run, whole, tmp_path):
+def test_eval_only_writes_nothing(run_script, whole, tmp_path):
     before = everything_under(whole)
-    result = ra_run(f"{SMALL} --model {whole}/model --rrm {whole}/rrm --eval-only", tmp_path)
+    result = run_script(f"{SMALL} --model {whole}/model --rrm {whole}/rrm --eval-only", tmp_path)
     assert result.status == 0 and re.search(r"test: success \d\.\d+ \(se .*n 2\)", result.stdout + result.stderr), result.stderr
     assert not list(tmp_path.iterdir()) and everything_under(whole) == before
 
 
-def test_the_same_seed_gives_the_same_metrics_and_another_does_not(ra_run, whole, tmp_path):
-    assert ra_run(f"{SMALL} --out-dir again", tmp_path).status == 0
+def test_the_same_seed_gives_the_same_metrics_and_another_does_not(run_script, whole, tmp_path):
+    assert run_script(f"{SMALL} --out-dir again", tmp_path).status == 0
     same_run(whole, tmp_path / "again")
-    assert ra_run(f"{SMALL} --out-dir other --seed 9223372036854775807 --rrm {whole}/rrm --steps 1", tmp_path).status == 0
+    assert run_script(f"{SMALL} --out-dir other --seed 9223372036854775807 --rrm {whole}/rrm --steps 1", tmp_path).status == 0
     assert lines(tmp_path / "other" / "rollouts.jsonl")[0]["history"] != lines(whole / "rollouts.jsonl")[0]["history"]
 
 
@@ -855,39 +730,12 @@ def test_training_goes_on_with_a_judge_that_writes_garbage(main_here, whole, mon
 
 # ------------------------------------------------------------------------------------- whole runs: a model from elsewhere
 
-TEMPLATE = (
-    "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim"
-    " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
+save_llama = functools.partial(helpers.save_llama, text=[WORLD.system, ra.JUDGE, ra.AGAIN, *ra.ADVICE.values()], context=8192)
 
 
-def save_llama(path, template=TEMPLATE, context=8192):
-    """A random-weight Llama with a byte-level BPE tokenizer and headers as in Llama 3."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    bpe.train_from_iterator([WORLD.system, ra.JUDGE, ra.AGAIN, *ra.ADVICE.values()], trainers.BpeTrainer(
-        vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))  # fmt: skip
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=special[0], eos_token=special[4], chat_template=template, clean_up_tokenization_spaces=False
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=context, bos_token_id=0, eos_token_id=[1, 4], tie_word_embeddings=False,
-    )).save_pretrained(path)  # fmt: skip
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory):
-    return save_llama(tmp_path_factory.mktemp("llama") / "model")
-
-
-def test_a_llama_without_a_clue_runs_through_every_line(ra_run, llama, tmp_path):
+def test_a_llama_without_a_clue_runs_through_every_line(run_script, llama, tmp_path):
     flags = f"{SMALL} --model {llama} --max-new-tokens 6 --judge-tokens 8 --judged 8 --cold-start 2 --eval-episodes 1"
-    result = ra_run(f"{flags} --out-dir run", tmp_path)
+    result = run_script(f"{flags} --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
     metrics, rollouts = lines(tmp_path / "run" / "metrics.jsonl"), lines(tmp_path / "run" / "rollouts.jsonl")
     assert metrics[-1]["judge_parsed"] == 0 and metrics[-1]["reward"] == 0 and metrics[-1]["invalid"] == 1
@@ -898,8 +746,8 @@ def test_a_llama_without_a_clue_runs_through_every_line(ra_run, llama, tmp_path)
     assert chat.prompt([{"role": "user", "content": "Hi"}]) == common.Chat(chat.tokenizer).prompt([{"role": "user", "content": "Hi"}])
 
 
-def test_a_judge_with_another_tokenizer(ra_run, llama, tmp_path):
-    result = ra_run(f"{SMALL} --rrm {llama} --judge-tokens 4 --steps 1 --eval-episodes 1 --out-dir run", tmp_path)
+def test_a_judge_with_another_tokenizer(run_script, llama, tmp_path):
+    result = run_script(f"{SMALL} --rrm {llama} --judge-tokens 4 --steps 1 --eval-episodes 1 --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
     assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["judge_parsed"] == 0
 
@@ -907,14 +755,7 @@ def test_a_judge_with_another_tokenizer(ra_run, llama, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-def refused(result, *words):
-    assert result.status == 2 and not result.stdout, (result.status, result.stdout, result.stderr)
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and len(result.stderr) < 1000, result.stderr
-    for word in words:
-        assert word in result.stderr
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bad_models(llama, tmp_path_factory):
     path = tmp_path_factory.mktemp("bad")
     save_llama(path / "short", context=64)
@@ -946,73 +787,56 @@ BAD_VALUES = {
     ("--rrm {bad}/garbage", "cannot be loaded"), ("--rrm nobody/nothing", "cannot be loaded"),
     ("--rrm {bad}/no-template", "chat template"), ("--rrm {bad}/short --variant C", "context"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_and_leaves_nothing(ra_run, bad_models, home, tmp_path, flags, words):
+def test_bad_input_is_one_line_and_leaves_nothing(run_script, bad_models, home, tmp_path, flags, words):
     before = everything_under(bad_models), everything_under(home)
     accepted = "common.Run.start = reagent.evaluate = lambda *a: os._exit(77)"  # or a full run would follow
-    refused(ra_run(f"{SMALL} {flags.format(bad=bad_models)}", tmp_path, accepted), words)
+    refused(run_script(f"{SMALL} {flags.format(bad=bad_models)}", tmp_path, accepted), words)
     assert not list(tmp_path.iterdir()) and (everything_under(bad_models), everything_under(home)) == before
 
 
 @pytest.mark.parametrize("flags", ["--variant R --batch-size 64 --group-size 16", "--judge-steps 0",
                                    "--cold-start 0", "--score-weight 0", "--clip 0", "--judge-retries 0"])  # fmt: skip
-def test_what_is_accepted(ra_run, bad_models, tmp_path, flags):
+def test_what_is_accepted(run_script, bad_models, tmp_path, flags):
     accepted = "common.Run.start = lambda *a: os._exit(77)"
-    assert ra_run(f"{SMALL} {flags.format(bad=bad_models)}", tmp_path, accepted).status == 77
+    assert run_script(f"{SMALL} {flags.format(bad=bad_models)}", tmp_path, accepted).status == 77
 
 
-def test_bad_input_by_subprocess(environment, tmp_path):
-    result = subprocess.run([sys.executable, ROOT / "reagent.py", "--score-weight", "nan"], env=environment, cwd=tmp_path,
-                            capture_output=True, text=True)  # fmt: skip
-    refused(SimpleNamespace(status=result.returncode, **vars(result)), "--score-weight")
+def test_bad_input_by_subprocess(run_as_user, tmp_path):
+    refused(run_as_user("--score-weight nan", tmp_path), "--score-weight")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_is_never_overwritten_and_resumed_only_as_it_was(ra_run, whole, tmp_path):
+def test_a_run_is_never_overwritten_and_resumed_only_as_it_was(run_script, whole, tmp_path):
     before = everything_under(whole)
-    refused(ra_run(f"{SMALL} --out-dir {whole}", tmp_path), "--resume", "--out-dir")
-    refused(ra_run(f"{SMALL} --out-dir {whole} --resume --pool separate --score-weight 1", tmp_path), "pool was", "score_weight was")
+    refused(run_script(f"{SMALL} --out-dir {whole}", tmp_path), "--resume", "--out-dir")
+    refused(run_script(f"{SMALL} --out-dir {whole} --resume --pool separate --score-weight 1", tmp_path), "pool was", "score_weight was")
     assert everything_under(whole) == before and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------ kills and resume
 
-LOG = """
-log = common.Run.log
-def fatal(run, record):
-    log(run, record)
-    if record["step"] == {step}:
-        os.kill(os.getpid(), signal.{name})
-common.Run.log = fatal
-"""
 AT = {  # where the run is killed: code, and how many lines of metrics it had written by then
     "in the first evaluation": ("reagent.evaluate = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", 0),
     "amid the cold start": (LOG.format(step=5, name="SIGKILL"), 5),
-    "amid the checkpoint of the first step of learning": ("""
-import torch
-save, seen = torch.save, []
-def fatal(saved, file):
-    seen.append(save(saved, file))
-    file.flush()
-    len(seen) == 3 and os.kill(os.getpid(), signal.SIGKILL)
-torch.save = fatal""", 6),
+    "amid the checkpoint of the first step of learning": (CHECKPOINT.format(count=3), 6),
     "amid learning": (LOG.format(step=7, name="SIGKILL"), 7),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("where", AT)
-def test_killed_anywhere_and_resumed(ra_run, whole, tmp_path, where):
+def test_killed_anywhere_and_resumed(run_script, whole, tmp_path, where):
     fault, written = AT[where]
-    assert ra_run(f"{SMALL} --out-dir run", tmp_path, fault).status == -signal.SIGKILL
+    assert run_script(f"{SMALL} --out-dir run", tmp_path, fault).status == -signal.SIGKILL
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert (len(lines(metrics)) if metrics.exists() else 0) == written and not (tmp_path / "run" / "summary.json").exists()
-    result = ra_run(f"{SMALL} --out-dir run --resume", tmp_path)
+    result = run_script(f"{SMALL} --out-dir run --resume", tmp_path)
     assert result.status == 0, result.stderr
     same_run(whole, tmp_path / "run")
 
 
-def test_asked_to_stop_keeps_the_step_and_resumes(ra_run, whole, tmp_path):
-    result = ra_run(f"{SMALL} --out-dir run", tmp_path, LOG.format(step=1, name="SIGTERM"))
+def test_asked_to_stop_keeps_the_step_and_resumes(run_script, whole, tmp_path):
+    result = run_script(f"{SMALL} --out-dir run", tmp_path, LOG.format(step=1, name="SIGTERM"))
     assert result.status == 143 and "Traceback" not in result.stderr
     assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]["done"] == 1
-    assert ra_run(f"{SMALL} --out-dir run --resume", tmp_path).status == 0
+    assert run_script(f"{SMALL} --out-dir run --resume", tmp_path).status == 0
     same_run(whole, tmp_path / "run")
