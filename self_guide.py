@@ -57,7 +57,7 @@ class Args:
     model: str = common.flag("tiny", "tiny, tiny:WIDTHxLAYERS, a local directory or a hub id")
     env: str = common.flag("household", "a world of envs.py")
     seed: int = common.flag(0, "of everything sampled; the tiny model is built with seed 0")
-    steps: int = common.flag(100, "updates (paper: 100)")
+    steps: int = common.flag(150, "updates (paper: 100)")
     lr: float = common.flag(5e-4, "AdamW, constant after 5 steps (paper: 1e-6, for pretrained models)")
     batch_size: int = common.flag(64, "episodes per step: groups x --group-size (public script: 128)")
     micro_batch_size: int = common.flag(16, "episodes per backward pass; changes memory and speed, not the gradient")
