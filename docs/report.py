@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 MARKS = "<!-- results -->", "<!-- /results -->"
 METHODS = {"self-guide": "Self-Guide", "act": "ACT", "reagent": "Reagent"}  # beginning of the names: title of the table
 MAIN = "nlac", "full", "act,il", "U"  # what the other arms of a table are compared with
+CLAIMS = ("zero", "grpo"), ("zero", "immediate")  # Self-Guide's order; "full" is its main arm
 CURVES = ("nlac", "frozen-critic", "blind-critic", "ceiling", "mc-backup", "ppo", "self-distillation", "nlql", "grpo", "full", "zero",
           "immediate", "no-anneal", "inference")  # arms of the figure
 
@@ -100,20 +101,50 @@ def result_table(arms):
     return lines
 
 
-def difference_table(arms):
-    """The method minus each other arm, and minus its own base, paired over the seeds that both have."""
-    mine, main = next(((label(name), runs) for name, runs in arms.items() if label(name) in MAIN), (None, None))
-    if not main:
+def success(runs, when="after"):
+    return {seed: run["summary"][when]["success"] for seed, run in runs.items()}
+
+
+def difference(name, one, other):
+    """The row of a table: `one` minus `other`, {seed: success} each, paired over the seeds that both have; none without such seeds."""
+    shared = sorted(set(one) & set(other))
+    if not shared:
         return []
-    success = lambda runs, when="after": {seed: run["summary"][when]["success"] for seed, run in runs.items()}  # noqa: E731
-    rivals = {"its base": success(main, "before")} | {name: success(runs) for name, runs in arms.items() if runs is not main}
-    lines = [f"| {mine} minus | seeds | difference | beyond 2 standard errors |", "|---|---|---|---|"]
-    for name, other in rivals.items():
-        if shared := sorted(set(other) & set(main)):
-            mean, se = mean_se([success(main)[seed] - other[seed] for seed in shared])
-            told = "one seed" if math.isnan(se) else "yes" if abs(mean) > 2 * se else "no"
-            lines.append(f"| {name} | {len(shared)} | {number(mean, se, signed=True)} | {told} |")
-    return lines if len(lines) > 2 else []
+    mean, se = mean_se([one[seed] - other[seed] for seed in shared])
+    told = "one seed" if math.isnan(se) else "yes" if abs(mean) > 2 * se else "no"
+    return [f"| {name} | {len(shared)} | {number(mean, se, signed=True)} | {told} |"]
+
+
+def difference_table(arms):
+    """The method minus each other arm, and minus its own base; then what the paper claims of other pairs of arms."""
+    mine, main = next(((label(name), runs) for name, runs in arms.items() if label(name) in MAIN), (None, None))
+    rows = difference("its base", success(main), success(main, "before")) if main else []
+    rows += [row for name, runs in arms.items() if main and runs is not main for row in difference(name, success(main), success(runs))]
+    lines = [f"| {mine} minus | seeds | difference | beyond 2 standard errors |", "|---|---|---|---|", *rows] if rows else []
+    known = {label(name): success(runs) for name, runs in arms.items()}
+    rows = [row for one, other in CLAIMS for row in difference(f"{one} minus {other}", known.get(one, {}), known.get(other, {}))]
+    head = ["", "| the paper finds a plus | seeds | difference | beyond 2 standard errors |", "|---|---|---|---|"]
+    return lines + (head + rows if rows else [])
+
+
+def rating_table(arms):
+    """Of the arms that rate themselves: whether ratings tell success from failure, and what they say; means over seeds, on `test`."""
+    rows = []
+    for name, runs in arms.items():
+        ends = [run["summary"].get("watched", {}) for run in runs.values()]
+        before, after = ([end.get(when, {}).get("test", {}) for end in ends] for when in ("before", "after"))
+        if not any("label_positive" in numbers for numbers in after):
+            continue
+
+        def cell(numbers, key):
+            values = [x[key] for x in numbers if x.get(key) is not None]
+            return number(*mean_se(values)) if values else "-"
+
+        rows.append("| " + " | ".join([name, cell(before, "label_outcome_correlation"), cell(after, "label_outcome_correlation"), *(
+            cell(after, key) for key in ("label_positive", "label_negative", "label_malformed")), cell(before, "looping"),
+            cell(after, "looping")]) + " |")
+    return ["", "| arm | correlation of ratings with success, before | after | positive, after | negative | malformed | looping, before | "
+            "after |", "|---|---|---|---|---|---|---|---|", *rows] if rows else []
 
 
 def tables(arms):
@@ -125,7 +156,7 @@ def tables(arms):
         episodes = "/".join(map(str, sorted({x["eval_episodes"] for x in s})))
         devices = ", ".join(sorted({str(x["device"]) for x in s}))
         blocks += [f"**{env}** (success on {episodes} test episodes per run; mean ± standard error over seeds; {ends} player; {devices})",
-                   "", *result_table(chosen), "", *difference_table(chosen), ""]
+                   "", *result_table(chosen), "", *difference_table(chosen), *rating_table(chosen), ""]
     return "\n".join(blocks).strip()
 
 
