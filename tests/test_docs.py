@@ -16,9 +16,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import act
 import common
 import envs
 import nlac
+import reagent
 import self_guide
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -494,5 +496,6 @@ def test_experiments_names_every_run_once_and_skips_what_is_finished(results, tm
     for line in told:  # every command can be parsed
         script, *flags = line.split()[2:]
         module = {"nlac.py": nlac, "docs/ppo.py": ppo, "docs/nlql.py": nlql, "docs/ceiling.py": ceiling,
-                  "docs/self_distillation.py": self_distillation, "self_guide.py": self_guide}[script]
+                  "docs/self_distillation.py": self_distillation, "self_guide.py": self_guide, "act.py": act,
+                  "docs/early_experience.py": act, "reagent.py": reagent}[script]
         assert dataclasses.is_dataclass(common.parse_args(module.Args, flags))
