@@ -61,7 +61,7 @@ class Args:
     lr: float = common.flag(5e-4, "AdamW, constant after 5 steps (paper: 1e-6, for pretrained models)")
     batch_size: int = common.flag(128, "episodes per step: groups x --group-size (public script: 128)")
     micro_batch_size: int = common.flag(16, "episodes per backward pass; changes memory and speed, not the gradient")
-    max_new_tokens: int = common.flag(24, "of one rating or action (paper: 1024)")
+    max_new_tokens: int = common.flag(16, "of one rating or action (paper: 1024)")
     temperature: float = common.flag(1.0, "while training, and of the log-probs (paper)")
     eval_temperature: float = common.flag(0.4, "in evaluation (paper)")
     eval_episodes: int = common.flag(500, "per split, of the first and the last evaluation; a fifth of them, of `test`, in between")
