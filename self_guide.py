@@ -359,8 +359,8 @@ def warmup(world, args):
 
     Episodes come from a random player on the train split, unfiltered, and the policy imitates it. In half of them it rates as well, and
     tries something impossible once in a while: the reason is the end of what was observed last, the label is negative where nothing
-    happened and random everywhere else, mostly neutral; no plan and no success stands behind it. After a negative label the action is a
-    possible one. No part sees an expert.
+    happened and random everywhere else; no plan and no success stands behind it. After a negative label the action is a possible one. No
+    part sees an expert.
     """
     rng, examples, said = random.Random("warm-up"), [], []
     for seed in range(args.examples):
@@ -368,7 +368,7 @@ def warmup(world, args):
         guided, over = seed % 2 == 1, False
         messages = opening(world, observation, guided)
         while not over:
-            label = rng.choices(LABELS, (1, 8, 1))[0] if info["valid"] else "negative"
+            label = rng.choice(LABELS) if info["valid"] else "negative"
             said = (said + info["admissible"])[-1000:]
             impossible = guided and label != "negative" and rng.random() < 0.03
             action = rng.choice(said) if impossible else rng.choice(rng.choice(by_verb(info["admissible"])))
