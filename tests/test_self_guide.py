@@ -296,7 +296,7 @@ def test_decoding_and_the_training_forward_agree(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("limit", [4, 20])
+@pytest.mark.parametrize("limit", [3, 20])
 def test_the_mask_is_what_was_sampled(tiny, guided, limit):
     """Rebuilt from the texts: prompts, observations and forced end tokens are under mask 0, replies and their own ends under 1."""
     model, chat = tiny
@@ -486,7 +486,7 @@ def test_warm_up_ratings_are_negative_where_nothing_happened_and_else_know_nothi
                 assert label != -1 or said["content"] in possible
                 count += label != -1 and said["content"] not in possible
     assert count > 20  # mistakes are in it
-    assert after["nothing", 0] == after["nothing", 1] == 0 and after["nothing", -1] > 20
+    assert after["nothing", 0] == after["nothing", 1] == 0 and after["nothing", -1] > 8
     total = sum(after["something", label] for label in (-1, 0, 1))
     for label in -1, 0, 1:
         assert abs(after["something", label] / total - 1 / 3) < 4 * math.sqrt(2 / 9 / total)
