@@ -29,7 +29,7 @@ ENV = "repair"
 WORLD = envs.make(ENV)
 SMALL = (  # of the tiny model that --quick builds too
     f"--env {ENV} --model tiny --examples 400 --steps 3 --batch-size 8 --micro-batch-size 4 --group-size 4 --eval-episodes 4 "
-    "--eval-every 2 --save-every 2 --max-new-tokens 28 --num-demos 5 --pipeline act,il,rl"
+    "--eval-every 2 --save-every 2 --max-new-tokens 28 --num-demos 5 --sft-batch-size 8 --pipeline act,il,rl"
 )
 ARGS = dataclasses.replace(
     act.Args(), env=ENV, model="tiny", examples=400, max_new_tokens=28, batch_size=8, group_size=4, micro_batch_size=4, num_demos=5, kl=0.0
@@ -190,12 +190,12 @@ def test_prompts_do_not_change_with_what_is_hidden():
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(st.sampled_from(sorted(act.STAGES)), st.integers(1, 40), st.integers(1, 4), st.integers(0, 5),
+@given(st.sampled_from(sorted(act.STAGES)), st.integers(1, 40), st.integers(1, 4), st.integers(0, 5), st.integers(1, 9),
        st.sampled_from([(8, 4), (12, 2), (2, 2)]))  # fmt: skip
-def test_each_example_exactly_epochs_times(stage, examples, epochs, index, sizes):
-    args = dataclasses.replace(ARGS, epochs=epochs, steps=None, batch_size=sizes[0], group_size=sizes[1])
+def test_each_example_exactly_epochs_times(stage, examples, epochs, index, supervised, sizes):
+    args = dataclasses.replace(ARGS, epochs=epochs, steps=None, sft_batch_size=supervised, batch_size=sizes[0], group_size=sizes[1])
     plan = act.schedule(args, stage, examples, index)
-    size = sizes[0] if stage in ("il", "sft-choice", "dpo") else sizes[0] // sizes[1]  # examples, or questions with their groups
+    size = supervised if stage in ("il", "sft-choice", "dpo") else sizes[0] // sizes[1]  # examples, or questions with their groups
     seen = [i for batch, _ in plan for i in batch]
     for epoch in range(epochs):  # one pass after the other, each complete
         assert sorted(seen[epoch * examples : (epoch + 1) * examples]) == list(range(examples))
@@ -205,7 +205,7 @@ def test_each_example_exactly_epochs_times(stage, examples, epochs, index, sizes
 
 
 def test_steps_cut_a_stage_or_prolong_it():
-    args = dataclasses.replace(ARGS, epochs=2)
+    args = dataclasses.replace(ARGS, epochs=2, sft_batch_size=8)
     sizes = lambda steps: [len(batch) for batch, _ in act.schedule(dataclasses.replace(args, steps=steps), "il", 12, 0)]  # noqa: E731
     assert sizes(None) == [8, 4] * 2 and sizes(3) == [8, 4, 8] and sizes(1) == [8] and sizes(7) == [8, 4] * 3 + [8]
 
@@ -374,6 +374,7 @@ def test_pairs_of_a_real_model(tiny, demos, pairs):
     rows, counts = pairs
     assert counts["proposed"] == 2 * len(demos) == sum(counts.get(kind, 0) for kind in ("untagged", "equal", "repeated", "kept"))
     assert len(rows) == counts["kept"] > 3  # or this file tests little
+    assert counts["proposed"] < counts["tokens"] <= counts["proposed"] * ARGS.max_new_tokens
     seen = [(row["seed"], row["turn"], act.normal(row["candidate"])) for row in rows]
     assert len(set(seen)) == len(seen) and all(act.normal(row["candidate"]) != act.normal(row["expert"]) for row in rows)
     for row in rows:
@@ -392,13 +393,13 @@ def test_no_negative_is_the_experts_action(tiny, demos, monkeypatch):
 
     def generate(model, chat, prompts, **rest):
         asked.append((prompts, rest))
-        return SimpleNamespace(texts=texts)
+        return SimpleNamespace(texts=texts, ids=[[0] * (n + 1) for n in range(len(texts))])
 
     monkeypatch.setattr(common, "generate", generate)
     rows, counts = act.make_pairs(*tiny, WORLD, dataclasses.replace(ARGS, candidates=9), states, ("pairs",))
     assert [(row["seed"], row["turn"], row["candidate"]) for row in rows] == [
         (s["seed"], s["turn"], action) for s in states for action in ("dance", "clean the gears")]
-    assert counts == {"proposed": 18, "equal": 6, "untagged": 6, "repeated": 2, "kept": 4}
+    assert counts == {"proposed": 18, "equal": 6, "untagged": 6, "repeated": 2, "kept": 4, "tokens": 18 * 19 // 2}
     [(prompts, rest)] = asked  # of the policy as it acts: the candidates are its own
     assert prompts == [tiny[1].dialogue(act.dialogue(WORLD, s["messages"])) for s in states]
     assert rest["samples"] == 9 and len(set(rest["seeds"])) == 18 and rest["temperature"] == 1.0
@@ -431,9 +432,10 @@ def test_an_act_step_does_not_depend_on_the_micro_batch(tiny, pairs, monkeypatch
     monkeypatch.setattr(act, "choice_reward", lambda reply, example: (len(reply) % 7 / 7, reward(reply, example)[1]))
     (whole, metrics), *others = [act_gradient(tiny, pairs, micro_batch_size=size, kl=0.1) for size in (16, 1, 3)]
     assert whole.norm() > 0.01 and metrics["groups_without_spread"] < 4
-    rows = metrics.pop("rows")
+    rows, rollouts = metrics.pop("rows"), metrics.pop("rollouts")
+    assert len(rollouts) == 16
     for grad, numbers in others:
-        assert (grad - whole).norm() < 1e-4 * whole.norm() and numbers.pop("rows") == rows
+        assert (grad - whole).norm() < 1e-4 * whole.norm() and numbers.pop("rows") == rows and numbers.pop("rollouts") == rollouts
         assert numbers == pytest.approx(metrics, rel=1e-3, abs=1e-5, nan_ok=True)
     monkeypatch.setattr(act, "choice_reward", lambda reply, example: (0.1, "possible"))
     grad, metrics = act_gradient(tiny, pairs)
@@ -448,10 +450,11 @@ def test_accuracy_by_position(tiny, pairs, monkeypatch):
         return [{"text": act.tagged(action)} for action in said for _ in range(samples)]
 
     monkeypatch.setattr(act, "answer", answer)
-    monkeypatch.setattr(act, "reinforce", lambda model, reference, chat, args, episodes, paid: {"paid": paid})
+    monkeypatch.setattr(act, "reinforce", lambda model, reference, chat, args, episodes, paid, asked: {"paid": paid, "asked": asked})
     for order in [False, True, False], [True] * 3, [False] * 3:
         out = act.act_stage(*[None] * 2, tiny[1], WORLD, ARGS, pairs[0][:3], order, (0, 1))
         assert [row == "right" for _, row in out["paid"]] == [not coin for coin in order for _ in range(4)]
+        assert out["asked"] == [{**pair, "expert_second": coin} for pair, coin in zip(pairs[0], order) for _ in range(4)]
         assert out["right_if_first"] == 1 or all(order) and math.isnan(out["right_if_first"])
         assert out["right_if_second"] == 0 or not any(order) and math.isnan(out["right_if_second"])
 
@@ -459,16 +462,17 @@ def test_accuracy_by_position(tiny, pairs, monkeypatch):
 def test_what_the_stages_train_on(tiny, pairs, monkeypatch):
     chat, batch, order, seen = tiny[1], pairs[0][:2], [True, False], {}
     for name in "imitation_step", "dpo_step", "reinforce":
-        monkeypatch.setattr(act, name, lambda *given, name=name: seen.update({name: given[-1]}) or {})
+        monkeypatch.setattr(act, name, lambda *given, name=name: seen.update({name: given}) or {})
     state = [chat.dialogue(act.dialogue(WORLD, pair["messages"])) for pair in batch]
     right, wrong = ([chat.reply(act.tagged(pair[key])) for pair in batch] for key in ("expert", "candidate"))
     stage = lambda name: act.STAGES[name](None, None, chat, WORLD, ARGS, batch, order, (0, 1))  # noqa: E731
     stage("il")
-    assert seen["imitation_step"] == list(zip(state, right))
+    assert seen["imitation_step"][-1] == list(zip(state, right))
     stage("sft-choice")
-    assert seen["imitation_step"] == [(chat.dialogue(act.question(WORLD, pair, coin)), r) for pair, coin, r in zip(batch, order, right)]
+    assert seen["imitation_step"][-1] == [
+        (chat.dialogue(act.question(WORLD, pair, coin)), r) for pair, coin, r in zip(batch, order, right)]
     stage("dpo")
-    assert seen["dpo_step"] == list(zip(state, right, wrong))
+    assert seen["dpo_step"][-1] == list(zip(state, right, wrong))
     asked = []
     texts = ["Hm. <action>{expert}</action>", "<action>{candidate}</action>", "<action>x</action>", "nothing"]
 
@@ -484,7 +488,25 @@ def test_what_the_stages_train_on(tiny, pairs, monkeypatch):
         stage(name)
         assert asked[-1] == prompts
         wrong = 0.1 if batch[0]["candidate"] in batch[0]["admissible"] else 0.0
-        assert [reward for reward, _ in seen["reinforce"]][:4] == ([1, 0, 0, 0] if name == "rl" else [1, wrong, 0, -0.5])
+        *_, paid, about = seen["reinforce"]
+        assert [reward for reward, _ in paid][:4] == ([1, 0, 0, 0] if name == "rl" else [1, wrong, 0, -0.5])
+        assert about == [pair | ({} if name == "rl" else {"expert_second": coin}) for pair, coin in zip(batch, order) for _ in texts]
+
+
+def test_every_answer_is_kept_with_what_was_asked(monkeypatch):
+    monkeypatch.setattr(act, "grpo_step", lambda *given: {})
+    args, about = dataclasses.replace(ARGS, group_size=2), {"split": "train", "seed": 3, "turn": 1}
+    state = {**about, "env": ENV, "messages": [], "admissible": POSSIBLE, "expert": "open the case"}
+    said = [{"text": text, "ids": [], "mask": [0, 1]} for text in ("Hm. <action>open the case</action>", "nothing")]
+    paid = [(1.0, "right"), (-0.5, "untagged")]
+    for extra in {}, {"candidate": "clean the gears", "model": "tiny", "expert_second": True}:
+        rows = act.reinforce(None, None, None, args, said, paid, [state | extra] * 2)["rollouts"]
+        known = about | {"expert": "open the case"} | {key: value for key, value in extra.items() if key != "model"}
+        assert rows == [known | {"reply": e["text"], "paid": reward, "row": row} for e, (reward, row) in zip(said, paid)]
+    played = [{"split": "train", "seed": 3, "history": ["o", "a", "p"], "valid": [True], "ids": [], "mask": [0, 1]}] * 2
+    rows = act.reinforce(None, None, None, args, played, [(1.0, "right"), (0.0, "lost")], played)["rollouts"]
+    assert [row["history"] for row in rows] == [["o", "a", "p"]] * 2 and [row["row"] for row in rows] == ["right", "lost"]
+    assert all({"split", "seed", "history", "paid", "row"} <= set(row) and not {"ids", "mask"} & set(row) for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------- warm-up
@@ -505,27 +527,55 @@ def test_warm_up_sees_train_alone_and_no_expert(name, monkeypatch):
     args = dataclasses.replace(ARGS, env=name, examples=20)
     examples = act.warmup(world, args)
     assert splits == {"train"} and examples == act.warmup(envs.make(name), args)  # the cache is named after it
-    kinds = Counter()
-    for messages, reply in examples:
-        assert messages[0]["content"] == f"{world.system}\n{act.POLICY}" and messages[-1]["role"] == "user"
-        asked, action = messages[-1]["content"], act.parse_action(reply)
-        kind = "choose" if act.CHOOSE in asked else "now" if act.CHOOSE_NOW in asked else "read" if act.READ in asked else "act"
+    kinds, thoughtful = Counter(), Counter()
+    for system, *messages in examples:
+        assert system == {"role": "system", "content": f"{world.system}\n{act.POLICY}"}
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)  # it ends with the assistant
+        asked, said = ([m["content"] for m in messages[start::2]] for start in (0, 1))
+        ask, reply, action = asked[-1], said[-1], act.parse_action(said[-1])
+        kind = "choose" if act.CHOOSE in ask else "now" if act.CHOOSE_NOW in ask else "read" if act.READ in ask else "act"
         kinds[kind] += 1
-        if kind == "read":
-            assert action is None
-            continue
-        assert action in possible
-        if kind in ("choose", "now"):
-            assert action in re.search(r"Action 1: (.*)\nAction 2: (.*)", asked).groups()
-    assert len(kinds) == 4 and len(set(kinds.values())) == 1
+        assert not any(words in text for words in (act.CHOOSE, act.CHOOSE_NOW, act.READ) for text in asked[:-1])  # once, at the end
+        for text in said if kind == "act" else said[:-1]:  # imitated, or told in a question: actions of the world, tagged
+            assert act.parse_action(text) in possible
+            assert kind == "act" or text == act.tagged(act.parse_action(text))
+        if kind == "act":  # each turn after a thought or without, and the thought is what the observation said first
+            for told, text in zip(asked, said):
+                thought = text.removesuffix(act.tagged(act.parse_action(text)))
+                thoughtful[bool(thought)] += 1
+                assert not thought or thought.endswith(f" {act.event(told)} ")
+        elif kind == "read":
+            assert action is None and reply.endswith(f" {act.event(ask)}")
+        else:
+            assert action in re.search(r"Action 1: (.*)\nAction 2: (.*)", ask).groups() and action in possible
+            assert (reply == act.tagged(action)) == (kind == "now") and (kind == "now" or f" {act.event(ask)} " in reply)
+    assert len(kinds) == 4 and set(kinds.values()) == {20} and min(thoughtful.values()) > 5
+
+
+def test_warm_up_practises_rare_verbs_too():
+    assert act.by_verb(["go to a", "open b", "go to c", "look"]) == [["go to a", "go to c"], ["open b"], ["look"]]
+    assert act.by_verb([]) == []
+    drawn, offered = Counter(), Counter()  # verbs of the first turn, of the player and of what it could do
+    for example in act.warmup(envs.make("household"), dataclasses.replace(ARGS, env="household", examples=300)):
+        said = [m["content"] for m in example if m["role"] == "assistant"]
+        if act.parse_action(said[0]) and not any(words in str(example) for words in ("Action 1:", act.READ)):
+            drawn[act.parse_action(said[0]).split()[0]] += 1
+    world = envs.make("household")
+    for seed in range(300):
+        verbs = [action.split()[0] for action in world.reset(seed=seed, options={"split": "train"})[1]["admissible"]]
+        for verb in set(verbs):
+            offered[verb] += 1 / len(set(verbs))
+    assert sum(drawn.values()) == 300 == pytest.approx(sum(offered.values()))
+    for verb, expected in offered.items():
+        assert abs(drawn[verb] - expected) < 4 * math.sqrt(expected) + 1, verb
 
 
 def test_warm_up_prefers_neither_position_nor_winner():
     first = right = count = 0
-    for messages, reply in act.warmup(envs.make(ENV), dataclasses.replace(ARGS, examples=600)):
-        if found := re.search(r"Action 1: (.*)\nAction 2: (.*)", messages[-1]["content"]):
+    for *_, asked, reply in act.warmup(envs.make(ENV), dataclasses.replace(ARGS, examples=600)):
+        if found := re.search(r"Action 1: (.*)\nAction 2: (.*)", asked["content"]):
             one, two = found.groups()
-            count, first = count + 1, first + (act.parse_action(reply) == one)
+            count, first = count + 1, first + (act.parse_action(reply["content"]) == one)
             right += one < two
     assert count > 1000 and abs(first - count / 2) < 4 * math.sqrt(count) / 2 and abs(right - count / 2) < 4 * math.sqrt(count) / 2
 
@@ -635,10 +685,47 @@ def test_a_run_and_its_summary(whole, tiny):
         assert row["right_if_first"] is not None or row["right_if_second"] is not None
     assert summary["train_episodes"] == len({row["seed"] for row in demos}) == 5 and summary["expert_states"] == len(demos)
     assert summary["pairs"] == len(lines(whole / "pairs.jsonl")) == summary["pair_counts"]["kept"]
-    assert summary["generated_tokens"] == metrics[-1]["tokens"] > 0 and summary["env_steps"] == 0 and summary["gradient_steps"] == 9
-    assert [row["stage"] for row in rollouts] == list(STAGED) and all("ids" not in row and "expert" not in row for row in rollouts)
+    assert summary["generated_tokens"] == metrics[-1]["tokens"] and summary["env_steps"] == 0 and summary["gradient_steps"] == 9
+    said = [round(row.get("length", 0) * 8) for row in metrics]
+    assert metrics[-1]["tokens"] == summary["pair_counts"]["tokens"] + sum(said) and summary["pair_counts"]["tokens"] > 0
+    assert [row["tokens"] for row in metrics] == [metrics[-1]["tokens"] - sum(said[n:]) for n in range(1, 10)]
+    watched = [row for row in rollouts if "step" not in row]  # an episode of the evaluation after each stage
+    assert [row["stage"] for row in watched] == list(STAGED) and all(row["split"] == "test" for row in watched)
+    assert all("history" in row and not {"ids", "mask", "expert"} & set(row) for row in watched)
+    assert rollouts[-1] in watched and not any("rollouts" in row for row in metrics)
     trained, _ = common.load(str(whole / "model"))
     assert all(not torch.equal(a, b) for a, b in zip(trained.parameters(), tiny[0].parameters()))  # every parameter moved
+
+
+def test_what_was_answered_agrees_with_the_metrics(whole):
+    pairs, demos = lines(whole / "pairs.jsonl"), lines(whole / "demos.jsonl")
+    args = act.Args(**json.loads((whole / "args.json").read_text())["args"])
+    found = [row for row in lines(whole / "rollouts.jsonl") if "step" in row]
+    metrics = [row for row in lines(whole / "metrics.jsonl") if row["stage"] != "2-il"]  # nothing is sampled there
+    assert [(row["stage"], row["step"]) for row in found] == [(row["stage"], row["stage_step"]) for row in metrics for _ in range(8)]
+    plan = [batch for index, stage, rows in ((0, "act", pairs), (2, "rl", demos)) for batch in act.schedule(args, stage, len(rows), index)]
+    seen = Counter()
+    for row, (batch, coins) in zip(metrics, plan, strict=True):
+        said = [e for e in found if (e["stage"], e["step"]) == (row["stage"], row["stage_step"])]
+        about = [(pairs if row["stage"] == "1-act" else demos)[i] for i in batch for _ in range(4)]
+        assert len(said) == len(about) == 8 and row["rows"] == {
+            kind: n / 8 for kind, n in Counter(e["row"] for e in said).items()}
+        assert row["reward"] == pytest.approx(sum(e["paid"] for e in said) / 8)
+        for e, example, coin in zip(said, about, [coin for coin in coins for _ in range(4)]):
+            assert all(e[key] == example[key] for key in ("split", "seed", "turn", "expert"))
+            reward, kind = act.choice_reward(e["reply"], example)
+            if row["stage"] == "1-act":
+                assert e["candidate"] == example["candidate"] and e["expert_second"] is coin and (e["paid"], e["row"]) == (reward, kind)
+            else:
+                assert not {"candidate", "expert_second"} & set(e) and (e["paid"], e["row"]) == (float(kind == "right"), kind)
+        if row["stage"] == "1-act":
+            for place, second in ("first", False), ("second", True):
+                right = [e["row"] == "right" for e in said if e["expert_second"] == second]
+                seen[place] += len(right)
+                assert row[f"right_if_{place}"] == (pytest.approx(sum(right) / len(right)) if right else None)
+        else:
+            assert not {"right_if_first", "right_if_second"} & set(row)
+    assert len(seen) == 2 and min(seen.values()) > 0  # both orders were shown
 
 
 def test_no_state_of_the_test_split_is_trained_on(main_here, tmp_path):
@@ -647,6 +734,7 @@ def test_no_state_of_the_test_split_is_trained_on(main_here, tmp_path):
     held_out = {customer(s) for states, stream in seen.pairs if "held out" in stream for s in states}
     rows = lines(tmp_path / "run" / "pairs.jsonl") + lines(tmp_path / "run" / "demos.jsonl") + [s for at in seen.stages for s in at.batch]
     assert {row["split"] for row in rows} == {"train"} and len(held_out) > 1
+    assert {row["split"] for row in lines(tmp_path / "run" / "rollouts.jsonl") if "step" in row} == {"train"}
     test = {envs.make(ENV).reset(seed=seed, options={"split": "test"})[0].split(" that ")[0] for seed in range(1000)}
     assert held_out <= test and not test & {customer(row) for row in rows}
     assert all(split == "test" and rest["stream"][0] == "evaluate" for split, _, rest, _ in seen.rollouts)
@@ -680,6 +768,11 @@ def test_reinforcement_on_episodes(main_here, tmp_path):
     played = [(seeds, episodes) for split, seeds, rest, episodes in seen.rollouts if split == "train"]
     metrics, summary = lines(tmp_path / "run" / "metrics.jsonl"), json.loads((tmp_path / "run" / "summary.json").read_text())
     assert len(played) == 2 and len({seed for seeds, *_ in played for seed in seeds}) == 4
+    kept = [row for row in lines(tmp_path / "run" / "rollouts.jsonl") if "step" in row]
+    assert [(row["step"], row["seed"], row["history"], row["paid"], row["row"]) for row in kept] == [
+        (step, e["seed"], e["history"], e["reward"], "right" if e["won"] else "lost")
+        for step, (_, episodes) in enumerate(played, 1) for e in episodes]  # fmt: skip
+    assert {row["stage"] for row in kept} == {"1-rl"} and not any({"ids", "mask", "expert", "candidate"} & set(row) for row in kept)
     for (seeds, episodes), row in zip(played, metrics):
         assert seeds[0] == seeds[3] != seeds[4] == seeds[7] and len(seeds) == 8  # a group is one task
         assert row["reward"] == pytest.approx(sum(e["score"] for e in episodes) / 8) and row["groups"] == 2
@@ -723,7 +816,12 @@ def test_the_same_seed_gives_the_same_metrics_and_another_does_not(run_script, w
 def test_files_of_another_run_take_the_place_of_its_data(run_script, whole, tmp_path):
     result = run_script(f"{SMALL} --demos {whole}/demos.jsonl --pairs {whole}/pairs.jsonl --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
-    same_run(whole, tmp_path / "run", apart=["pair_counts"])
+    one, two = (json.loads((run / "summary.json").read_text()) for run in (whole, tmp_path / "run"))
+    spent = one["pair_counts"]["tokens"]  # what a run with a file of pairs need not sample
+    assert two["pair_counts"] == {} and one["generated_tokens"] - two["generated_tokens"] == spent > 0
+    metrics = [row | {"tokens": row["tokens"] + spent} for row in lines(tmp_path / "run" / "metrics.jsonl")]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    same_run(whole, tmp_path / "run", apart=["pair_counts", "generated_tokens"])
 
 
 def test_states_without_a_list_and_with_further_keys(run_script, whole, tmp_path):
@@ -798,6 +896,8 @@ def bad_models(llama, tmp_path_factory):
     ("--group-size -4", "--group-size"), ("--batch-size 16 --group-size 3", "--group-size"), ("--clip -0.1", "--clip"),
     ("--clip nan", "--clip"), ("--kl -1", "--kl"), ("--kl nan", "--kl"), ("--kl inf", "--kl"), ("--dpo-beta -1", "--dpo-beta"),
     ("--dpo-beta nan", "--dpo-beta"), ("--epochs 0", "--epochs"), ("--epochs -1", "--epochs"), ("--num-demos 0", "--num-demos"),
+    ("--sft-batch-size 0", "--sft-batch-size"), ("--sft-batch-size -16", "--sft-batch-size"),
+    ("--sft-batch-size 1.5", "--sft-batch-size"), ("--sft-batch-size", "--sft-batch-size"),
     ("--candidates 0", "--candidates"), ("--examples 0", "--examples"), ("--rl both", "--rl"), ("--epochs 1.5", "--epochs"),
     ("--pipeline il,sing", "'sing'"), ("--pipeline act,,il", "--pipeline"), ("--pipeline ,", "--pipeline"), ("--pipeline ACT", "'ACT'"),
     ("--pipeline il, --rl states", "--pipeline"), ("--pipeline act;il", "'act;il'"),
@@ -844,6 +944,22 @@ def test_a_bad_line_is_named(run_script, demos, tmp_path, flag):
         assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"], name
     (tmp_path / "data.jsonl").write_text(json.dumps(good))  # and what is good is accepted, without a last line break too
     assert run_script(f"--env {ENV} --examples 400 {flag} data.jsonl", tmp_path, ACCEPTED).status == 77
+
+
+def test_an_over_long_question_is_refused_before_anything_is_written(run_script, tiny, demos, tmp_path):
+    held_out = act.demonstrations(ARGS, "test", range(2))
+    length = lambda s: len(tiny[1].dialogue(act.question(WORLD, {"candidate": s["expert"], **s}, False)))  # noqa: E731
+    longest, context = max(map(length, demos + held_out)), tiny[0].config.max_position_embeddings
+    flags = f"--env {ENV} --examples 400 --num-demos 5"
+    for room, status in (context - longest, 77), (context - longest + 1, 2):
+        result = run_script(f"{flags} --max-new-tokens {room}", tmp_path, ACCEPTED)
+        assert result.status == status, result.stderr
+    refused(result, "longest question", f"{longest} tokens", str(context))
+    for flag in "--demos", "--pairs":  # of a file as well: its dialogues, its candidates
+        long = demos[0] | {"expert": "word " * context} if flag == "--demos" else demos[0] | {"candidate": "word " * context}
+        (tmp_path / "data.jsonl").write_text(f"{json.dumps(demos[0] | {'candidate': 'clean the gears'})}\n{json.dumps(long)}\n")
+        refused(run_script(f"{flags} {flag} data.jsonl", tmp_path, ACCEPTED), "longest question")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
 def test_bad_input_by_subprocess(run_as_user, tmp_path):

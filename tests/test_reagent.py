@@ -103,6 +103,13 @@ def test_transcript_by_hand():
     assert user["content"] == "Who? 8 turns left.\n> go\nA. 7 turns left.\n> stop" and ra.JUDGE in system["content"]
 
 
+def test_spoken_by_hand():
+    history = ["Who?", "go", "A. 7 turns left.", "stop", "You win after 2 turns."]
+    said = [("assistant", "go"), ("user", "A. 7 turns left."), ("assistant", "stop")]  # neither how it began nor how it ended
+    assert ra.spoken(history) == [{"role": role, "content": text} for role, text in said]
+    assert ra.spoken(history[:3]) == [{"role": "assistant", "content": "go"}] and ra.spoken(history[:1]) == []
+
+
 # --------------------------------------------------------------------------------------------------- the judge's training
 
 
@@ -260,6 +267,46 @@ def test_loss_and_gradient_against_another_derivation(seed, clips, kl, updates, 
     assert updates > 1 or metrics["clipped"] == 0
 
 
+IMITATED = [([0, 1, 2, 3, 4, 1, 2, 4], [0, 0, 0, 1, 1, 0, 0, 1]), ([1, 2, 4], [0, 0, 1]), ([0, 0, 2, 4, 4, 3], [0, 0, 0, 1, 1, 1])]
+
+
+@pytest.mark.parametrize("micro", [1, 2, 100])
+def test_imitation_learns_all_that_the_assistant_says_and_nothing_else(micro):
+    table, args = random_table(random.Random(1)), dataclasses.replace(ARGS, micro_batch_size=micro)
+    chat, lr = SimpleNamespace(pad=0, dialogue_and_mask=lambda dialogue: dialogue), 0.5
+    model = Bigram(table)
+    loss = ra.imitate(model, chat, args, torch.optim.SGD(model.parameters(), lr=lr), IMITATED)["loss"]
+    start, total = torch.tensor(table, dtype=torch.float64), 0.0
+    p, grad = torch.softmax(start / args.temperature, -1), torch.zeros_like(start)
+    for ids, mask in IMITATED:
+        for last, word, learnt in zip(ids, ids[1:], mask[1:]):
+            if learnt:  # seven tokens: the second turn of a dialogue counts as the first does
+                total -= math.log(p[last, word]) / 7
+                grad[last] -= (torch.eye(len(p))[word] - p[last]) / args.temperature / 7
+    assert loss == pytest.approx(total, abs=1e-5) and not grad[:2].any() and grad[2:].any(1).all()  # 0 and 1 are never learnt from
+    step = lr * grad * min(1, 1 / (grad.norm() + 1e-6))
+    torch.testing.assert_close(model.table.detach().double(), start - step, atol=1e-6, rtol=1e-4)
+    assert model.table.grad is None
+
+
+def test_what_the_supervised_phases_imitate(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ra, "imitate", lambda *given: seen.append(given) or {})
+    chat, e = tiny[1], envs.run_episode(WORLD, envs.expert_player, 3)
+    history = [text for turn in zip(e["observations"], [*e["actions"], None]) for text in turn][:-1]
+    state = ra.State(ARGS, WORLD, chat, "the agent", ("the judge", chat), "the optimizer")
+    ra.cold_start(state, [{"history": history}], ("cold-start", 1))
+    ra.judge_sft(state, [{"history": history, "flaws": ["wrong tool"]}], ("judge-sft", 1))
+    assert [given[0] for given in seen] == ["the agent", "the judge"] and all(given[3] == "the optimizer" for given in seen)
+    [whole], [judged] = (given[-1] for given in seen)
+    assert [m["role"] for m in whole] == ["system", *["user", "assistant"] * len(e["actions"])] and len(e["actions"]) > 1
+    assert [m["content"] for m in whole] == [WORLD.system, *history[:-1]]  # the last observation answers nothing any more
+    assert judged == [*ra.judge_messages(WORLD, history), {"role": "assistant", "content": ra.annotate(["wrong tool"])}]
+    for messages, said in (whole, e["actions"]), (judged, [ra.annotate(["wrong tool"])]):
+        ids, mask = chat.dialogue_and_mask(messages)
+        assert chat.decode([id for id, learnt in zip(ids, mask) if learnt]) == "".join(said)
+
+
 # ------------------------------------------------------------------------------------------------- a tiny model's attempts
 
 
@@ -400,16 +447,19 @@ class Puppet:
 
 JUDGE = ra.judge
 HISTORIES = [["Who wrote A? 8 turns left.", "x", "Nothing. 7 turns left."], ["Who wrote B? 8 turns left.", "y", "Nothing. 7 turns left."]]
-EMPTY = {"think": "", "critique": "", "score": 0.0, "parsed": False}
+EMPTY = {"think": "", "critique": "", "score": 0.0, "parsed": False, "tokens": 0}
 
 
 @pytest.mark.parametrize("retries", [0, 1, 2])
 def test_an_unreadable_judgement_is_retried_then_zero_and_empty(tiny, monkeypatch, retries):
-    puppet = Puppet(lambda prompt: GOOD if "wrote A" in prompt else "garbage", "<score>1</score>", blocks("0.1"))
+    said = ["garbage", "<score>1</score>", blocks("0.1")]
+    puppet = Puppet(lambda prompt: GOOD if "wrote A" in prompt else said[0], *said[1:])
     monkeypatch.setattr(common, "generate", puppet)
     a, b = ra.judge(tiny, WORLD, dataclasses.replace(ARGS, judge_retries=retries), HISTORIES, ("s",))
-    assert a == {"think": "No flaw.", "critique": "Go on like this.", "score": 0.5, "parsed": True}
-    assert b == (EMPTY if retries < 2 else {"think": "t", "critique": "c", "score": 0.1, "parsed": True})
+    length, *spent = (len(tiny[1].encode(text)) for text in (GOOD, *said))  # what was thrown away was sampled too
+    assert a == {"think": "No flaw.", "critique": "Go on like this.", "score": 0.5, "parsed": True, "tokens": length}
+    found = EMPTY if retries < 2 else {"think": "t", "critique": "c", "score": 0.1, "parsed": True}
+    assert b == found | {"tokens": sum(spent[: 1 + retries])} and length > spent[0] > 0
     assert [len(prompts) for prompts, *_ in puppet.calls] == [2, 1, 1][: 1 + retries]
     assert [temperature for _, temperature, _ in puppet.calls] == [0.0, ARGS.temperature, ARGS.temperature][: 1 + retries]
     assert len({seed for *_, seeds in puppet.calls for seed in seeds}) == 2 + retries
@@ -420,7 +470,8 @@ def test_a_transcript_beyond_the_judges_context_is_not_readable(tiny, monkeypatc
     monkeypatch.setattr(common, "generate", puppet)
     model.config.max_position_embeddings = len(tiny[1].prompt(ra.judge_messages(WORLD, HISTORIES[0]))) + ARGS.judge_tokens
     long = [HISTORIES[0][0], "x", "word " * 50, "y", "."]
-    assert [j["parsed"] for j in ra.judge((model, tiny[1]), WORLD, ARGS, [HISTORIES[0], long], ("s",))] == [True, False]
+    judged = ra.judge((model, tiny[1]), WORLD, ARGS, [HISTORIES[0], long], ("s",))
+    assert [j["parsed"] for j in judged] == [True, False] and judged[1] == EMPTY  # nobody was asked
 
 
 @pytest.mark.parametrize("kind", ["chain", "difference"])
@@ -599,6 +650,9 @@ def test_phases_come_in_order_and_episodes_are_kept_whole(whole, tiny):
         assert abs(row["logprob_gap"]) < 1e-4 and row["entropy"] > 0 and {"judge_auc", "leaks", "second_calls", "kl"} <= set(row)
     assert len({e["seed"] for e in rollouts}) == 4 and {e["split"] for e in rollouts} == {"train"}  # no question twice
     assert all({"history", "valid", "score", "won", "judgement"} <= set(e) and not {"ids", "mask", "gold"} & set(e) for e in rollouts)
+    assert [e["attempt"] for e in rollouts] == ([1] * 4 + [2] * 4) * 4
+    judged = [sum(e["judgement"]["tokens"] for e in rollouts if e["step"] == step) for step in (6, 7)]
+    assert all(n > 16 for n in judged) and all(metrics[i]["tokens"] - metrics[i - 1]["tokens"] > n for i, n in zip((5, 6), judged))
     assert "eval_success" in metrics[5] and "eval_success" not in metrics[6]
     trained, rrm = (common.load(str(whole / name))[0] for name in ("model", "rrm"))
     for name, p in tiny[0].named_parameters():  # every parameter moved
@@ -631,13 +685,18 @@ def test_the_same_seed_gives_the_same_metrics_and_another_does_not(run_script, w
 # ------------------------------------------------------------------------------------------------------------- variants
 
 
+def tokens(episodes):
+    return sum(sum(e["mask"]) for e in episodes)
+
+
 def test_none_never_asks_a_judge_and_no_weight_on_its_score_is_the_same(main_here, whole, tmp_path):
     seen = main_here(f"{SMALL} --variant none --out-dir none")
     assert not seen.judged and not (tmp_path / "none" / "rrm").exists() and len(seen.updates) == 2
     assert all(rest.get("before") is None for *_, rest, _ in seen.rollouts)
     metrics, rollouts = lines(tmp_path / "none" / "metrics.jsonl"), lines(tmp_path / "none" / "rollouts.jsonl")
     assert [row["phase"] for row in metrics] == STEPS[3:] and "judge_parsed" not in metrics[-1] and "second_success" not in metrics[-1]
-    assert len(rollouts) == 16 and not any("judgement" in e for e in rollouts)
+    assert len(rollouts) == 16 and all(e["attempt"] == 1 and e["judgement"] is None for e in rollouts)
+    assert [row["tokens"] for row in metrics] == [0, 0, *itertools.accumulate(tokens(episodes) for *_, episodes, _ in seen.updates)]
     summary = json.loads((tmp_path / "none" / "summary.json").read_text())
     assert set(summary) >= set(SUMMARY) and summary["arm"] == "none" and summary["judge"] == {}
     none = [(ids["ids"], advantage) for *_, episodes, advantages in seen.updates for ids, advantage in zip(episodes, advantages)]
@@ -648,6 +707,17 @@ def test_none_never_asks_a_judge_and_no_weight_on_its_score_is_the_same(main_her
     assert model[0] == model[1] and {stream[0] for stream, *_ in seen.judged} >= {"learn", "watch"}
 
 
+def test_the_cold_start_is_what_the_expert_said_to_the_end(main_here, monkeypatch, tmp_path):
+    seen, imitate = [], ra.imitate
+    monkeypatch.setattr(ra, "imitate", lambda *given: seen.append(given[-1]) or imitate(*given))
+    main_here(f"{SMALL} --variant none --steps 1 --eval-episodes 1 --out-dir run")
+    assert [len(dialogues) for dialogues in seen] == [8, 8]  # --cold-start 16 by --sft-batch-size 8
+    dialogues = sorted([m["content"] for m in dialogue] for step in seen for dialogue in step)
+    expert = [envs.run_episode(WORLD, envs.expert_player, 500_000_000 + i) for i in range(16)]
+    assert dialogues == sorted([WORLD.system, *[text for turn in zip(e["observations"], e["actions"]) for text in turn]] for e in expert)
+    assert all(e["won"] and envs.read_call(e["actions"][-1])[0] == "answer" for e in expert)
+
+
 def test_r_has_no_second_attempts(main_here, whole, tmp_path):
     seen = main_here(f"{SMALL} --variant R --rrm {whole}/rrm --steps 1 --out-dir run")
     assert all(rest.get("before") is None for *_, rest, _ in seen.rollouts)
@@ -655,6 +725,8 @@ def test_r_has_no_second_attempts(main_here, whole, tmp_path):
     assert len(episodes) == len(rollouts) == 8 and "second_success" not in lines(tmp_path / "run" / "metrics.jsonl")[-1]
     [(_, histories, judged)] = [found for found in seen.judged if found[0][0] == "learn"]
     assert histories == [e["history"] for e in episodes] and [e["judgement"] for e in rollouts] == judged
+    assert all(e["attempt"] == 1 for e in rollouts)
+    assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["tokens"] == tokens(episodes) + sum(j["tokens"] for j in judged)
     by_hand = [e["score"] + 0.3 * j["score"] for e, j in zip(episodes, judged)]
     assert advantages == ra.group_advantages(by_hand, 4) and len(set(by_hand)) == 4
     assert [row["phase"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == STEPS[3:6]
@@ -672,10 +744,14 @@ def test_u_has_both_and_doubles_the_batch(main_here, whole, tmp_path, pool):
     r1, r2 = ([e["score"] + 0.3 * j["score"] for e, j in zip(*pair)] for pair in ((first, judged), (second, judged_again)))
     pools = [r1[:4] + r2[:4], r1[4:] + r2[4:]] if pool == "joint" else [r1[:4], r2[:4], r1[4:], r2[4:]]
     assert advantages == [a for group in pools for a in ra.group_advantages(group, len(group))]
+    kept, verdicts = lines(tmp_path / "run" / "rollouts.jsonl"), [*judged[:4], *judged_again[:4], *judged[4:], *judged_again[4:]]
+    assert [e["attempt"] for e in kept] == ([1] * 4 + [2] * 4) * 2 and [e["judgement"] for e in kept] == verdicts
     evaluated = [rest for split, _, rest, _ in seen.rollouts if rest["stream"][0] == "evaluate"]
     assert evaluated and all(rest.get("before") is None for rest in evaluated)  # at test time: the first attempt alone
     assert not any(stream[0] == "evaluate" for stream, *_ in seen.judged)
-    assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["groups"] == len(pools) and len(lines(tmp_path / "run" / "rollouts.jsonl")) == 16
+    last, summary = lines(tmp_path / "run" / "metrics.jsonl")[-1], json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert last["groups"] == len(pools) and len(kept) == 16
+    assert last["tokens"] == summary["generated_tokens"] == tokens(episodes) + sum(j["tokens"] for j in verdicts)
 
 
 def test_c_trains_nothing_and_counts_second_attempts(main_here, whole, tiny, tmp_path):
@@ -722,7 +798,8 @@ def test_training_goes_on_with_a_judge_that_writes_garbage(main_here, whole, mon
     seen = main_here(f"{SMALL} --rrm {whole}/rrm --judge-retries 2 --out-dir run")
     metrics, rollouts = lines(tmp_path / "run" / "metrics.jsonl"), lines(tmp_path / "run" / "rollouts.jsonl")
     assert all(row["judge_parsed"] == row["reward_model"] == 0 for row in metrics[2:]) and len(seen.updates) == 2
-    assert all(e["judgement"] == EMPTY for e in rollouts) and len(puppet.calls) % 3 == 0 and puppet.calls
+    spent = 3 * len(common.load(str(whole / "rrm"))[1].encode("garbage"))  # the retries too
+    assert all(e["judgement"] == EMPTY | {"tokens": spent} for e in rollouts) and len(puppet.calls) % 3 == 0 and puppet.calls
     told = [rest["before"] for *_, rest, _ in seen.rollouts if rest.get("before")]
     assert told and all(critique == "" for before in told for _, critique in before)
     assert seen.updates[0][0] != seen.updates[0][1]  # the rule's reward still teaches
@@ -773,7 +850,8 @@ BAD_VALUES = {
     "eval-temperature": "-1", "eval-episodes": "0", "eval-every": "0", "save-every": "-1", "seed": "-1", "group-size": "0 1 -4 3",
     "updates": "0 3 16", "clip": "-0.1 nan", "clip-high": "-1 inf", "kl": "-1 nan", "variant": "V u", "score-weight": "-1 nan inf",
     "pool": "both", "judge-tokens": "0", "judge-retries": "-1", "judged": "0", "judge-epochs": "0", "judge-steps": "-1",
-    "cold-start": "-1", "cold-epochs": "0", "examples": "0", "device": "warp", "dtype": "float16", "rrm": "tiny tiny:16x1",
+    "cold-start": "-1", "cold-epochs": "0", "sft-batch-size": "0 -1 1.5",
+    "examples": "0", "device": "warp", "dtype": "float16", "rrm": "tiny tiny:16x1",
 }  # fmt: skip
 
 
