@@ -169,7 +169,10 @@ def read_examples(path, keys):
     common.check(Path(path).stat().st_size, f"{path} is empty")
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as cache:  # as text: the JSON loader guesses types, takes words for dates and names no line
-        lines = datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache, encoding_errors="replace")["text"][:]
+        try:
+            lines = datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache, encoding_errors="replace")["text"][:]
+        except Exception as error:  # a pattern, an archive and the like in place of a plain name have their own exceptions each
+            common.refuse(f"{path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     rows = []
     for n, line in enumerate(lines, 1):
         try:
@@ -193,6 +196,7 @@ def make_pairs(model, chat, world, args, states, stream):
         model, chat, [chat.dialogue(dialogue(world, s["messages"])) for s in states], max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, samples=args.candidates, seeds=[common.row_seed(args.seed, *stream, i) for i in
                                                                       range(len(states) * args.candidates)])
+    room = model.config.max_position_embeddings - args.max_new_tokens
     pairs, counts = [], Counter(proposed=len(replies.texts), tokens=sum(map(len, replies.ids)))
     for i, state in enumerate(states):
         seen = {normal(state["expert"])}
@@ -201,6 +205,8 @@ def make_pairs(model, chat, world, args, states, stream):
             kind = "untagged" if not action else "equal" if normal(action) == normal(state["expert"]) else "kept"
             if kind == "kept" and normal(action) in seen:
                 kind = "repeated"
+            if kind == "kept" and len(chat.dialogue(question(world, {**state, "candidate": action}, False))) > room:
+                kind = "too long"
             counts[kind] += 1
             if kind == "kept":
                 seen.add(normal(action))

@@ -33,7 +33,8 @@ REFLECT = "This is what actions would lead to now. Say why the last one is the b
 
 
 def outcomes(world, state, actions):
-    """What each action leads to in a state, by replay of its episode: observations, in the order of `actions`."""
+    """What each action leads to in a state, by replay of its episode: observations, in the order of `actions`. A replay takes as many
+    environment steps as the state is turns old, and one."""
     said = [m["content"] for m in state["messages"]]
     found = []
     for action in actions:
@@ -87,6 +88,11 @@ def reflect(model, chat, world, args, states):
     for state in asked:
         actions = [*tried[state["seed"], state["turn"]], state["expert"]]
         prompts.append(chat.dialogue(reflection(world, state, actions, outcomes(world, state, actions))))
+        counts["env_steps"] = counts.get("env_steps", 0) + len(actions) * (state["turn"] + 1)
+    longest = max(map(len, prompts), default=0)
+    common.check(longest + args.max_new_tokens <= model.config.max_position_embeddings,
+                 f"the longest prompt has {longest} tokens and --max-new-tokens is {args.max_new_tokens}: "
+                 f"beyond the model's context of {model.config.max_position_embeddings}")
     said = act.answer(model, chat, args, prompts, ("reflect",))
     told = []
     for state, e in zip(asked, said):
@@ -101,6 +107,7 @@ def main():
     """act.main with one stage of another kind."""
     args = common.parse_args(act.Args)
     common.check(not args.resume and not args.eval_only, "the scripts under docs/ know neither --resume nor --eval-only")
+    common.check(args.pipeline == act.Args.pipeline and not args.pairs, "--pipeline and --pairs belong to act.py")
     if args.quick:
         args = dataclasses.replace(args, steps=3, eval_episodes=16, num_demos=4, examples=400)
     args = dataclasses.replace(args, pipeline="il", pairs="")
@@ -109,7 +116,6 @@ def main():
     model, chat = act.load(world, args, lambda: warmup(world, args), [REFLECT])
     run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
     seconds = Counter()
-    clock = common.Clock(seconds)
     demos = demos or act.demonstrations(args, "train", range(args.seed * 1_000_000_007, args.seed * 1_000_000_007 + args.num_demos))
     splits = [split for split in ("test", "ood") if split in world.splits]
 
@@ -118,6 +124,7 @@ def main():
         return {split: numbers for split, (numbers, _) in found.items()}, found["test"][1][0]
 
     before, _ = evaluations()
+    clock = common.Clock(seconds)
     told, counts = reflect(model, chat, world, args, demos)
     common.write_jsonl(run.dir / "reflections.jsonl", told)
     lessons = [*told, *({**state, "reply": act.tagged(state["expert"])} for state in demos)]
@@ -151,7 +158,7 @@ def main():
                    for when, found in (("before", before), ("after", after))},
                 **{name: {"success": value, "se": se} for name, (value, se) in ends.items()},
                 "expert_states": len(demos), "pair_counts": counts, "train_episodes": len({state["seed"] for state in demos}),
-                "env_steps": 0, "generated_tokens": counts["tokens"], "gradient_steps": len(plan),
+                "env_steps": counts.get("env_steps", 0), "generated_tokens": counts["tokens"], "gradient_steps": len(plan),
                 "seconds": round(sum(seconds.values()), 1), "peak_memory_bytes": common.peak_memory_bytes(args.device),
                 "device": common.device_name(args.device), "git_commit": common.git_commit()}, model, chat)
     for split in splits:

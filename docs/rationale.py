@@ -35,9 +35,10 @@ def main():
     parser.add_argument("--stage", default="", help="a directory in RUN; default: of the first stage")
     given = parser.parse_args()
     common.check((given.run / "args.json").is_file(), f"{given.run}: no run of act.py there")
-    settings = json.loads((given.run / "args.json").read_text(encoding="utf-8"))["args"]
-    names = {field.name for field in dataclasses.fields(act.Args)}
-    args = act.Args(**{key: value for key, value in settings.items() if key in names})
+    try:
+        args = act.Args(**json.loads((given.run / "args.json").read_text(encoding="utf-8"))["args"])
+    except (ValueError, KeyError, TypeError) as error:
+        common.refuse(f"{given.run / 'args.json'}: not the settings of a run of act.py ({type(error).__name__}: {error})")
     args = dataclasses.replace(args, demos="", pairs="", eval_only=False, resume=False)
     world, stages, *_ = act.check_args(args)
     stage = given.stage or f"1-{stages[0]}"
@@ -53,10 +54,12 @@ def main():
 
     free, texts = accuracy(model, chat, args, prompts, [None] * len(pairs), pairs)
     thoughts = [text.split("<action>")[0] for text in texts]
-    shift = random.Random(0).randrange(1, len(pairs))
+    states = len(pairs) // 2
+    shift = random.Random(0).randrange(1, states)
+    wrong = [thoughts[i // states * states + (i + shift) % states] for i in range(len(pairs))]  # of another state, in the same order
     found = {"stage": stage, "choices": len(pairs), "thought": common.mean(bool(thought.strip()) for thought in thoughts), "free": free,
              "removed": accuracy(model, chat, args, prompts, [""] * len(pairs), pairs)[0],
-             "wrong": accuracy(model, chat, args, prompts, thoughts[shift:] + thoughts[:shift], pairs)[0]}
+             "wrong": accuracy(model, chat, args, prompts, wrong, pairs)[0]}
     (given.run / "rationale.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     print(json.dumps(found))
 
