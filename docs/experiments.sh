@@ -74,7 +74,7 @@ runs 20q-ppo               "0 1 2" docs/ppo.py --env 20q $(best 20q-ppo-search) 
 runs 20q-self-distillation "0 1 2" docs/self_distillation.py --env 20q --eval-every 4 --match "$results/20q-nlac-s@"
 runs 20q-nlql              "0 1 2" docs/nlql.py --env 20q --match "$results/20q-nlac-s@"
 runs 20q-mc-backup         "0 1 2" nlac.py --env 20q --ablation mc-backup
-runs 20q-grpo              "0 1 2" self_guide.py --env 20q --guide off --steps 150 # as many episodes as nlac's
+runs 20q-grpo              "0 1 2" self_guide.py --env 20q --guide off --steps 75 # as many episodes as nlac's
 
 # Self-Guide and its arms, all from one base
 runs self-guide-full       "0 1 2 3 4" self_guide.py
