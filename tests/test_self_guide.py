@@ -767,14 +767,8 @@ AT = {  # where the run is killed: code, and how many lines of metrics it had wr
 
 
 @pytest.mark.parametrize("where", AT)
-def test_killed_anywhere_and_resumed(run_script, whole, tmp_path, where):
-    fault, written = AT[where]
-    assert run_script(f"{SMALL} --out-dir run", tmp_path, fault).status == -signal.SIGKILL
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    assert (len(lines(metrics)) if metrics.exists() else 0) == written and not (tmp_path / "run" / "summary.json").exists()
-    result = run_script(f"{SMALL} --out-dir run --resume", tmp_path)
-    assert result.status == 0, result.stderr
-    same_run(whole, tmp_path / "run")
+def test_killed_anywhere_and_resumed(killed_and_resumed, whole, where):
+    same_run(whole, killed_and_resumed(*AT[where]))
 
 
 def test_asked_to_stop_keeps_the_step_and_resumes(run_script, whole, tmp_path):
