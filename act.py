@@ -8,23 +8,25 @@ better? The model reasons freely and only the right choice is paid.
     0 for an impossible one, -0.5 without <action> tags.
  3. il: imitation of the expert's actions, the loss on those alone. 4. rl: GRPO on the policy itself.
 
---pipeline names the stages, each starts from the model of the one before: the paper's ACT is act,il (then act,il,rl); its controls are il;
-il,il; il,rl; il,rl,rl; act; act,rl; and in place of act: sft-choice, dpo, no-reasoning. All stages take --epochs over their data. Version 1
-of the paper reinforces right after ACT (act,rl), version 2 imitates in between.
+--pipeline names the stages, each starts from the model of the one before. Version 1 of the paper has act,il and act,rl, beside il and rl;
+version 2 has act,il and act,il,rl, with the controls il; il,il; il,rl; il,rl,rl; act; and in place of act: sft-choice, dpo, no-reasoning.
+All stages take --epochs over their data.
 
 Departures from the paper, and why:
  1. The policy acts in one growing dialogue, so that every token is encoded once; a state is that dialogue up to its last observation, and
     no list of possible actions stands in it (lists would pile up). A question about two actions has the list, once.
  2. One instruction for the policy everywhere: <action> tags, thought optional. Imitation teaches the bare action. So no-reasoning asks for
     an answer at once below an instruction that allows thought, and a thought is not punished.
- 3. One gradient step per batch: the ratio is 1, and --clip only binds if you add steps. Repeated candidates of a state make one pair.
-Early Experience, a baseline of the paper, is docs/early_experience.py.
+ 3. GRPO (arXiv 2402.03300) takes one gradient step per batch: the ratio is 1, and --clip binds only if you let `grpo_step` take several.
+ 4. Repeated candidates of a state make one pair; --candidates is 2, as in version 1, which took several (version 2: 1).
+Early Experience (arXiv 2510.08558), a baseline of the paper, is docs/early_experience.py. The reward table is version 1's, as third parties
+report it. A thinking model's native thoughts are off.
 The paper's prompts and its GRPO settings are not public; those below are ours.
 
     python act.py                                    # pairs, ACT, imitation on household with the tiny model: see README
     python act.py --pipeline il,il                   # a control with equal epochs
     python act.py --pipeline act,il,rl --rl episodes # reinforcement on whole episodes, in place of the expert's states
-    python act.py --pairs runs/act-household-s0/pairs.jsonl --model tiny:32x2       # another model's pairs
+    python act.py --pairs runs/act-household-s0/pairs.jsonl --model tiny:32x2 --out-dir runs/small # another model's pairs
     python act.py --model Qwen/Qwen3-4B --env household-full --device cuda --lr 1e-6 --max-new-tokens 512
     python act.py --quick                            # the whole path in under a minute
 """
@@ -80,11 +82,11 @@ class Args:
     pipeline: str = common.flag("act,il", "stages in their order, of: act, il, rl, sft-choice, dpo, no-reasoning")
     sft_batch_size: int = common.flag(16, "examples per update of a supervised stage (not in the paper)")
     epochs: int = common.flag(3, "passes of every stage over its data (paper: 3 in version 2)")
-    num_demos: int = common.flag(40, "episodes of the world's expert (paper: its benchmarks' own)")
+    num_demos: int = common.flag(40, "episodes of the world's expert (paper: about 10 thousand pairs)")
     demos: str = common.flag("", "demonstrations from a JSON lines file in place of the expert's")
     candidates: int = common.flag(2, "actions that the start policy proposes per state (paper: 1 in version 2, several in version 1)")
     pairs: str = common.flag("", "pairs from a JSON lines file, of another run or model")
-    rl: str = common.flag("states", "rl on single states of the demonstrations (paper), or on episodes", choices=["states", "episodes"])
+    rl: str = common.flag("states", "on single states of demonstrations (paper, version 1), or on episodes", choices=["states", "episodes"])
     dpo_beta: float = common.flag(0.1, "of the stage dpo (not in the paper)")
     examples: int = common.flag(3000, "rounds of warm-up examples that make a tiny model")
 
@@ -129,7 +131,7 @@ def question(world, example, order, instruction=CHOOSE):
 
 
 def choice_reward(reply, example):
-    """The paper's reward table: (reward, its row)."""
+    """The reward table of the paper's version 1: (reward, its row)."""
     action = parse_action(reply)
     if action is None:
         return -0.5, "untagged"
@@ -598,7 +600,9 @@ def check_args(args):
     for path, rows in (args.demos, demos), (args.pairs, pairs):
         n, other = next(((n, row["env"]) for n, row in enumerate(rows or (), 1) if row["env"] != args.env), (0, None))
         common.check(other is None, f"{path}, line {n}: about {other!r}, not about --env {args.env}")
-    common.check(demos or callable(getattr(world, "expert", None)), f"--env {args.env} has no expert: give --demos")
+        n = next((n for n, row in enumerate(rows or (), 1) if row["split"] != "train"), 0)
+        common.check(not n, f"{path}, line {n}: of another split than train, on which nothing is learnt")
+    common.check(callable(getattr(world, "expert", None)), f"--env {args.env} has no expert, whom the held-out states come from")
     return world, stages, demos, pairs
 
 

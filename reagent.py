@@ -16,17 +16,20 @@ score to the reference and for its format; 3. cold start of the agent on correct
 
 Departures from the paper, and why:
  1. The judgements that train the judge are written by a program that names flaws of the process (`annotate`); the paper's come from a
-    model of 120 billion parameters. The annotator serves there alone: the agent meets the trained judge only.
- 2. The reward of the judge's GRPO and the prompt of the second attempt are unpublished; those below are ours.
+    model of 120 billion parameters. Both stages share --judged trajectories. Beyond the judge, only the warm-up of a tiny model sees what
+    the annotator writes, of random flaws: the agent meets the trained judge.
+ 2. The reward of the judge's GRPO and the prompt of the second attempt are unpublished; those below are ours. A judgement that cannot be
+    read is tried again at --temperature (paper's script: once more at 0).
  3. Cold-start trajectories come from the world's expert, --cold-start of them (paper: 55.6 thousand of a stronger model).
- 4. Transcripts lack the last observation, in which our worlds say how the game ended: neither judge nor second attempt may know.
- 5. One --lr for all phases, SFT and GRPO (paper: 1e-5 and 5e-7); evaluation without top-p.
+ 4. Transcripts lack native thoughts, and the last observation, in which our worlds say how the game ended: neither judge nor second attempt
+    may know.
+ 5. One --lr for all phases, SFT and GRPO (paper: 1e-5 and 5e-7); evaluation without top-p; SFT at --temperature.
 
     python reagent.py                                  # judge, cold start, variant U on search with the tiny model: see README
-    python reagent.py --variant R --batch-size 64 --group-size 16 --rrm runs/reagent-search-s0/rrm  # U's compute, U's judge
-    python reagent.py --variant none                   # or C
-    python reagent.py --rrm runs/reagent-search-s0/rrm # a judge that is there already
-    python reagent.py --model Qwen/Qwen3-8B --rrm DIR --env search-full --device cuda --lr 5e-7 --max-new-tokens 1024 --cold-start 0
+    python reagent.py --variant R --batch-size 64 --group-size 16 --rrm runs/reagent-search-s0/rrm --out-dir runs/R  # U's compute and judge
+    python reagent.py --variant none --out-dir runs/none # or C
+    python reagent.py --rrm runs/reagent-search-s0/rrm --out-dir runs/U # a judge that is there already
+    python reagent.py --model Qwen/Qwen3-8B --rrm DIR --device cuda --lr 5e-7 --cold-start 0 --max-new-tokens 1024 --judge-tokens 1024
     python reagent.py --quick                          # the whole path in under a minute
 """
 
@@ -572,8 +575,10 @@ def check_args(args):
     except ValueError as error:
         common.refuse(error)
     annotated = isinstance(world, envs.Search)
-    common.check(annotated or args.rrm or args.variant == "none", f"--env {args.env} has no annotator to train a judge with: give --rrm")
-    common.check(annotated or not args.cold_start, f"--env {args.env} has no trajectories for a cold start: --cold-start 0")
+    common.check(annotated or args.rrm or args.variant == "none" or args.eval_only,
+                 f"--env {args.env} has no annotator to train a judge with: give --rrm")
+    common.check(annotated or not args.cold_start or args.eval_only or args.variant == "C",
+                 f"--env {args.env} has no trajectories for a cold start: --cold-start 0")
     return world
 
 
@@ -620,7 +625,7 @@ def main():
     world = check_args(args)
     out_dir = args.out_dir or f"runs/reagent-{args.env.replace(':', '-')}-s{args.seed}"
     run = None if args.eval_only else common.Run("reagent", args, out_dir)
-    judging = args.variant != "none"
+    judging = args.variant == "C" if args.eval_only else args.variant != "none"  # at test time U and R need no judge
     rrm = common.load(args.rrm, device=args.device, dtype=args.dtype) if args.rrm and judging else None
     model, chat = load(world, args)
     first = chat.dialogue(opening(world, world.reset(seed=0)[0]))

@@ -2,8 +2,8 @@
 
 One language model both rates and acts. Per step:
 
- 1. Groups of episodes of the same task. Each turn the model first rates the episode so far, z_t ~ pi(. | h_t): a reason and a label;
- 2. then it acts with its own rating in view, a_t ~ pi(. | h_t, z_t).
+ 1. Groups of episodes of the same task. Each turn the model first rates the episode so far, z_t ~ pi(. | h_{t-1}, o_t): a reason, a label;
+ 2. then it acts with its own rating in view, a_t ~ pi(. | h_{t-1}, o_t, z_t).
  3. R(tau) = R_env(tau) + lambda * sum_t g(z_t), with g = 0.1, 0, -0.1 for positive, neutral, negative: a sum over the trajectory.
  4. lambda follows a trust schedule over the run: 0 until 40% (ratings steer and earn nothing), up to 1 at 50%, 1 until 70%, down to
     0 at 80%. It ends at 0 because this shaping is not potential-based.
@@ -15,20 +15,22 @@ its ratings; --trust zero lets ratings steer but never earn. Guided arms are eva
 Departures from the paper, and why:
  1. Rating and acting are turns of one growing dialogue; the paper gives each call a prompt of its own over the trajectory so far. So the
     model sees its earlier ratings too, and every token is encoded once: the cost of an episode grows with its length, not with the square.
+    A full context ends the episode.
  2. The actions that are possible now are not listed: in a dialogue that only grows the lists would pile up. The world's system prompt says
     how to act.
- 3. The system prompt explains rating and acting once; a turn asks for one of them in a word.
+ 3. The system prompt explains rating and acting once, and what to do with a rating; a turn asks for one of them in a word.
  4. A rating that is not a reason and a label counts as neutral (the paper does not say), and is counted.
- 5. A tiny model has been told beforehand what a rating looks like and to try a possible action after a negative one (`warmup`).
+ 5. A tiny model has been told beforehand what a rating looks like, that an action which did nothing deserves a negative one, and to try a
+    possible action after that (`warmup`).
 The paper leaves open: group size, learning rate and KL weight of its GRPO runs, the scale of R_env, if "full reward at once" ever ends.
 
     python self_guide.py                                        # household, tiny model: see README for minutes and numbers
-    python self_guide.py --guide off                            # plain GRPO
+    python self_guide.py --guide off --out-dir runs/grpo        # plain GRPO; every arm wants a directory of its own
     python self_guide.py --guide inference                      # no training
     python self_guide.py --trust zero                           # or immediate, no-anneal
     python self_guide.py --estimator dapo
     python self_guide.py --guide off --token-budget 3000000     # as many sampled tokens as a guided run had
-    python self_guide.py --model Qwen/Qwen3-1.7B --env household-full --device cuda --lr 1e-6 --kl 0.01 --max-new-tokens 512
+    python self_guide.py --model Qwen/Qwen3-1.7B --env household-full --device cuda --lr 1e-6 --micro-batch-size 1 --max-new-tokens 512
     python self_guide.py --quick                                # the whole path in under a minute
 """
 
@@ -58,7 +60,7 @@ class Args:
     env: str = common.flag("household", "a world of envs.py")
     seed: int = common.flag(0, "of everything sampled; the tiny model is built with seed 0")
     steps: int = common.flag(100, "updates (paper: 100)")
-    lr: float = common.flag(5e-4, "AdamW, constant after 5 steps (paper: 1e-6, for pretrained models)")
+    lr: float = common.flag(5e-4, "AdamW, constant after 5 steps (paper: 1e-6, for DAPO)")
     batch_size: int = common.flag(128, "episodes per step: groups x --group-size (public script: 128)")
     micro_batch_size: int = common.flag(16, "episodes per backward pass; changes memory and speed, not the gradient")
     max_new_tokens: int = common.flag(16, "of one rating or action (paper: 1024)")
@@ -77,7 +79,7 @@ class Args:
     group_size: int = common.flag(8, "episodes of one task (paper: 8 for DAPO)")
     updates: int = common.flag(4, "gradient steps per step, each on its share of the groups (not in the paper)")
     estimator: str = common.flag("grpo", "dapo: asymmetric clip, token-mean loss, dynamic sampling", choices=["grpo", "dapo"])
-    clip: float = common.flag(0.2, "the ratio stays above 1 - clip, and with grpo below 1 + clip (paper)")
+    clip: float = common.flag(0.2, "the ratio stays above 1 - clip, and with grpo below 1 + clip (paper, for DAPO)")
     clip_high: float = common.flag(0.28, "with dapo below 1 + clip_high (paper)")
     kl: float = common.flag(0.03, "weight of the KL to the start policy; 0 switches it off (paper: 0.01 for DAPO)")
     resample: int = common.flag(2, "dapo: times that groups without spread in R are replaced, per step (not in the paper)")
@@ -88,7 +90,7 @@ class Args:
     trust_points: list[float] = dataclasses.field(default_factory=lambda: [0.4, 0.5, 0.7, 0.8], metadata={
         "help": "shares of --steps: ratings start to earn, earn fully, start to earn less, earn nothing (paper)"})
     rating_reward: float = common.flag(0.1, "g of a positive rating; a negative one is its opposite (paper)")
-    reward_scale: float = common.flag(10.0, "R_env is this times the world's score, 1 for success (public script: 10; paper: unclear)")
+    reward_scale: float = common.flag(10.0, "R_env is this times the world's score, 1 for success (paper: 1; public script: 10)")
     invalid_penalty: float = common.flag(0.0, "taken from R_env for each invalid action (public script: 0.1; paper: unclear)")
     token_budget: int = common.flag(0, "with --guide off: stop after so many sampled tokens, not after --steps; 0: no budget")
     examples: int = common.flag(10000, "episodes that make a tiny model")
@@ -100,7 +102,8 @@ class Args:
 POLICY = "Reply with your next action and nothing else."
 GUIDED = """You are asked by turns to rate and to act.
 Rate: judge the episode so far, before you act. Reply with two lines. Reason: one sentence. Label: positive, neutral or negative.
-Positive is closer to the goal, or information of use later. Neutral is neither. Negative is wasted turns, a step back, being stuck.
+Positive is closer to the goal, or information of use later. Neutral is neither.
+Negative is wasted turns, a step back, contradiction, being stuck.
 Act: reply with your next action and nothing else. Your rating is a hint: go on if it is positive, try something else if it is negative."""
 RATE, ACT, READ = "Rate.", "Act.", "Repeat the task, and what the last action brought."  # READ: in the warm-up of a tiny model only
 LABELS = ["negative", "neutral", "positive"]
@@ -303,7 +306,8 @@ def watch(episodes):
     """What can be counted over episodes; of the ratings, whether they tell success from failure."""
     turns = [(e, t) for e in episodes for t in range(len(e["valid"]))]
     seen = [(id(e), re.sub(r"\d+ turns? left", "", e["history"][2 * t]), parse_action(e["history"][2 * t + 1])) for e, t in turns]
-    out = {"success": common.mean(e["won"] for e in episodes), "turns": len(turns) / len(episodes),
+    out = {"success": common.mean(e["won"] for e in episodes), "score": common.mean(e["score"] for e in episodes),
+           "turns": len(turns) / len(episodes),
            "invalid": common.mean(not e["valid"][t] for e, t in turns),
            "looping": 1 - len(set(seen)) / len(seen),  # the same action on the same observation, once more
            "truncated": sum(e["truncated"] for e in episodes)}
@@ -454,6 +458,8 @@ def main():
     def evaluations(guided):
         """{split: numbers} and an episode of `test`."""
         found = {split: evaluate(model, chat, args, split, args.eval_episodes, guided) for split in splits}
+        if run and run.stopping:
+            sys.exit(run.stopping)
         for split, (numbers, _) in found.items():
             tqdm.write(f"{split}: success {numbers['success']:.3f} (se {numbers['se']:.3f}, n {args.eval_episodes})")
         return {split: numbers for split, (numbers, _) in found.items()}, record(found["test"][1][0])
@@ -466,13 +472,13 @@ def main():
 
     reference = copy.deepcopy(model) if args.kl else None  # the start policy
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    totals, seconds, done, task = Counter(), Counter(), 0, 0
+    totals, seconds, step, task = Counter(), Counter(), 0, 0
     if state := run.resume():
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         common.check(not guided or args.trust in ("zero", "immediate") or state["steps"] == args.steps,
                      f"--resume: the trust schedule is made of shares of --steps, which was {state['steps']}")
-        totals, seconds, done, task = Counter(state["totals"]), Counter(state["seconds"]), state["step"], state["task"]
+        totals, seconds, step, task = Counter(state["totals"]), Counter(state["seconds"]), state["step"], state["task"]
         before, before_episode = state["before"], state["before_episode"]
     else:
         before, before_episode = evaluations(guided)
@@ -484,14 +490,14 @@ def main():
     def finished(step):
         return totals["tokens"] >= args.token_budget if args.token_budget else step >= args.steps or args.guide == "inference"
 
-    step = done
-    bar = tqdm(initial=totals["tokens"] if args.token_budget else done, total=args.token_budget or args.steps, desc="self_guide",
+    bar = tqdm(initial=totals["tokens"] if args.token_budget else step, total=args.token_budget or args.steps, desc="self_guide",
                unit="token" if args.token_budget else "step", dynamic_ncols=True, disable=args.guide == "inference")
     while not finished(step):
         step += 1
-        clock, weight = common.Clock(seconds), trust(args, (step - 1) / args.steps) if guided else 0.0
+        clock = common.Clock(seconds)
 
-        # 1, 2. groups of episodes; dapo plays others in place of those without spread in R
+        # 4. lambda, and 1, 2. groups of episodes; dapo plays others in place of those without spread in R
+        weight = trust(args, (step - 1) / args.steps) if guided else 0.0
         batch, all_played, replaced = [], [], 0
         for attempt in range(1 + (args.resample if args.estimator == "dapo" else 0)):
             missing = groups - len(batch) // args.group_size
