@@ -610,7 +610,7 @@ def load(world, args, corpus=None, more=()):
     """The model, and its chat; a tiny one is made from `corpus` (default: `warmup`), with `more` lines that are one token each."""
     if args.model.startswith("tiny") and args.device == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
-    constants = [f"{world.system}\n{POLICY}", CHOOSE, CHOOSE_NOW, READ, "<action>", "</action>", *more]
+    constants = [f"{world.system}\n{POLICY}", CHOOSE, CHOOSE_NOW, READ, "<action>", "</action>", *common.CHANGES_OF_SPEAKER, *more]
     return common.load(args.model, corpus=corpus or (lambda: warmup(world, args)), constants=constants, device=args.device,
                        dtype=args.dtype)
 

@@ -432,8 +432,9 @@ CHANGES_OF_SPEAKER = "\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\
 TINY_VERSION = 4  # part of a tiny model's name in the cache: raise it when build_tiny changes what it builds
 
 
-def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto", cache_dir=None, thinking=False):
-    """A causal language model and its `Chat`; what cannot be loaded ends in `refuse`.
+def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto", cache_dir=None, thinking=False,
+         option="--model"):
+    """A causal language model and its `Chat`; what cannot be loaded ends in `refuse`, which names the `option` it came from.
 
     `name`: "tiny" or "tiny:WIDTHxLAYERS" (built at first use, see `build_tiny`), a local directory, or a hub id. `corpus`: a function
     without arguments that returns the examples, called for a tiny model only. `dtype`: "auto" is float32 weights, computing in bfloat16
@@ -443,18 +444,18 @@ def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto",
         name = _tiny_directory(name, corpus, list(constants), seed, device, cache_dir)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
         name = os.path.expanduser(name)
-        check(Path(name, "config.json").is_file(), f"--model {name}: no model there (config.json is missing)")
+        check(Path(name, "config.json").is_file(), f"{option} {name}: no model there (config.json is missing)")
     transformers.utils.logging.disable_progress_bar()  # a refusal is one line
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     except Exception as error:  # hub, file system, json and safetensors have their own exceptions each
-        refuse(f"--model {name} cannot be loaded: {type(error).__name__}: {str(error)[:300]}")
+        refuse(f"{option} {name} cannot be loaded: {type(error).__name__}: {str(error)[:300]}")
     layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     attention = layers <= {"full_attention", "sliding_attention"} and not getattr(model, "_is_stateful", False)
-    check(attention, f"--model {name} has layers without attention: their cache cannot be realigned between turns")
+    check(attention, f"{option} {name} has layers without attention: their cache cannot be realigned between turns")
     room = model.get_input_embeddings().num_embeddings
-    check(len(tokenizer) <= room, f"--model {name}: {len(tokenizer)} tokens, but embeddings for {room}")
+    check(len(tokenizer) <= room, f"{option} {name}: {len(tokenizer)} tokens, but embeddings for {room}")
     model.to(device).eval()  # eval: no dropout, or ratios to old log-probs would not start at 1
     model.compute_dtype = torch.bfloat16 if dtype == "auto" and model.device.type == "cuda" else None
     return model, Chat(tokenizer, model, thinking)

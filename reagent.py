@@ -185,8 +185,9 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None
 # --------------------------------------------------------------------------------------------------------------- Agent-RRM
 
 
-def judge(rrm, world, args, histories, stream):
-    """Agent-RRM on whole transcripts: a dict of think, critique, score and `parsed` each. Unreadable after the retries: 0 and empty."""
+def judge(rrm, world, args, histories, stream, first=0):
+    """Agent-RRM on whole transcripts: a dict of think, critique, score and `parsed` each. Unreadable after the retries: 0 and empty.
+    `stream` and `first` are those of `rollout`."""
     model, chat = rrm
     room = model.config.max_position_embeddings - args.judge_tokens
     prompts = [chat.prompt(judge_messages(world, history)) for history in histories]
@@ -197,7 +198,7 @@ def judge(rrm, world, args, histories, stream):
             break
         replies = common.generate(model, chat, [prompts[i] for i in left], max_new_tokens=args.judge_tokens,
                                   temperature=args.temperature if attempt else 0.0,  # once more the same would help nobody
-                                  seeds=[common.row_seed(args.seed, *stream, "judge", attempt, i) for i in left])
+                                  seeds=[common.row_seed(args.seed, *stream, "judge", attempt, first + i) for i in left])
         for i, text, ids in zip(left, replies.texts, replies.ids):
             found = parse_judgement(text)
             out[i] |= (found or {}) | {"parsed": found is not None, "tokens": out[i]["tokens"] + len(ids)}
@@ -479,32 +480,32 @@ def watch(episodes):
 
 
 def leaks(args, episodes, judgements):
-    """The share of critiques that name the right answer, which no prompt holds; asked of the world for this count alone."""
+    """The share of critiques that name the right answer, which no prompt holds; asked of the world for this count alone. None where a
+    world has none."""
     world, found = envs.make(args.env), []
     words = lambda text: f" {' '.join(envs.plain_words(text))} "  # noqa: E731
     for e, j in zip(episodes, judgements):
         world.reset(seed=e["seed"], options={"split": e["split"]})
-        found.append(hasattr(world, "gold") and words(world.gold) in words(j["critique"]))
-    return common.mean(found)
+        if hasattr(world, "gold"):
+            found.append(words(world.gold) in words(j["critique"]))
+    return common.mean(found) if found else None
 
 
 AT_ONCE = 256  # episodes of an evaluation that share a cache: what bounds its memory
 
 
-def evaluate(state, split, episodes):
-    """First attempts on fixed episodes of a split, without judge and critique; variant C judges them and counts the second attempts."""
-    args, played, again = state.args, [], []
+def evaluate(state, split, episodes, second=False):
+    """First attempts on fixed episodes of a split, without judge and critique; or the second ones after them, what variant C is about."""
+    args, played = state.args, []
     for i in range(0, episodes, AT_ONCE):
         seeds = range(i, min(i + AT_ONCE, episodes))
         some = rollout(state.model, state.chat, args, split, seeds, temperature=args.eval_temperature, stream=("evaluate",), first=i)
+        if second:
+            judged = judge(state.rrm, state.world, args, [e["history"] for e in some], ("evaluate", split), first=i)
+            some = rollout(state.model, state.chat, args, split, seeds, temperature=args.eval_temperature, stream=("evaluate", 2),
+                           first=i, before=[(e["history"], j["critique"]) for e, j in zip(some, judged)])
         played += some
-        if args.variant == "C" and state.rrm:
-            judged = judge(state.rrm, state.world, args, [e["history"] for e in some], ("evaluate", split))
-            again += rollout(state.model, state.chat, args, split, seeds, temperature=args.eval_temperature, stream=("evaluate", 2),
-                             first=i, before=[(e["history"], j["critique"]) for e, j in zip(some, judged)])
-    counted = again or played
-    numbers = watch(counted) | {"se": common.mean_se([float(e["won"]) for e in counted])[1]}
-    return numbers | ({"first_success": common.mean(e["won"] for e in played)} if again else {}), counted
+    return watch(played) | {"se": common.mean_se([float(e["won"]) for e in played])[1]}, played
 
 
 def record(episode):
@@ -588,7 +589,7 @@ def load(world, args):
         torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
     calls = [part for name in envs.TOOLS for part in envs.tool_call(name, "\0").split("\\u0000")]
     constants = [world.system, JUDGE, *calls, *re.split(r"{\w+}|\n", AGAIN), *ADVICE.values(),
-                 "<think>", "</think>\n<critique>", "</critique>\n<score>", "</score>"]
+                 "<think>", "</think>\n<critique>", "</critique>\n<score>", "</score>", *common.CHANGES_OF_SPEAKER]
     return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype)
 
 
@@ -626,7 +627,7 @@ def main():
     out_dir = args.out_dir or f"runs/reagent-{args.env.replace(':', '-')}-s{args.seed}"
     run = None if args.eval_only else common.Run("reagent", args, out_dir)
     judging = args.variant == "C" if args.eval_only else args.variant != "none"  # at test time U and R need no judge
-    rrm = common.load(args.rrm, device=args.device, dtype=args.dtype) if args.rrm and judging else None
+    rrm = common.load(args.rrm, option="--rrm", device=args.device, dtype=args.dtype) if args.rrm and judging else None
     model, chat = load(world, args)
     first = chat.dialogue(opening(world, world.reset(seed=0)[0]))
     common.check(len(first) + args.max_new_tokens <= model.config.max_position_embeddings,
@@ -641,15 +642,15 @@ def main():
                      f"beyond its context of {rrm[0].config.max_position_embeddings}")
     state = State(args, world, chat, model, rrm)
 
-    def evaluations():
+    def evaluations(second):
         """{split: numbers} and an episode of `test`."""
-        found = {split: evaluate(state, split, args.eval_episodes) for split in splits}
+        found = {split: evaluate(state, split, args.eval_episodes, second) for split in splits}
         for split, (numbers, _) in found.items():
             tqdm.write(f"{split}: success {numbers['success']:.3f} (se {numbers['se']:.3f}, n {args.eval_episodes})")
         return {split: numbers for split, (numbers, _) in found.items()}, record(found["test"][1][0])
 
     if args.eval_only:
-        return evaluations()
+        return evaluations(args.variant == "C")
     run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
     annotated = isinstance(world, envs.Search)
     judged = trajectories(args, "train", args.judged, "judged") if judging and not args.rrm else []
@@ -673,7 +674,7 @@ def main():
         totals, seconds, done = Counter(saved["totals"]), Counter(saved["seconds"]), saved["done"]
         before, before_episode, judge_quality = saved["before"], saved["before_episode"], saved["judge_quality"]
     else:
-        before, before_episode = evaluations()
+        before, before_episode = evaluations(False)
         if held_out:
             judge_quality["before"] = watch_judge(rrm, world, args, held_out)
 
@@ -717,7 +718,7 @@ def main():
         if run.stopping:
             sys.exit(run.stopping)
 
-    after, after_episode = evaluations()
+    after, after_episode = evaluations(args.variant == "C")
     ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes, key="won") for name, player in
             (("random", envs.random_player), ("expert", envs.expert_player))}
     print(f"\nbefore\n{show(state, before_episode)}\n\nafter\n{show(state, after_episode)}\n")
