@@ -59,13 +59,13 @@ class Args:
     env: str = common.flag("household", "a world of envs.py")
     seed: int = common.flag(0, "of everything sampled, the demonstrations too; the tiny model is built with seed 0")
     steps: int | None = common.flag(None, "updates per stage; default: as many as --epochs need")
-    lr: float = common.flag(1e-3, "AdamW, of all stages, constant after 5 steps (not in the paper; a pretrained model wants about 1e-6)")
+    lr: float = common.flag(3e-4, "AdamW, of all stages, constant after 5 steps (not in the paper; a pretrained model wants about 1e-6)")
     batch_size: int = common.flag(64, "replies per update of a GRPO stage: questions x --group-size")
     micro_batch_size: int = common.flag(16, "sequences per backward pass; changes memory and speed, not the gradient")
     max_new_tokens: int = common.flag(48, "of one reply")
     temperature: float = common.flag(1.0, "while training, and of the log-probs (not in the paper)")
     eval_temperature: float = common.flag(0.4, "in evaluation (not in the paper)")
-    eval_episodes: int = common.flag(500, "per split, after every stage")
+    eval_episodes: int = common.flag(500, "per split, after every stage; the expert's states of a fifth of them are held out")
     eval_every: int = common.flag(20, "updates between evaluations on a fifth of the episodes of `test`")
     eval_only: bool = common.flag(False, "evaluate --model and stop; writes nothing")
     save_every: int = common.flag(20, "updates between checkpoints")
@@ -77,7 +77,7 @@ class Args:
     # group-relative policy optimisation
     group_size: int = common.flag(8, "replies to one question (not in the paper)")
     clip: float = common.flag(0.2, "the ratio stays in 1 +- clip (not in the paper)")
-    kl: float = common.flag(0.01, "weight of the KL to the policy at the start of the stage; 0 switches it off (not in the paper)")
+    kl: float = common.flag(0.1, "weight of the KL to the policy at the start of the stage; 0 switches it off (not in the paper)")
     # ACT
     pipeline: str = common.flag("act,il", "stages in their order, of: act, il, rl, sft-choice, dpo, no-reasoning")
     sft_batch_size: int = common.flag(16, "examples per update of a supervised stage (not in the paper)")
@@ -88,7 +88,7 @@ class Args:
     pairs: str = common.flag("", "pairs from a JSON lines file, of another run or model")
     rl: str = common.flag("states", "on single states of demonstrations (paper, version 1), or on episodes", choices=["states", "episodes"])
     dpo_beta: float = common.flag(0.1, "of the stage dpo (not in the paper)")
-    examples: int = common.flag(3000, "rounds of warm-up examples that make a tiny model")
+    examples: int = common.flag(8000, "rounds of warm-up examples that make a tiny model")
 
 
 # ------------------------------------------------------------------------------------------------------ prompts and parsers
@@ -644,21 +644,21 @@ def main():
     seconds = Counter()
     clock = common.Clock(seconds)
     demos = demos or demonstrations(args, "train", range(args.seed * 1_000_000_007, args.seed * 1_000_000_007 + args.num_demos))
-    held_out = demonstrations(args, "test", range(max(2, args.num_demos // 2)))
+    held_out = demonstrations(args, "test", range(max(2, args.eval_episodes // 5)))
     longest = max(len(chat.dialogue(question(world, {"candidate": s["expert"], **s}, False))) for s in [*demos, *held_out, *(pairs or ())])
     common.check(longest + args.max_new_tokens <= model.config.max_position_embeddings,
                  f"the longest question has {longest} tokens and --max-new-tokens is {args.max_new_tokens}: "
                  f"beyond the model's context of {model.config.max_position_embeddings}")
-    run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
     held_out_pairs, _ = make_pairs(model, chat, world, dataclasses.replace(args, candidates=1), held_out, ("held out", "pairs"))
     counts = {}
     if pairs is None and set(stages) & set(PAIRED):
         pairs, counts = make_pairs(model, chat, world, args, demos, ("pairs",))  # by the start weights, when resumed as well
-    for name, rows in ("demos", demos), ("pairs", pairs):
-        common.write_jsonl(run.dir / f"{name}.jsonl", rows or [])
     for stage in stages:
         common.check(pairs if stage in PAIRED else demos, f"stage {stage}: every candidate was the expert's action or none at all")
     clock.lap("pairs")
+    run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
+    for name, rows in ("demos", demos), ("pairs", pairs):
+        common.write_jsonl(run.dir / f"{name}.jsonl", rows or [])
     plan = []
     for index, stage in enumerate(stages):
         batches = schedule(args, stage, len(pairs if stage in PAIRED else demos), index)

@@ -1418,11 +1418,29 @@ def search_names(kind, split, parts):
 Encyclopedia = collections.namedtuple("Encyclopedia", "facts where pages index")
 
 
+def draw_names(rng, kinds, split, parts, namesakes):
+    """{kind: names}. Without `namesakes` no root and no given name comes twice; words such as Hill may."""
+    if namesakes:
+        return {kind: rng.sample(search_names(kind, split, parts), n) for kind, n in kinds}
+    names, used = {}, set()
+    for kind, n in kinds:
+        every, common = search_names(kind, split, parts), set((ARTICLES[kind][0] or "").split())
+        names[kind] = []
+        for name in rng.sample(every, len(every)):
+            own = set(name.split()) - common
+            if len(names[kind]) < n and not own & used:
+                names[kind].append(name)
+                used |= own
+        if len(names[kind]) < n:
+            raise ValueError(f"there are not enough words for {n} names of the kind {kind!r} in split {split}")
+    return names
+
+
 @functools.lru_cache(maxsize=256)
-def encyclopedia(split, number, kinds, relations, parts):
+def encyclopedia(split, number, kinds, relations, parts, namesakes=True, step=1):
     """An eighth of the facts stands nowhere and an eighth on a page of its own, "Notes on NAME": there the plain page is a dead end."""
     rng = random.Random(f"encyclopedia {split} {number}")
-    names = {kind: rng.sample(search_names(kind, split, parts), n) for kind, n in kinds}
+    names = draw_names(rng, kinds, split, parts, namesakes)
     book = Encyclopedia({}, {}, {}, {})
     for kind, name in ((its, name) for its in names for name in names[its]):
         about = rng.choice(ARTICLES[kind][1].split("|"))
@@ -1435,7 +1453,7 @@ def encyclopedia(split, number, kinds, relations, parts):
             if unit in names:
                 value = rng.choice([other for other in names[unit] if other != name])
             else:
-                value = str(rng.randrange(20, 300, 10) if unit == "km" else YEARS[key][1] + rng.randrange(50))
+                value = str(rng.randrange(20, 300, 10) if unit == "km" else YEARS[key][1] + rng.randrange(0, 50, step))
             place = rng.choice([None, f"Notes on {name}", *[name] * 6])
             if place:
                 texts[place].append(RELATIONS[key].sentence.format(x=name, y=value))
@@ -1647,9 +1665,11 @@ class Search(World):
     name = "search"
     splits = ("train", "test", "ood")
     max_turns = 8
-    kinds = {"person": 16, "town": 12, "river": 8, "book": 14}
+    kinds = {"person": 8, "town": 8, "river": 5, "book": 8}
     relations = ("author", "birthplace", "river", "length", "born", "founded", "published")
-    parts = (6, 4, 12)  # starts and ends of roots, given names
+    parts = (8, 5, 12)  # starts and ends of roots, given names
+    namesakes = False  # whether names may share their root, so that a word alone does not tell them apart
+    year_step = 5  # years are multiples of it
     forms = ("chain", "difference")  # of questions with two hops or more
     hops = {"train": (1, 2), "test": (1, 2), "ood": (3,)}
     encyclopedias = {"train": 64, "test": 16, "ood": 16}
@@ -1683,7 +1703,8 @@ class Search(World):
 
     def begin(self, rng, split):
         number = rng.randrange(self.encyclopedias[split])
-        self.book = encyclopedia(split, number, tuple(self.kinds.items()), self.relations, self.parts)
+        self.book = encyclopedia(split, number, tuple(self.kinds.items()), self.relations, self.parts, self.namesakes,
+                                 self.year_step)
         self.reward, self.listed, self.seen, self.calculated = 0.0, [], [], []  # seen: values on pages opened
         self.record = []  # (action, reply, valid) of each turn
         hops = rng.choice(self.hops[split])
@@ -1779,6 +1800,7 @@ class SearchFull(Search):
     kinds = {"person": 110, "town": 60, "river": 30, "book": 60, "company": 40, "instrument": 30}
     relations = tuple(RELATIONS)
     parts = (len(STARTS), len(ENDS), len(GIVEN))
+    namesakes, year_step = True, 1
     forms = ("chain", "difference", "comparison")
     hops = {"train": (1, 2, 3), "test": (1, 2, 3), "ood": (4,)}
     encyclopedias = {"train": 16, "test": 4, "ood": 4}

@@ -105,6 +105,7 @@ Reply with three blocks:
 <think>your analysis</think>
 <critique>what the agent should do otherwise, to the agent, without the answer or a hint to it</critique>
 <score>a number from 0, harmful, to 1, flawless</score>"""
+NEXT = "Write all the calls that take up what you see here."  # in the warm-up of a tiny model only
 AGAIN = "You have tried this before:\n{transcript}\nA reviewer says: {critique}\nTry again from the start."
 
 
@@ -536,23 +537,39 @@ def warmup(world, args):
     rng, examples = random.Random("warm-up"), []
 
     def play(seed):
+        """Its history, and per observation the calls that take up a word of it."""
         observation, info = world.reset(seed=seed, options={"split": "train"})
-        history, over = [observation], False
+        history, recent, over = [observation], [], False
         while not over:
-            history.append(rng.choice(info["admissible"]))
+            recent.append([call for call in info["admissible"] if envs.read_call(call)[1] in observation])
+            calls = recent[-1] if recent[-1] and rng.random() < 0.8 else info["admissible"]
+            history.append(rng.choice(rng.choice(by_tool(calls))))
             observation, _, terminated, truncated, info = world.step(history[-1])
             history.append(observation)
             over = terminated or truncated
-        return history
+        return history, recent
 
     for seed in range(args.examples):
-        first, second = play(seed), play(seed)
+        (first, _), (second, recent) = play(seed), play(seed)
         judgement = annotate(rng.sample(list(COSTS), rng.choice([0, 0, 1, 1, 2])))
-        for history, before in (first, None), (second, (first, parse_judgement(judgement)["critique"])):
-            examples.append(opening(world, history[0], before) + spoken(history))
         examples.append((judge_messages(world, first), judgement))
+        examples.append(opening(world, first[0]) + spoken(first))
+        said = opening(world, second[0], (first, parse_judgement(judgement)["critique"])) + spoken(second)
+        turn = rng.randrange(len(recent))
+        if recent[turn] and seed % 2:
+            said = said[:2 + 2 * turn]
+            said += [{"role": "user", "content": f"{said.pop()['content']}\n{NEXT}"}, {"role": "assistant", "content": "\n".join(recent[turn])}]
+        examples.append(said)
     rng.shuffle(examples)
     return examples
+
+
+def by_tool(calls):
+    """Lists of calls of one tool. Drawn first among these, rare kinds of call are practised too."""
+    tools = {}
+    for call in calls:
+        tools.setdefault(envs.read_call(call)[0], []).append(call)
+    return list(tools.values())
 
 
 # --------------------------------------------------------------------------------------------------------------------- main
@@ -588,7 +605,7 @@ def load(world, args):
     if args.model.startswith("tiny") and args.device == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
     calls = [part for name in envs.TOOLS for part in envs.tool_call(name, "\0").split("\\u0000")]
-    constants = [world.system, JUDGE, *calls, *re.split(r"{\w+}|\n", AGAIN), *ADVICE.values(),
+    constants = [world.system, JUDGE, NEXT, *calls, *re.split(r"{\w+}|\n", AGAIN), *ADVICE.values(),
                  "<think>", "</think>\n<critique>", "</critique>\n<score>", "</score>", *common.CHANGES_OF_SPEAKER]
     return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype)
 

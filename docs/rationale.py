@@ -45,7 +45,7 @@ def main():
     common.check((given.run / stage / "config.json").is_file(), f"{given.run / stage}: no model there")
 
     start, chat = act.load(world, args)  # who proposed the other actions
-    held_out = act.demonstrations(args, "test", range(max(2, args.num_demos // 2)))
+    held_out = act.demonstrations(args, "test", range(max(2, args.eval_episodes // 5)))
     pairs, _ = act.make_pairs(start, chat, world, dataclasses.replace(args, candidates=1), held_out, ("held out", "pairs"))
     common.check(len(pairs) > 1, f"{given.run}: fewer than two held-out pairs")
     model, chat = common.load(str(given.run / stage), device=args.device, dtype=args.dtype)

@@ -942,11 +942,12 @@ def test_a_bad_line_is_named(run_script, demos, tmp_path, flag):
         refused(run_script(f"--env {ENV} {flag} data.jsonl", tmp_path, ACCEPTED), "data.jsonl, line 3", words)
         assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"], name
     (tmp_path / "data.jsonl").write_text(json.dumps(good))  # and what is good is accepted, without a last line break too
-    assert run_script(f"--env {ENV} --examples 400 {flag} data.jsonl", tmp_path, ACCEPTED).status == 77
+    flags = f"--env {ENV} --examples 400 --pipeline {'il' if flag == '--demos' else 'act'} {flag} data.jsonl"
+    assert run_script(flags, tmp_path, ACCEPTED).status == 77
 
 
 def test_an_over_long_question_is_refused_before_anything_is_written(run_script, tiny, demos, tmp_path):
-    held_out = act.demonstrations(ARGS, "test", range(2))
+    held_out = act.demonstrations(ARGS, "test", range(100))
     length = lambda s: len(tiny[1].dialogue(act.question(WORLD, {"candidate": s["expert"], **s}, False)))  # noqa: E731
     longest, context = max(map(length, demos + held_out)), tiny[0].config.max_position_embeddings
     flags = f"--env {ENV} --examples 400 --num-demos 5"
@@ -976,7 +977,6 @@ def test_a_run_is_never_overwritten_and_resumed_only_as_it_was(run_script, whole
 # ------------------------------------------------------------------------------------------------------ kills and resume
 
 AT = {  # where the run is killed: code, and how many lines of metrics it had written by then; checkpoints: after 2, 4, 6, 8, 9
-    "at its pairs": ("act.make_pairs = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", 0),
     "within a stage": (LOG.format(step=5, name="SIGKILL"), 5),  # il, step 2; from its step 1
     "after a stage": (LOG.format(step=7, name="SIGKILL"), 7),  # rl, step 1; from the end of il
     "amid the second checkpoint": (CHECKPOINT.format(count=2), 4),
