@@ -534,7 +534,7 @@ def warmup(world, args):
     Episodes come from a random player on the train split, unfiltered; the agent imitates it, in second attempts as in first ones. The judge
     learns its form from judgements of *random* flaws, whatever the transcript. No part sees an expert.
     """
-    rng, examples = random.Random("warm-up"), []
+    rng, examples, said = random.Random("warm-up"), [], []
 
     def play(seed):
         """Its history, and per observation the calls that take up a word of it."""
@@ -543,23 +543,25 @@ def warmup(world, args):
         while not over:
             recent.append([call for call in info["admissible"] if envs.read_call(call)[1] in observation])
             calls = recent[-1] if recent[-1] and rng.random() < 0.8 else info["admissible"]
+            calls = said[-1000:] if said and rng.random() < 0.03 else calls  # mostly impossible here
             history.append(rng.choice(rng.choice(by_tool(calls))))
+            said.append(history[-1])
             observation, _, terminated, truncated, info = world.step(history[-1])
             history.append(observation)
             over = terminated or truncated
         return history, recent
 
     for seed in range(args.examples):
-        (first, _), (second, recent) = play(seed), play(seed)
+        plays = play(seed), play(seed)
         judgement = annotate(rng.sample(list(COSTS), rng.choice([0, 0, 1, 1, 2])))
-        examples.append((judge_messages(world, first), judgement))
-        examples.append(opening(world, first[0]) + spoken(first))
-        said = opening(world, second[0], (first, parse_judgement(judgement)["critique"])) + spoken(second)
-        turn = rng.randrange(len(recent))
-        if recent[turn] and seed % 2:
-            said = said[:2 + 2 * turn]
-            said += [{"role": "user", "content": f"{said.pop()['content']}\n{NEXT}"}, {"role": "assistant", "content": "\n".join(recent[turn])}]
-        examples.append(said)
+        examples.append((judge_messages(world, plays[0][0]), judgement))
+        for (history, recent), before in zip(plays, (None, (plays[0][0], parse_judgement(judgement)["critique"]))):
+            dialogue, turn = opening(world, history[0], before) + spoken(history), rng.randrange(len(recent))
+            examples.append(dialogue)
+            if recent[turn] and before is None:
+                *earlier, last = dialogue[:2 + 2 * turn]
+                examples.append([*earlier, {**last, "content": f"{last['content']}\n{NEXT}"},
+                                 {"role": "assistant", "content": "\n".join(recent[turn])}])
     rng.shuffle(examples)
     return examples
 

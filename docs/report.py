@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 MARKS = "<!-- results -->", "<!-- /results -->"
 METHODS = {"self-guide": "Self-Guide", "act": "ACT", "reagent": "Reagent"}  # beginning of the names: title of the table
 MAIN = "nlac", "full", "act,il", "U"  # what the other arms of a table are compared with
-CLAIMS = ("zero", "grpo"), ("zero", "immediate")  # Self-Guide's order; "full" is its main arm
+CLAIMS = ("zero", "grpo"), ("zero", "immediate"), ("act,il,rl", "il,rl")  # beside what MAIN's arms are compared with
 CURVES = ("nlac", "frozen-critic", "blind-critic", "ceiling", "mc-backup", "ppo", "self-distillation", "nlql", "grpo", "full", "zero",
           "immediate", "no-anneal", "inference")  # arms of the figure
 
@@ -147,8 +147,36 @@ def rating_table(arms):
             "after |", "|---|---|---|---|---|---|---|---|", *rows] if rows else []
 
 
+def stage_table(arms):
+    """Of ACT's pipelines: what their last model does on held-out states of the expert; means over seeds."""
+    keys = "next_action", "choice", "choice_first", "choice_second"
+    rows = []
+    for name, runs in arms.items():
+        last = [run["summary"]["stages"][-1] for run in runs.values() if run["summary"].get("stages")]
+        if last:
+            rows.append("| " + " | ".join([name, *(number(*mean_se([x[key] for x in last if x[key] is not None] or [math.nan]))
+                                                   for key in keys)]) + " |")
+    return ["", "| arm, after its last stage | the expert's action | the right one of two | if shown first | if shown second |",
+            "|---|---|---|---|---|", *rows] if rows else []
+
+
+def judge_table(arms):
+    """Of judges trained in a run: their quality on trajectories of the test split; means over seeds."""
+    rows = []
+    for name, runs in arms.items():
+        judges = [run["summary"]["judge"] for run in runs.values() if "judge-sft" in (run["summary"].get("judge") or {})]
+        for when in ("before", "judge-sft", "judge-grpo"):
+            seen = [judge[when] for judge in judges if when in judge]
+            if seen:
+                rows.append("| " + " | ".join([f"{name}, {when}", *(
+                    number(*mean_se([x[key] for x in seen if x[key] is not None] or [math.nan]))
+                    for key in ("parsed", "auc_outcome", "auc_process", "error"))]) + " |")
+    return ["", "| judge | readable | AUC of its score for success | for a process without flaws | distance to the reference score |",
+            "|---|---|---|---|---|", *rows] if rows else []
+
+
 def tables(arms):
-    """Markdown: for each world the two tables."""
+    """Markdown: for each world the two tables, and what only one method has."""
     blocks = []
     for env, chosen in by_table(arms).items():
         s = [run["summary"] for runs in chosen.values() for run in runs.values()]
@@ -156,7 +184,8 @@ def tables(arms):
         episodes = "/".join(map(str, sorted({x["eval_episodes"] for x in s})))
         devices = ", ".join(sorted({str(x["device"]) for x in s}))
         blocks += [f"**{env}** (success on {episodes} test episodes per run; mean ± standard error over seeds; {ends} player; {devices})",
-                   "", *result_table(chosen), "", *difference_table(chosen), *rating_table(chosen), ""]
+                   "", *result_table(chosen), "", *difference_table(chosen), *rating_table(chosen), *stage_table(chosen),
+                   *judge_table(chosen), ""]
     return "\n".join(blocks).strip()
 
 
@@ -218,11 +247,13 @@ def draw(arms, path):
 
 
 def keep(source, results, lines=60):
-    """Copies finished runs: summary.json, args.json, and of metrics.jsonl the evaluations and about `lines` more. Nothing else."""
+    """Copies finished runs: summary.json, args.json, what docs/rationale.py found, and of metrics.jsonl the evaluations and about `lines`
+    more. Nothing else."""
     kept = []
     for path in sorted(Path(source).glob("*/summary.json")):
         target = Path(results, path.parent.name)
-        texts = {name: path.with_name(name).read_text(encoding="utf-8") for name in ("summary.json", "args.json")}
+        texts = {name: path.with_name(name).read_text(encoding="utf-8") for name in ("summary.json", "args.json", "rationale.json")
+                 if path.with_name(name).exists()}
         metrics = read_jsonl(path.with_name("metrics.jsonl"))
         every = max(1, len(metrics) // lines)
         thinned = [m for i, m in enumerate(metrics) if i % every == 0 or m.get("eval_success") is not None]
