@@ -17,7 +17,7 @@ Departures from the paper, and why:
     no list of possible actions stands in it (lists would pile up). A question about two actions has the list, once.
  2. One instruction for the policy everywhere: <action> tags, thought optional. Imitation teaches the bare action. So no-reasoning asks for
     an answer at once below an instruction that allows thought, and a thought is not punished.
- 3. GRPO (arXiv 2402.03300) takes one gradient step per batch: the ratio is 1, and --clip binds only if you let `grpo_step` take several.
+ 3. GRPO (arXiv 2402.03300) takes one gradient step per batch: the ratio is 1, and nothing can be clipped.
  4. Repeated candidates of a state make one pair; --candidates is 2, as in version 1, which took several (version 2: 1).
 Early Experience (arXiv 2510.08558), a baseline of the paper, is docs/early_experience.py. The reward table is version 1's, as third parties
 report it. A thinking model's native thoughts are off.
@@ -76,7 +76,6 @@ class Args:
     quick: bool = common.flag(False, "a small run through every line, to see that it works; overrides the sizes")
     # group-relative policy optimisation
     group_size: int = common.flag(8, "replies to one question (not in the paper)")
-    clip: float = common.flag(0.2, "the ratio stays in 1 +- clip (not in the paper)")
     kl: float = common.flag(0.1, "weight of the KL to the policy at the start of the stage; 0 switches it off (not in the paper)")
     # ACT
     pipeline: str = common.flag("act,il", "stages in their order, of: act, il, rl, sft-choice, dpo, no-reasoning")
@@ -301,26 +300,9 @@ def micro_batches(episodes, rows, size):
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
-@torch.no_grad()
-def old_logprobs(model, chat, args, episodes):
-    """`sampled_logprobs` by these weights, without gradient: a tensor [T_i - 1] per episode. From a training forward, not from decoding."""
-    out = [None] * len(episodes)
-    for rows in micro_batches(episodes, range(len(episodes)), args.micro_batch_size):
-        logprobs, _ = sampled_logprobs(model, chat, [episodes[i] for i in rows], args.temperature)
-        for i, row in zip(rows, logprobs):
-            out[i] = row[:len(episodes[i]["ids"]) - 1]
-    return out
-
-
 def token_weights(mask, episodes):
     """The mean over trajectories of the mean over their tokens, as weights [B, T - 1]. `episodes`: of the whole step, not of [B, T]."""
     return mask / (episodes * mask.sum(1, keepdim=True).clamp(min=1))
-
-
-def surrogate(logprobs, old, advantages, low, high):
-    """- min(r A, clip(r, 1 - low, 1 + high) A) per token, with r = exp(logprobs - old); advantages [B, 1]."""
-    ratio = (logprobs - old).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
 def kl_estimate(logprobs, reference):
@@ -329,30 +311,27 @@ def kl_estimate(logprobs, reference):
     return d.exp() - d - 1
 
 
-def pad(rows):
-    """Tensors of several lengths -> [B, longest], filled up with 0."""
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-
 def grpo_step(model, reference, chat, args, episodes, advantages):
-    """Accumulates the gradient of the clipped surrogate (and the KL) over all sampled tokens. Returns metrics."""
-    old = old_logprobs(model, chat, args, episodes)
-    ref = old_logprobs(reference, chat, args, episodes) if args.kl else None
-    total, entropy = sum(sum(e["mask"]) for e in episodes), -sum(row.sum().item() for row in old)
-    metrics = Counter(loss=0.0, kl=0.0)
+    """Accumulates the gradient of GRPO's objective (and the KL) over all sampled tokens. Returns metrics."""
+    total = sum(sum(e["mask"]) for e in episodes)
+    metrics = Counter(loss=0.0, kl=0.0, entropy=0.0)
     for rows in micro_batches(episodes, range(len(episodes)), args.micro_batch_size):
-        logprobs, mask = sampled_logprobs(model, chat, [episodes[i] for i in rows], args.temperature)  # [B, T - 1]
+        some = [episodes[i] for i in rows]
+        logprobs, mask = sampled_logprobs(model, chat, some, args.temperature)  # [B, T - 1]
         scale = torch.tensor([advantages[i] for i in rows], device=logprobs.device)[:, None]
-        loss = surrogate(logprobs, pad([old[i] for i in rows]), scale, args.clip, args.clip)
+        loss = -scale * (logprobs - logprobs.detach()).exp()  # r A with r = 1: these weights have sampled, there is nothing to clip
         if args.kl:
-            kl = kl_estimate(logprobs, pad([ref[i] for i in rows]))
+            with torch.no_grad():
+                before, _ = sampled_logprobs(reference, chat, some, args.temperature)
+            kl = kl_estimate(logprobs, before)
             loss = loss + args.kl * kl
             metrics["kl"] += (kl.detach() * mask).sum().item() / total
         weights = token_weights(mask, len(episodes))
         (loss * weights).sum().backward()
         metrics["loss"] += (loss.detach() * weights).sum().item()
-    gap = (sum(e["logprob"] for e in episodes) + entropy) / total  # of decoding to the training forward, per token
-    return dict(metrics) | {"entropy": entropy / total, "logprob_gap": gap}
+        metrics["entropy"] -= logprobs.detach().sum().item() / total
+    gap = sum(e["logprob"] for e in episodes) / total + metrics["entropy"]  # of decoding to the training forward, per token
+    return dict(metrics) | {"logprob_gap": gap}
 
 
 def imitation_step(model, chat, args, pairs):
@@ -408,31 +387,6 @@ def act_stage(model, reference, chat, world, args, batch, order, stream, instruc
         "right_if_second": share(row == "right" for (_, row), pair in zip(paid, asked) if pair["expert_second"])}
 
 
-def share(truths):
-    """How many hold, of those there are; nan (null in the files) where there are none, as 0 would read as "always wrong"."""
-    return common.mean_se(truths)[0]
-
-
-def no_reasoning_stage(*arguments):
-    """ACT without a thought."""
-    return act_stage(*arguments, instruction=CHOOSE_NOW)
-
-
-def rl_stage(model, reference, chat, world, args, batch, order, stream):
-    """GRPO on the policy: at states of the demonstrations, paid for the expert's action; or on whole episodes, paid for success."""
-    if args.rl == "states":
-        episodes = answer(model, chat, args, [chat.dialogue(dialogue(world, s["messages"])) for s in batch], stream, args.group_size)
-        asked = [state for state in batch for _ in range(args.group_size)]
-        rows = [choice_reward(e["text"], state)[1] for e, state in zip(episodes, asked)]
-        paid = [(float(row == "right"), row) for row in rows]
-    else:
-        seeds = [common.row_seed(args.seed, *stream, g) % 2**40 for g in range(len(batch)) for _ in range(args.group_size)]
-        episodes = rollout(model, chat, args, "train", seeds, temperature=args.temperature, stream=stream)
-        asked = episodes
-        paid = [(e["reward"], "right" if e["won"] else "lost") for e in episodes]
-    return reinforce(model, reference, chat, args, episodes, paid, asked)
-
-
 def reinforce(model, reference, chat, args, episodes, paid, asked):
     """The GRPO update of a stage, and what there is to log of it. `paid`: (reward, row of the reward table) per episode; `asked`: its pair,
     its state, or itself."""
@@ -449,10 +403,35 @@ def reinforce(model, reference, chat, args, episodes, paid, asked):
                      for what, e, (reward, row) in zip(asked, episodes, paid)]}
 
 
+def share(truths):
+    """How many hold, of those there are; nan (null in the files) where there are none, as 0 would read as "always wrong"."""
+    return common.mean_se(truths)[0]
+
+
+def no_reasoning_stage(*arguments):
+    """ACT without a thought."""
+    return act_stage(*arguments, instruction=CHOOSE_NOW)
+
+
 def il_stage(model, reference, chat, world, args, batch, order, stream):
     """Imitation: the loss is on the expert's action alone."""
     return imitation_step(model, chat, args, [
         (chat.dialogue(dialogue(world, s["messages"])), chat.reply(tagged(s["expert"]))) for s in batch])
+
+
+def rl_stage(model, reference, chat, world, args, batch, order, stream):
+    """GRPO on the policy: at states of the demonstrations, paid for the expert's action; or on whole episodes, paid for success."""
+    if args.rl == "states":
+        episodes = answer(model, chat, args, [chat.dialogue(dialogue(world, s["messages"])) for s in batch], stream, args.group_size)
+        asked = [state for state in batch for _ in range(args.group_size)]
+        rows = [choice_reward(e["text"], state)[1] for e, state in zip(episodes, asked)]
+        paid = [(float(row == "right"), row) for row in rows]
+    else:
+        seeds = [common.row_seed(args.seed, *stream, g) % 2**40 for g in range(len(batch)) for _ in range(args.group_size)]
+        episodes = rollout(model, chat, args, "train", seeds, temperature=args.temperature, stream=stream)
+        asked = episodes
+        paid = [(e["reward"], "right" if e["won"] else "lost") for e in episodes]
+    return reinforce(model, reference, chat, args, episodes, paid, asked)
 
 
 def sft_choice_stage(model, reference, chat, world, args, batch, order, stream):
@@ -584,7 +563,7 @@ def check_args(args):
     common.check_common(args)
     for name in "sft_batch_size", "epochs", "num_demos", "candidates", "examples":
         common.check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in "clip", "kl", "dpo_beta":
+    for name in "kl", "dpo_beta":
         common.check(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
     common.check(args.group_size > 1, "--group-size must be at least 2: an advantage is a difference within a group")
     common.check(args.batch_size % args.group_size == 0, f"--batch-size must be a multiple of --group-size, not {args.batch_size}")
