@@ -552,16 +552,18 @@ def warmup(world, args):
         return history, recent
 
     for seed in range(args.examples):
-        plays = play(seed), play(seed)
-        judgement = annotate(rng.sample(list(COSTS), rng.choice([0, 0, 1, 1, 2])))
-        examples.append((judge_messages(world, plays[0][0]), judgement))
-        for (history, recent), before in zip(plays, (None, (plays[0][0], parse_judgement(judgement)["critique"]))):
-            dialogue, turn = opening(world, history[0], before) + spoken(history), rng.randrange(len(recent))
-            examples.append(dialogue)
-            if recent[turn] and before is None:
-                *earlier, last = dialogue[:2 + 2 * turn]
-                examples.append([*earlier, {**last, "content": f"{last['content']}\n{NEXT}"},
-                                 {"role": "assistant", "content": "\n".join(recent[turn])}])
+        first, recent = play(seed)
+        dialogue, turn = opening(world, first[0]) + spoken(first), rng.randrange(len(recent))
+        examples.append(dialogue)
+        if recent[turn]:
+            *earlier, last = dialogue[:2 + 2 * turn]
+            examples.append([*earlier, {**last, "content": f"{last['content']}\n{NEXT}"},
+                             {"role": "assistant", "content": "\n".join(recent[turn])}])
+        if seed % 2:
+            judgement = annotate(rng.sample(list(COSTS), rng.choice([0, 0, 1, 1, 2])))
+            examples.append((judge_messages(world, first), judgement))
+            second, _ = play(seed)
+            examples.append(opening(world, first[0], (first, parse_judgement(judgement)["critique"])) + spoken(second))
     rng.shuffle(examples)
     return examples
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 import _loop  # noqa: E402
 import ceiling  # noqa: E402
 import early_experience  # noqa: E402
+import judge  # noqa: E402
 import nlql  # noqa: E402
 import ppo  # noqa: E402
 import rationale  # noqa: E402
@@ -387,7 +388,7 @@ def test_refine_keeps_track_of_the_states_of_later_rounds(base):
 # ------------------------------------------------------------------------------------- Early Experience, a baseline of ACT
 
 
-EARLY = dict(env="repair", num_demos=8, eval_episodes=4, max_new_tokens=28)
+EARLY = dict(env="repair", num_demos=8, eval_episodes=24, max_new_tokens=28)
 
 
 @pytest.fixture(scope="module")
@@ -595,6 +596,64 @@ def test_rationale_refuses_in_one_line(ask, acted, reflected, tmp_path, capsys, 
     out, err = capsys.readouterr()
     assert end.value.code == 2 and not out and re.fullmatch(r"error: [^\n]+\n", err) and words in err
     assert not any(tmp_path.iterdir()) and not (acted / "rationale.json").exists() and not (reflected[0] / "rationale.json").exists()
+
+
+# --------------------------------------------------------------------------------------------------- what a judge is worth
+
+
+def verdict(score, reference, won, flaws=()):
+    return {"score": score, "reference": reference, "won": won, "flaws": list(flaws), "parsed": True}
+
+
+def test_calibration_and_lucky_answers_by_hand():
+    found = [verdict(1.0, 1.0, True), verdict(0.8, 0.8, True, ["repeated call"]), verdict(0.85, 0.6, True, ["skipped lookup"]),
+             verdict(0.2, 0.2, True, ["unsupported guess"]), verdict(0.19, 0.1, False), verdict(0.0, 0.5, False, ["no answer"])]
+    rows = judge.fifths(found)
+    assert [row["episodes"] for row in rows] == [2, 1, 0, 0, 3]  # the highest score is within the last fifth
+    assert rows[0] == {"episodes": 2, "reference": pytest.approx(0.3), "success": 0.0} and rows[2]["reference"] is None
+    assert rows[4] == {"episodes": 3, "reference": pytest.approx(0.8), "success": 1.0}
+    told = judge.lucky(found)
+    assert told == {"sound": {"episodes": 2, "score": pytest.approx(0.9)}, "lucky": {"episodes": 2, "score": pytest.approx(0.525)},
+                    "auc": 0.75}  # 0.8 is below the lucky 0.85
+    assert judge.lucky(found[4:]) == {"sound": {"episodes": 0, "score": None}, "lucky": {"episodes": 0, "score": None}, "auc": None}
+
+
+@pytest.fixture(scope="module")
+def trained(cache):
+    """What docs/judge.py reads of a finished run: settings and a judge."""
+    args, out = reagent.Args(model="tiny:32x1", examples=60, judge_tokens=60), cache / "trained"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        common.save_model(out / "rrm", *reagent.load(reagent.check_args(args), args))
+    (out / "args.json").write_text(json.dumps({"args": dataclasses.asdict(args)}))
+    return out
+
+
+def test_judge_of_a_finished_run(trained, tmp_path, monkeypatch, capsys):
+    asked, generate = [], common.generate
+    monkeypatch.setattr(common, "generate", lambda model, chat, prompts, **more: asked.extend(prompts) or generate(
+        model, chat, prompts, **more))
+    monkeypatch.setattr(sys, "argv", ["judge.py", str(trained), "--episodes", "40", "--figure", str(tmp_path / "f.png")])
+    judge.main()
+    numbers, out = json.loads((trained / "judge.json").read_text()), capsys.readouterr().out
+    assert numbers["episodes"] == 40 == sum(row["episodes"] for row in numbers["fifths"])
+    assert len(asked) >= 40 and (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+    assert out.count("    judge: ") >= 2 and "sound" in out and "lost" in out
+
+
+@pytest.mark.parametrize("missing, words", [("args.json", "no run of reagent.py"), ("rrm", "trained no judge")])
+def test_judge_refuses_in_one_line(trained, tmp_path, monkeypatch, capsys, missing, words):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / missing).rename(tmp_path / "away")
+    monkeypatch.setattr(sys, "argv", ["judge.py", str(run)])
+    with pytest.raises(SystemExit) as end:
+        judge.main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and not out and re.fullmatch(r"error: [^\n]+\n", err) and words in err
+
+
+# ------------------------------------------------------------------------------------------------------------------ refusals
 
 
 @pytest.mark.parametrize("flags", [["--resume"], ["--eval-only"], ["--sft-batch-size", "0"], ["--env", "chess"], ["--demos", "nowhere"]])
