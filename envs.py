@@ -1326,18 +1326,18 @@ ARTICLES = {  # kind: its words, what its pages are about
 }
 Relation = collections.namedtuple("Relation", "subject object sentence question noun")  # noun: as a part of longer questions
 RELATIONS = {
-    "author": Relation("book", "person", "{x} was written by {y}.", "Who wrote {x}?", "the author of {x}"),
-    "birthplace": Relation("person", "town", "{x} was born in {y}.", "In which town was {x} born?", "the birthplace of {x}"),
-    "river": Relation("town", "river", "{x} lies on {y}.", "On which river does {x} lie?", "the river through {x}"),
-    "length": Relation("river", "km", "{x} is {y} km long.", "How many km long is {x}?", None),
-    "rival": Relation("person", "person", "The rival of {x} was {y}.", "Who was the rival of {x}?", "the rival of {x}"),
-    "founder": Relation("company", "person", "{x} was started by {y}.", "Who started {x}?", "the founder of {x}"),
-    "seat": Relation("company", "town", "{x} has its seat in {y}.", "In which town does {x} have its seat?", "the seat of {x}"),
-    "inventor": Relation("instrument", "person", "{x} was devised by {y}.", "Who devised {x}?", "the inventor of {x}"),
+    "author": Relation("book", "person", '"{x}" was written by "{y}".', "Who wrote {x}?", "the author of {x}"),
+    "birthplace": Relation("person", "town", '"{x}" was born in "{y}".', "In which town was {x} born?", "the birthplace of {x}"),
+    "river": Relation("town", "river", '"{x}" lies on "{y}".', "On which river does {x} lie?", "the river through {x}"),
+    "length": Relation("river", "km", '"{x}" is {y} km long.', "How many km long is {x}?", None),
+    "rival": Relation("person", "person", 'The rival of "{x}" was "{y}".', "Who was the rival of {x}?", "the rival of {x}"),
+    "founder": Relation("company", "person", '"{x}" was started by "{y}".', "Who started {x}?", "the founder of {x}"),
+    "seat": Relation("company", "town", '"{x}" has its seat in "{y}".', "In which town does {x} have its seat?", "the seat of {x}"),
+    "inventor": Relation("instrument", "person", '"{x}" was devised by "{y}".', "Who devised {x}?", "the inventor of {x}"),
 }
 YEARS = {"founded": ("town", 1700), "born": ("person", 1750), "published": ("book", 1800), "opened": ("company", 1800),
          "finished": ("instrument", 1800)}  # a century and a half: a town, who is born there, what they make  # fmt: skip
-RELATIONS |= {verb: Relation(kind, "year", f"{{x}} was {verb} in the year {{y}}.", f"In which year was {{x}} {verb}?", None)
+RELATIONS |= {verb: Relation(kind, "year", f'"{{x}}" was {verb} in the year {{y}}.', f"In which year was {{x}} {verb}?", None)
               for verb, (kind, _) in YEARS.items()}  # fmt: skip
 PAIRS = {  # questions about two numbers a and b
     ("difference", "year"): "How many years after {a} was {one} was {b} {other}?",
@@ -1361,7 +1361,8 @@ PAIR_PATTERNS = {key: pattern(template, one=r"\w+", other=r"\w+") for key, templ
 def write_question(form, chains):
     """chains: one or two of (name, (relation, ...)). ("chain", [("Velden Letters", ("author", "born"))]) -> "In which year was ..." """
     phrases = []
-    for phrase, relations in chains:
+    for name, relations in chains:
+        phrase = f'"{name}"'
         for key in relations[:-1]:
             phrase = RELATIONS[key].noun.format(x=phrase)
         phrases.append(phrase)
@@ -1384,7 +1385,7 @@ def read_question(question):
                     phrase, relations = phrase.removeprefix(prefix), [key, *relations]
                     break
             else:
-                return phrase, tuple(relations)
+                return phrase.strip('"'), tuple(relations)
 
     for (form, _), shape in PAIR_PATTERNS.items():
         if match := shape.fullmatch(question):
@@ -1444,7 +1445,7 @@ def encyclopedia(split, number, kinds, relations, parts, namesakes=True, step=1)
     book = Encyclopedia({}, {}, {}, {})
     for kind, name in ((its, name) for its in names for name in names[its]):
         about = rng.choice(ARTICLES[kind][1].split("|"))
-        texts = {name: [f"{name} is {about}."], f"Notes on {name}": [f"These are notes on {name}."]}
+        texts = {name: [f'"{name}" is {about}.'], f"Notes on {name}": [f'These are notes on "{name}".']}
         book.facts[name] = {}
         for key in relations:
             unit = RELATIONS[key].object
@@ -1581,12 +1582,12 @@ def read_record(steps):
         if tool:
             record.calls.append((tool, argument.casefold()))
         if tool == "search":
-            titles = re.findall(rf"((?:Notes on )?{NAME}) \(", observation)
+            titles = re.findall(rf'"((?:Notes on )?{NAME})" \(', observation)
             if argument.casefold() in map(str.casefold, record.opened) and set(titles) <= set(record.listed):
                 record.vain.append(argument)
             record.listed.extend(titles)
         elif tool == "open":
-            notes, name = re.match(rf"(These are notes on )?({NAME})", observation).groups()
+            notes, name = re.match(rf'(These are notes on )?"({NAME})"', observation).groups()
             record.opened.append(f"Notes on {name}" if notes else name)
             for key, shape in SENTENCE_PATTERNS.items():
                 record.facts.update({(match["x"], key): match["y"] for match in shape.finditer(observation)})
@@ -1670,7 +1671,7 @@ class Search(World):
     parts = (8, 5, 12)  # starts and ends of roots, given names
     namesakes = False  # whether names may share their root, so that a word alone does not tell them apart
     year_step = 5  # years are multiples of it
-    forms = ("chain", "difference")  # of questions with two hops or more
+    forms = ("chain",)  # of questions with two hops or more
     hops = {"train": (1, 2), "test": (1, 2), "ood": (3,)}
     encyclopedias = {"train": 64, "test": 16, "ood": 16}
     results = 3  # titles in an answer to a search
@@ -1766,7 +1767,7 @@ class Search(World):
         shared = collections.Counter(title for word in set(plain_words(query)) for title in self.book.index.get(word, ()))
         titles = sorted(shared, key=lambda title: (-shared[title], len(title), title))[: self.results]
         self.listed += [title for title in titles if title not in self.listed]
-        listing = "; ".join(f"{title} ({self.book.pages[title][0]})" for title in titles)
+        listing = "; ".join(f'"{title}" ({self.book.pages[title][0]})' for title in titles)
         return (f"Results: {listing}." if titles else "No page matches that."), True
 
     def call_open(self, title):

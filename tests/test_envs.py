@@ -945,7 +945,7 @@ def test_search_splits_share_words_but_no_name(name):
         assert {len(book.facts) for book in books} == {sum(env.kinds.values())}
         names[split] = {name for book in books for name in book.facts}
         questions[split] = {env.reset(seed=seed, options={"split": split})[1]["task"] for seed in range(200)}
-        assert len(questions[split]) > 120
+        assert len(questions[split]) > 80
         gaps = []
         for book in books:
             for i in 0, 1:  # names that share a word are everywhere; in the small world only words such as Hill are shared
@@ -961,7 +961,7 @@ def test_search_splits_share_words_but_no_name(name):
             gaps.append((len(where), sum(env.kinds[kind] for kind in asked) - len(book.where)))
             facts = [(title, book.facts[title][key]) for title, key in book.where]
             assert len(facts) == sum(map(len, book.facts.values()))
-            assert all(f" {value}" in book.pages[place][1] for (_, value), place in zip(facts, book.where.values()))
+            assert all(value in book.pages[place][1] for (_, value), place in zip(facts, book.where.values()))
         assert min(map(min, gaps)) >= 0 and all(sum(n) / len(n) > 2 for n in zip(*gaps))  # dead ends, and facts that stand nowhere
     assert 25 <= sum(env.kinds.values()) <= 60 if name == "search" else sum(env.kinds.values()) >= 300
     for one, other in itertools.combinations(env.splits, 2):
@@ -1029,13 +1029,19 @@ def test_search_hides_what_was_not_read(name):
     assert swapped == 80
 
 
+def quoted(text):
+    """Names in quotation marks, as pages and results have them."""
+    return re.sub(rf"(Notes on )?{envs.NAME}", r'"\g<0>"', text)
+
+
 def test_a_search_dialogue_word_for_word():
     env = make("search")
     page = {"Mira Velden": ("a writer", "Mira Velden is a writer. Mira Velden was born in Torden Mill."), "Mira Velder": ("a potter", "x")}
     page |= {"Notes on Mira Velden": ("notes", "These are notes on Mira Velden. Mira Velden was born in the year 1760.")}
+    page = {title: (about, quoted(text)) for title, (about, text) in page.items()}
     index = {"mira": list(page), "velden": [title for title in page if "Velden" in title], "writer": ["Mira Velden"]}
     env.reset(seed=0)
-    env.book, env.task, env.gold = env.book._replace(pages=page, index=index), "In which year was Mira Velden born?", "1760"
+    env.book, env.task, env.gold = env.book._replace(pages=page, index=index), quoted("In which year was Mira Velden born?"), "1760"
     assert env.admissible() == [call("search", "Mira Velden")]
     no_tool = "There is no such tool. The tools are search, open, calculate, answer."
     for text, reply in [
@@ -1051,10 +1057,10 @@ def test_a_search_dialogue_word_for_word():
         ('{"name": "open", "arguments": []}', "!The tool open needs the argument title, a text."),
     ]:  # fmt: skip
         env.turns = 0
-        assert say(env, text) == reply, text
+        assert say(env, text) == (quoted(reply) if "Velden" in reply else reply), text
     tagged = call("open", "Notes on Mira Velden")
     env.turns, text = 0, f"I look at the notes. {tagged} and {call('answer', '1')}"  # the first call counts
-    assert say(env, text) == "These are notes on Mira Velden. Mira Velden was born in the year 1760."
+    assert say(env, text) == quoted("These are notes on Mira Velden. Mira Velden was born in the year 1760.")
     assert say(env, '{"name": "calculate", "arguments": "{\\"expression\\": \\"1760 / 3\\"}"}') == "The result is 586.6666667."
     assert envs.tool_call("answer", "586.6666667") in env.admissible()
     observation, reward, over, _, info = env.step('{"name": "answer", "arguments": {"answer": 1760}}')
@@ -1164,13 +1170,14 @@ def test_search_tools_are_schemas_and_the_prompt_is_constant():
 
 def test_search_flaws():
     env = make("search")
-    question = "In which year was the author of Velden Letters born?"
+    question = quoted("In which year was the author of Velden Letters born?")
     search, book, person, born = (
         (call("search", "Velden Letters"), "Results: Velden Letters (a book); Velden Marsh (a town). 7 turns left.", True),
         (call("open", "Velden Letters"), "Velden Letters is a book. Velden Letters was written by Mira Velden. 6 turns left.", True),
         (call("search", "Mira Velden"), "Results: Mira Velden (a writer). 5 turns left.", True),
         (call("open", "Mira Velden"), "Mira Velden is a writer. Mira Velden was born in the year 1760. 4 turns left.", True),
     )
+    search, book, person, born = ((action, quoted(text), valid) for action, text, valid in (search, book, person, born))
 
     def answer(text):
         return (call("answer", text), "That is your answer. Any words.", True)
@@ -1188,9 +1195,9 @@ def test_search_flaws():
         assert envs.search_flaws(question, steps) == flaws == envs.search_flaws(question, steps, won=False)
     assert envs.search_flaws(question, [search, book, answer("1760")], won=True) == ["skipped lookup", "unsupported guess", "lucky answer"]
     assert envs.search_flaws(question, [*good, answer("1760")], won=True) == []
-    yes = "Was Mira Velden born before Mira Velder?"
+    yes = 'Was "Mira Velden" born before "Mira Velder"?'
     assert envs.search_flaws(yes, [answer("yes")], True) == ["skipped lookup", "unsupported guess", "lucky answer"]
-    other = (call("open", "Mira Velder"), "Mira Velder is a potter. Mira Velder was born in the year 1770. 4 turns left.", True)
+    other = (call("open", "Mira Velder"), quoted("Mira Velder is a potter. Mira Velder was born in the year 1770. 4 turns left."), True)
     assert envs.search_flaws(yes, [born, other, answer("yes")], True) == []
     assert envs.search_flaws(yes, [born, other, answer("no")]) == ["unsupported guess"]  # against what was read
     with pytest.raises(ValueError, match="not a question"):
