@@ -473,11 +473,12 @@ def test_a_transcript_beyond_the_judges_context_is_not_readable(tiny, monkeypatc
     assert [j["parsed"] for j in judged] == [True, False] and judged[1] == EMPTY  # nobody was asked
 
 
-@pytest.mark.parametrize("kind", ["chain", "difference"])
-def test_no_prompt_depends_on_the_right_answer(tiny, monkeypatch, kind):
+@pytest.mark.parametrize("env", ["search", "search-full"])
+def test_no_prompt_depends_on_the_right_answer(tiny, monkeypatch, env):
     """The expert's calls are played against two worlds that differ in the right answer alone: one is won, the other is lost."""
-    seed = next(s for s in range(100) if (WORLD.reset(seed=s)[0].startswith("How many years after")) == (kind == "difference"))
-    script = envs.run_episode(WORLD, envs.expert_player, seed)["actions"]
+    world, args = envs.make(env), dataclasses.replace(ARGS, env=env)
+    seed = next(s for s in range(100) if world.reset(seed=s)[0].startswith("How many years after") == (env == "search-full"))
+    script = envs.run_episode(world, envs.expert_player, seed)["actions"]
 
     def scripted(dialogues, rows, *, max_new_tokens, temperature, seeds):
         texts = [script[sum(dialogues.mask[row][i : i + 2] == [1, 0] for i in range(len(dialogues.mask[row])))] for row in rows]
@@ -494,7 +495,7 @@ def test_no_prompt_depends_on_the_right_answer(tiny, monkeypatch, kind):
         if gold:
             monkeypatch.setattr(envs.Search, "begin", lambda self, *a: [begin(self, *a), vars(self).update(gold="Zyx Quux")][0])
         model = copy.deepcopy(tiny[0])
-        state = ra.State(dataclasses.replace(ARGS, batch_size=4), WORLD, tiny[1], model, tiny, torch.optim.SGD(model.parameters(), lr=0.1))
+        state = ra.State(dataclasses.replace(args, batch_size=4), world, tiny[1], model, tiny, torch.optim.SGD(model.parameters(), lr=0.1))
         metrics = ra.learn(state, [seed], ("learn", 1))
         assert metrics["success"] == metrics["second_success"] == (gold is None)
         assert "Zyx" not in json.dumps(metrics["played"]) and metrics["leaks"] == 0
@@ -531,15 +532,20 @@ def test_the_warm_up_asks_no_expert_and_sees_train_alone(monkeypatch):
     assert splits == {"train"} and examples == ra.warmup(envs.make("search"), args)  # the cache is named after it
     judged = [e for e in examples if isinstance(e, tuple)]
     dialogues = [e for e in examples if isinstance(e, list)]
-    assert len(judged) == 20 and len(dialogues) == 40 and sum("You have tried this before:" in e[1]["content"] for e in dialogues) == 20
-    assert all(ra.parse_judgement(reply) for _, reply in judged) and len({reply for _, reply in judged}) > 5
+    again = [e for e in dialogues if "You have tried this before:" in e[1]["content"]]
+    copied = [e for e in dialogues if ra.NEXT in e[-2]["content"]]
+    assert len(judged) == len(again) == 10 and 10 < len(copied) <= 20 and len(dialogues) == 30 + len(copied)
+    assert all(ra.parse_judgement(reply) for _, reply in judged) and len({reply for _, reply in judged}) > 3
     for e in dialogues:
         assert [m["role"] for m in e[1:]] == ["user", "assistant"] * (len(e) // 2) and len(e) % 2
         assert all(envs.read_call(m["content"])[0] for m in e[2::2])
-        if "before:" in e[1]["content"]:
-            question = e[1]["content"].split("\n")[0]
-            [first] = [d for d in dialogues if d[1]["content"] == question]  # the attempt before was at the same question
-            assert "\n".join(f"> {m['content']}" for m in first[2:3]) in e[1]["content"] and "A reviewer says: " in e[1]["content"]
+    for e in copied:
+        calls = re.findall(r"<tool_call>.*?</tool_call>", e[-1]["content"], re.DOTALL)
+        assert calls and all(envs.read_call(text)[1] in e[-2]["content"] for text in calls)
+    for e in again:
+        question = e[1]["content"].split("\n")[0]
+        [first] = [d for d in dialogues if d[1]["content"] == question and d not in copied]  # the attempt before was at the same question
+        assert "\n".join(f"> {m['content']}" for m in first[2:3]) in e[1]["content"] and "A reviewer says: " in e[1]["content"]
     monkeypatch.setattr(envs.Search, "begin", lambda self, *a: [begin(self, *a), vars(self).update(gold="Zyx Quux")][0])
     assert ra.warmup(envs.make("search"), args) == examples  # nor does it depend on the right answers
 
