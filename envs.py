@@ -1673,7 +1673,7 @@ class Search(World):
     year_step = 5  # years are multiples of it
     forms = ("chain",)  # of questions with two hops or more
     hops = {"train": (1, 2), "test": (1, 2), "ood": (3,)}
-    encyclopedias = {"train": 64, "test": 16, "ood": 16}
+    encyclopedias = {"train": 20000, "test": 200, "ood": 200}
     results = 3  # titles in an answer to a search
     tools = [
         {"type": "function", "function": {"name": name, "description": what, "parameters": {

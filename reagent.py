@@ -26,7 +26,7 @@ Departures from the paper, and why:
  5. One --lr for all phases, SFT and GRPO (paper: 1e-5 and 5e-7); evaluation without top-p; SFT at --temperature.
 
     python reagent.py                                  # judge, cold start, variant U on search with the tiny model: see README
-    python reagent.py --variant R --batch-size 64 --group-size 16 --rrm runs/reagent-search-s0/rrm --out-dir runs/R  # U's compute and judge
+    python reagent.py --variant R --batch-size 128 --group-size 16 --rrm runs/reagent-search-s0/rrm --out-dir runs/R  # U's compute, judge
     python reagent.py --variant none --out-dir runs/none # or C
     python reagent.py --rrm runs/reagent-search-s0/rrm --out-dir runs/U # a judge that is there already
     python reagent.py --model Qwen/Qwen3-8B --rrm DIR --device cuda --lr 5e-7 --cold-start 0 --max-new-tokens 1024 --judge-tokens 1024
@@ -58,12 +58,12 @@ class Args:
     model: str = common.flag("tiny", "tiny, tiny:WIDTHxLAYERS, a local directory or a hub id")
     env: str = common.flag("search", "a world of envs.py")
     seed: int = common.flag(0, "of everything sampled; the tiny model is built with seed 0")
-    steps: int = common.flag(60, "updates of the agent (paper: 300)")
-    lr: float = common.flag(1e-3, "AdamW, of every phase, constant after 5 steps (paper: 5e-7; its script: 5e-6)")
-    batch_size: int = common.flag(32, "first attempts per step: questions x --group-size (paper: 32 questions)")
-    micro_batch_size: int = common.flag(8, "sequences per backward pass; changes memory and speed, not the gradient")
+    steps: int = common.flag(100, "updates of the agent (paper: 300)")
+    lr: float = common.flag(5e-4, "AdamW, of every phase, constant after 5 steps (paper: 5e-7; its script: 5e-6)")
+    batch_size: int = common.flag(64, "first attempts per step: questions x --group-size (paper: 32 questions)")
+    micro_batch_size: int = common.flag(16, "sequences per backward pass; changes memory and speed, not the gradient")
     max_new_tokens: int = common.flag(64, "of one reply of the agent")
-    temperature: float = common.flag(0.7, "while training, and of the log-probs (paper)")
+    temperature: float = common.flag(1.0, "while training, and of the log-probs (paper: 0.7)")
     eval_temperature: float = common.flag(0.6, "in evaluation (paper, with top-p 0.95)")
     eval_episodes: int = common.flag(500, "per split, of the first and the last evaluation; a fifth of them, of `test`, in between")
     eval_every: int = common.flag(20, "steps between evaluations")
@@ -87,13 +87,13 @@ class Args:
     rrm: str = common.flag("", "the judge: a local directory or a hub id; default: it is trained first")
     judge_tokens: int = common.flag(96, "of one judgement")
     judge_retries: int = common.flag(1, "of a judgement that cannot be read, then it is 0 and empty (script)")
-    judged: int = common.flag(1200, "judged trajectories for the judge's SFT (paper: 28 thousand)")
+    judged: int = common.flag(3000, "judged trajectories for the judge's SFT (paper: 28 thousand)")
     judge_epochs: int = common.flag(2, "of its SFT (paper)")
     judge_steps: int = common.flag(20, "updates of its GRPO (paper: 90 thousand trajectories)")
-    cold_start: int = common.flag(100, "correct trajectories of the expert that the agent imitates first; 0: none (paper: 55.6 thousand)")
+    cold_start: int = common.flag(1000, "correct trajectories of the expert that the agent imitates first; 0: none (paper: 55.6 thousand)")
     cold_epochs: int = common.flag(2, "of the cold start (paper)")
     sft_batch_size: int = common.flag(16, "trajectories per gradient step of judge SFT and cold start (paper: 32)")
-    examples: int = common.flag(1500, "rounds of warm-up examples that make a tiny model")
+    examples: int = common.flag(10000, "rounds of warm-up examples that make a tiny model")
 
 
 # ------------------------------------------------------------------------------------------------------ prompts and parsers
@@ -687,13 +687,14 @@ def main():
           f"{', '.join(f'{n} {phase}' for phase, n in Counter(phase for phase, *_ in plan).items())}; a step plays "
           f"{args.batch_size // args.group_size} questions x {args.group_size}{' x 2' if args.variant == 'U' else ''} attempts")
 
-    totals, seconds, done, judge_quality = Counter(), Counter(), 0, {}
+    totals, seconds, done, judge_quality, cold_started = Counter(), Counter(), 0, {}, None
     if saved := run.resume():
         model.load_state_dict(saved["model"])
         if rrm:
             rrm[0].load_state_dict(saved["rrm"])
         totals, seconds, done = Counter(saved["totals"]), Counter(saved["seconds"]), saved["done"]
         before, before_episode, judge_quality = saved["before"], saved["before_episode"], saved["judge_quality"]
+        cold_started = saved["cold_started"]
     else:
         before, before_episode = evaluations(False)
         if held_out:
@@ -721,6 +722,8 @@ def main():
             if held_out:
                 judge_quality[phase] = watch_judge(rrm, world, args, held_out)
             common.save_model(run.dir / "rrm", *rrm)
+        if step == steps and phase == "cold-start":
+            cold_started, _ = evaluations(False)
         if phase == "learn" and step % args.eval_every == 0 and step < steps:
             n = max(1, args.eval_episodes // 5)
             numbers, _ = evaluate(state, "test", n)
@@ -735,7 +738,8 @@ def main():
         if done % args.save_every == 0 or done == len(plan) or run.stopping:
             run.save({"model": model.state_dict(), "rrm": rrm and rrm[0].state_dict(), "optimizer": state.optimizer.state_dict(),
                       "reference": state.reference and state.reference.state_dict(), "done": done, "totals": dict(totals),
-                      "seconds": dict(seconds), "before": before, "before_episode": before_episode, "judge_quality": judge_quality})
+                      "seconds": dict(seconds), "before": before, "before_episode": before_episode, "judge_quality": judge_quality,
+                      "cold_started": cold_started})
         if run.stopping:
             sys.exit(run.stopping)
 
@@ -749,15 +753,16 @@ def main():
                 **{f"{when}_{split}": score(found[split]) for split in splits[1:]
                    for when, found in (("before", before), ("after", after))},
                 **{name: {"success": value, "se": se} for name, (value, se) in ends.items()},
-                "watched": {"before": before, "after": after}, "judge": judge_quality, "cold_start": len(correct),
-                "train_episodes": totals["episodes"], "env_steps": totals["env_steps"], "generated_tokens": totals["tokens"],
-                "gradient_steps": totals["gradient_steps"], "seconds": round(sum(seconds.values()), 1),
-                "peak_memory_bytes": common.peak_memory_bytes(args.device), "device": common.device_name(args.device),
-                "git_commit": common.git_commit()}, model, chat)
-    print(f"{'':10}{'success':>9}{'se':>8}   (n {args.eval_episodes})")
+                "watched": {"before": before, "cold_started": cold_started, "after": after}, "judge": judge_quality,
+                "cold_start": len(correct), "train_episodes": totals["episodes"], "env_steps": totals["env_steps"],
+                "generated_tokens": totals["tokens"], "gradient_steps": totals["gradient_steps"],
+                "seconds": round(sum(seconds.values()), 1), "peak_memory_bytes": common.peak_memory_bytes(args.device),
+                "device": common.device_name(args.device), "git_commit": common.git_commit()}, model, chat)
+    print(f"{'':17}{'success':>9}{'se':>8}   (n {args.eval_episodes})")
     for split in splits:
-        for when, found in ("before", before), ("after", after):
-            print(f"{when} {split:10}{found[split]['success']:9.3f}{found[split]['se']:8.3f}")
+        for when, found in ("before", before), ("cold", cold_started), ("after", after):
+            if found:
+                print(f"{f'{when} {split}':17}{found[split]['success']:9.3f}{found[split]['se']:8.3f}")
     for name, (value, se) in ends.items():
         print(f"{name:17}{value:9.3f}{se:8.3f}")
     print(f"whole episodes: {run.dir / 'rollouts.jsonl'}")
