@@ -21,7 +21,8 @@ HERE = Path(__file__).resolve().parent
 MARKS = "<!-- results -->", "<!-- /results -->"
 METHODS = {"self-guide": "Self-Guide", "act": "ACT", "reagent": "Reagent"}  # beginning of the names: title of the table
 MAIN = "nlac", "full", "act,il", "U"  # what the other arms of a table are compared with
-CLAIMS = ("zero", "grpo"), ("zero", "immediate"), ("act,il,rl", "il,rl")  # beside what MAIN's arms are compared with
+CLAIMS = (("zero", "grpo"), ("zero", "immediate"), ("act,il,rl", "il,rl"), ("few-demos-act,il", "few-demos-il,il"),
+          ("many-demos-act,il", "many-demos-il,il"), ("128x2-act,il", "128x2-il,il"))  # beside what MAIN's arms are compared with
 CURVES = ("nlac", "frozen-critic", "blind-critic", "ceiling", "mc-backup", "ppo", "self-distillation", "nlql", "grpo", "full", "zero",
           "immediate", "no-anneal", "inference")  # arms of the figure
 
