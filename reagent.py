@@ -531,23 +531,24 @@ def show(state, episode):
 def warmup(world, args):
     """What a model made from nothing is taught before it learns by itself: the world's language, and the forms of its replies.
 
-    Episodes come from a random player on the train split, unfiltered; the agent imitates it, in second attempts as in first ones. The judge
-    learns its form from judgements of *random* flaws, whatever the transcript. No part sees an expert.
+    Episodes come from a random player on the train split, unfiltered, who mostly takes up something it sees and sometimes repeats a call of
+    another episode; the agent imitates it, in second attempts as in first ones. To copy is practised apart: all calls that take up what is
+    seen. The judge learns its form from judgements of *random* flaws, whatever the transcript. No part sees an expert.
     """
     rng, examples, said = random.Random("warm-up"), [], []
 
     def play(seed):
-        """Its history, and per observation the calls that take up a word of it."""
+        """Its history, and for each observation the calls that take up a word of it."""
         observation, info = world.reset(seed=seed, options={"split": "train"})
         history, recent, over = [observation], [], False
         while not over:
-            recent.append([call for call in info["admissible"] if envs.read_call(call)[1] in observation])
+            recent.append([call for call in info["admissible"] if (envs.read_call(call)[1] or call) in observation])
             calls = recent[-1] if recent[-1] and rng.random() < 0.8 else info["admissible"]
-            calls = said[-1000:] if said and rng.random() < 0.03 else calls  # mostly impossible here
-            history.append(rng.choice(rng.choice(by_tool(calls))))
-            said.append(history[-1])
-            observation, _, terminated, truncated, info = world.step(history[-1])
-            history.append(observation)
+            calls = said[-1000:] if said and rng.random() < 0.03 else calls
+            action = rng.choice(rng.choice(by_tool(calls)))
+            observation, _, terminated, truncated, info = world.step(action)
+            said.append(action)
+            history += [action, observation]
             over = terminated or truncated
         return history, recent
 

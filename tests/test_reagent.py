@@ -550,6 +550,12 @@ def test_the_warm_up_asks_no_expert_and_sees_train_alone(monkeypatch):
     assert ra.warmup(envs.make("search"), args) == examples  # nor does it depend on the right answers
 
 
+def test_the_warm_up_of_a_world_without_tools():
+    examples = ra.warmup(envs.make("household"), dataclasses.replace(ARGS, env="household", examples=20))
+    dialogues = [e for e in examples if isinstance(e, list)]
+    assert len(examples) == 40 and len(dialogues) == 30 and all(m["content"] for e in dialogues for m in e)
+
+
 # ---------------------------------------------------------------------------------------------------- whole runs: set-up
 
 
