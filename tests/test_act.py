@@ -912,7 +912,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run_script, bad_models, home, 
 USER, ASSISTANT = {"role": "user", "content": "Hm."}, {"role": "assistant", "content": "look"}
 BAD_LINES = {  # what the third line is, in place of a good row; and what the message says of it
     "broken": ('{"env": "repair", ', "JSONDecodeError"), "blank": ("", "JSONDecodeError"), "two rows": ("{} {}", "JSONDecodeError"),
-    "a list": ("[]", "'env'"), "a number": ("3", "TypeError"), "null": ("null", "TypeError"), "a text": ('"env"', ""),
+    "a list": ("[]", "'env'"), "a number": ("3", "TypeError"), "null": ("null", "TypeError"), "a text": ('"env"', "TypeError"),
     "deep": ("[" * 100_000, "RecursionError"), "another world": ({"env": "20q"}, "'20q'"), "env": ({"env": 3}, "'env'"),
     "split": ({"split": None}, "'split'"), "seed": ({"seed": 1.5}, "'seed'"), "turn": ({"turn": "1"}, "'turn'"),
     "admissible": ({"admissible": "look"}, "'admissible'"), "an admissible number": ({"admissible": ["look", 1]}, "'admissible'"),
