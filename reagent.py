@@ -26,7 +26,7 @@ Departures from the paper, and why:
  5. One --lr for all phases, SFT and GRPO (paper: 1e-5 and 5e-7); evaluation without top-p; SFT at --temperature.
 
     python reagent.py                                  # judge, cold start, variant U on search with the tiny model: see README
-    python reagent.py --variant R --batch-size 128 --group-size 16 --rrm runs/reagent-search-s0/rrm --out-dir runs/R  # U's compute, judge
+    python reagent.py --variant R --batch-size 256 --group-size 16 --rrm runs/reagent-search-s0/rrm --out-dir runs/R  # U's compute, judge
     python reagent.py --variant none --out-dir runs/none # or C
     python reagent.py --rrm runs/reagent-search-s0/rrm --out-dir runs/U # a judge that is there already
     python reagent.py --model Qwen/Qwen3-8B --rrm DIR --device cuda --lr 5e-7 --cold-start 0 --max-new-tokens 1024 --judge-tokens 1024
@@ -60,10 +60,10 @@ class Args:
     seed: int = common.flag(0, "of everything sampled; the tiny model is built with seed 0")
     steps: int = common.flag(100, "updates of the agent (paper: 300)")
     lr: float = common.flag(5e-4, "AdamW, of every phase, constant after 5 steps (paper: 5e-7; its script: 5e-6)")
-    batch_size: int = common.flag(64, "first attempts per step: questions x --group-size (paper: 32 questions)")
+    batch_size: int = common.flag(128, "first attempts per step: questions x --group-size (paper: 32 questions)")
     micro_batch_size: int = common.flag(16, "sequences per backward pass; changes memory and speed, not the gradient")
     max_new_tokens: int = common.flag(64, "of one reply of the agent")
-    temperature: float = common.flag(1.0, "while training, and of the log-probs (paper: 0.7)")
+    temperature: float = common.flag(0.7, "while training, and of the log-probs (paper)")
     eval_temperature: float = common.flag(0.6, "in evaluation (paper, with top-p 0.95)")
     eval_episodes: int = common.flag(500, "per split, of the first and the last evaluation; a fifth of them, of `test`, in between")
     eval_every: int = common.flag(20, "steps between evaluations")
