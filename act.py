@@ -10,7 +10,7 @@ better? The model reasons freely and only the right choice is paid.
 
 --pipeline names the stages, each starts from the model of the one before. Version 1 of the paper has act,il and act,rl, beside il and rl;
 version 2 has act,il and act,il,rl, with the controls il; il,il; il,rl; il,rl,rl; act; and in place of act: sft-choice, dpo, no-reasoning.
-All stages take --epochs over their data.
+A stage passes --epochs times over its data, unless --steps says otherwise.
 
 Departures from the paper, and why:
  1. The policy acts in one growing dialogue, so that every token is encoded once; a state is that dialogue up to its last observation, and
@@ -18,7 +18,9 @@ Departures from the paper, and why:
  2. One instruction for the policy everywhere: <action> tags, thought optional. Imitation teaches the bare action. So no-reasoning asks for
     an answer at once below an instruction that allows thought, and a thought is not punished.
  3. GRPO (arXiv 2402.03300) takes one gradient step per batch: the ratio is 1, and nothing can be clipped.
- 4. Repeated candidates of a state make one pair; --candidates is 2, as in version 1, which took several (version 2: 1).
+ 4. --candidates is 2: version 1 took several, version 2 one. A candidate without tags, or proposed twice for a state, or too long for the
+    question to fit the context, makes no pair.
+ 5. --rl episodes is ours: whole episodes of the world, as many updates as its states would have needed.
 Early Experience (arXiv 2510.08558), a baseline of the paper, is docs/early_experience.py. The reward table is version 1's, as third parties
 report it. A thinking model's native thoughts are off.
 The paper's prompts and its GRPO settings are not public; those below are ours.
@@ -60,10 +62,10 @@ class Args:
     seed: int = common.flag(0, "of everything sampled, the demonstrations too; the tiny model is built with seed 0")
     steps: int | None = common.flag(None, "updates per stage; default: as many as --epochs need")
     lr: float = common.flag(3e-4, "AdamW, of all stages, constant after 5 steps (not in the paper; a pretrained model wants about 1e-6)")
-    batch_size: int = common.flag(64, "replies per update of a GRPO stage: questions x --group-size")
+    batch_size: int = common.flag(64, "replies per update of a GRPO stage: questions x --group-size (not in the paper)")
     micro_batch_size: int = common.flag(16, "sequences per backward pass; changes memory and speed, not the gradient")
-    max_new_tokens: int = common.flag(48, "of one reply")
-    temperature: float = common.flag(1.0, "while training, and of the log-probs (not in the paper)")
+    max_new_tokens: int = common.flag(48, "of one reply (not in the paper)")
+    temperature: float = common.flag(1.0, "of the candidates, while training, and of the log-probs (not in the paper)")
     eval_temperature: float = common.flag(0.4, "in evaluation (not in the paper)")
     eval_episodes: int = common.flag(500, "per split, after every stage; the expert's states of a fifth of them are held out")
     eval_every: int = common.flag(20, "updates between evaluations on a fifth of the episodes of `test`")
@@ -278,7 +280,7 @@ def group_advantages(returns, group_size):
 
 
 def without_spread(returns, group_size):
-    """How many groups teach nothing, as all of their episodes got the same."""
+    """How many groups have no advantages, as all of their episodes got the same."""
     groups = [returns[i:i + group_size] for i in range(0, len(returns), group_size)]
     return sum(max(group) == min(group) for group in groups)
 
@@ -294,9 +296,9 @@ def sampled_logprobs(model, chat, episodes, temperature):
     return common.token_logprobs(model, ids, real, temperature) * mask, mask
 
 
-def micro_batches(episodes, rows, size):
-    """The indices `rows` of episodes in batches of `size`; neighbours of one length need little padding."""
-    rows = sorted(rows, key=lambda i: len(episodes[i]["ids"]))
+def micro_batches(episodes, size):
+    """The indices of episodes in batches of `size`; neighbours of one length need little padding."""
+    rows = sorted(range(len(episodes)), key=lambda i: len(episodes[i]["ids"]))
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
@@ -315,11 +317,11 @@ def grpo_step(model, reference, chat, args, episodes, advantages):
     """Accumulates the gradient of GRPO's objective (and the KL) over all sampled tokens. Returns metrics."""
     total = sum(sum(e["mask"]) for e in episodes)
     metrics = Counter(loss=0.0, kl=0.0, entropy=0.0)
-    for rows in micro_batches(episodes, range(len(episodes)), args.micro_batch_size):
+    for rows in micro_batches(episodes, args.micro_batch_size):
         some = [episodes[i] for i in rows]
         logprobs, mask = sampled_logprobs(model, chat, some, args.temperature)  # [B, T - 1]
         scale = torch.tensor([advantages[i] for i in rows], device=logprobs.device)[:, None]
-        loss = -scale * (logprobs - logprobs.detach()).exp()  # r A with r = 1: these weights have sampled, there is nothing to clip
+        loss = -scale * logprobs  # the gradient of -r A where r = 1: these weights have sampled, there is nothing to clip
         if args.kl:
             with torch.no_grad():
                 before, _ = sampled_logprobs(reference, chat, some, args.temperature)
@@ -376,17 +378,6 @@ def dpo_step(model, reference, chat, args, triples):
 # `batch`: states for il and rl, pairs for the others; `order`: a coin per pair, whether the expert's action is shown second.
 
 
-def act_stage(model, reference, chat, world, args, batch, order, stream, instruction=CHOOSE):
-    """Which of two actions is better? GRPO."""
-    prompts = [chat.dialogue(question(world, pair, coin, instruction)) for pair, coin in zip(batch, order)]
-    episodes = answer(model, chat, args, prompts, stream, args.group_size)
-    asked = [{**pair, "expert_second": coin} for pair, coin in zip(batch, order) for _ in range(args.group_size)]
-    paid = [choice_reward(e["text"], pair) for e, pair in zip(episodes, asked)]
-    return reinforce(model, reference, chat, args, episodes, paid, asked) | {
-        "right_if_first": share(row == "right" for (_, row), pair in zip(paid, asked) if not pair["expert_second"]),
-        "right_if_second": share(row == "right" for (_, row), pair in zip(paid, asked) if pair["expert_second"])}
-
-
 def reinforce(model, reference, chat, args, episodes, paid, asked):
     """The GRPO update of a stage, and what there is to log of it. `paid`: (reward, row of the reward table) per episode; `asked`: its pair,
     its state, or itself."""
@@ -408,6 +399,17 @@ def share(truths):
     return common.mean_se(truths)[0]
 
 
+def act_stage(model, reference, chat, world, args, batch, order, stream, instruction=CHOOSE):
+    """Which of two actions is better? GRPO."""
+    prompts = [chat.dialogue(question(world, pair, coin, instruction)) for pair, coin in zip(batch, order)]
+    episodes = answer(model, chat, args, prompts, stream, args.group_size)
+    asked = [{**pair, "expert_second": coin} for pair, coin in zip(batch, order) for _ in range(args.group_size)]
+    paid = [choice_reward(e["text"], pair) for e, pair in zip(episodes, asked)]
+    return reinforce(model, reference, chat, args, episodes, paid, asked) | {
+        "right_if_first": share(row == "right" for (_, row), pair in zip(paid, asked) if not pair["expert_second"]),
+        "right_if_second": share(row == "right" for (_, row), pair in zip(paid, asked) if pair["expert_second"])}
+
+
 def no_reasoning_stage(*arguments):
     """ACT without a thought."""
     return act_stage(*arguments, instruction=CHOOSE_NOW)
@@ -420,7 +422,7 @@ def il_stage(model, reference, chat, world, args, batch, order, stream):
 
 
 def rl_stage(model, reference, chat, world, args, batch, order, stream):
-    """GRPO on the policy: at states of the demonstrations, paid for the expert's action; or on whole episodes, paid for success."""
+    """GRPO on the policy: at states of the demonstrations, paid for the expert's action; or on whole episodes, paid by the world."""
     if args.rl == "states":
         episodes = answer(model, chat, args, [chat.dialogue(dialogue(world, s["messages"])) for s in batch], stream, args.group_size)
         asked = [state for state in batch for _ in range(args.group_size)]
@@ -511,7 +513,8 @@ def warmup(world, args):
     """What a model made from nothing is taught before it learns by itself: the world's language, and the forms of its replies.
 
     Episodes come from a random player on the train split, unfiltered. The policy imitates it, half of the time after a thought that
-    repeats the task and what happened last. Asked for one of two actions, which are random ones, it picks either. No part sees an expert.
+    repeats the task and what happened last; asked to, it writes that alone. Asked for one of two actions, which are random ones, it picks
+    either. No part sees an expert.
     """
     rng, examples = random.Random("warm-up"), []
     for seed in range(args.examples):
@@ -574,6 +577,7 @@ def check_args(args):
         world = envs.make(args.env)
     except ValueError as error:
         common.refuse(error)
+    common.check(not args.pairs or set(stages) & set(PAIRED), f"--pairs: no stage of --pipeline {args.pipeline} is about pairs")
     demos = read_examples(args.demos, STATE) if args.demos else None
     pairs = read_examples(args.pairs, STATE | {"candidate": str}) if args.pairs else None
     for path, rows in (args.demos, demos), (args.pairs, pairs):
@@ -581,7 +585,8 @@ def check_args(args):
         common.check(other is None, f"{path}, line {n}: about {other!r}, not about --env {args.env}")
         n = next((n for n, row in enumerate(rows or (), 1) if row["split"] != "train"), 0)
         common.check(not n, f"{path}, line {n}: of another split than train, on which nothing is learnt")
-    common.check(callable(getattr(world, "expert", None)), f"--env {args.env} has no expert, whom the held-out states come from")
+    common.check(args.eval_only or callable(getattr(world, "expert", None)),
+                 f"--env {args.env} has no expert, whom the held-out states come from")
     return world, stages, demos, pairs
 
 
@@ -633,7 +638,8 @@ def main():
     if pairs is None and set(stages) & set(PAIRED):
         pairs, counts = make_pairs(model, chat, world, args, demos, ("pairs",))  # by the start weights, when resumed as well
     for stage in stages:
-        common.check(pairs if stage in PAIRED else demos, f"stage {stage}: every candidate was the expert's action or none at all")
+        common.check(pairs or stage not in PAIRED,
+                     f"stage {stage}: no pairs, as every candidate was the expert's action, untagged or too long")
     clock.lap("pairs")
     run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
     for name, rows in ("demos", demos), ("pairs", pairs):
@@ -716,7 +722,8 @@ def main():
                 "gradient_steps": totals["gradient_steps"], "seconds": round(sum(seconds.values()), 1),
                 "peak_memory_bytes": common.peak_memory_bytes(args.device), "device": common.device_name(args.device),
                 "git_commit": common.git_commit()}, model, chat)
-    print(f"{'':14}" + "".join(f"{split:>9}{'se':>8}" for split in splits) + f"{'next':>9}{'choice':>9}   (n {args.eval_episodes})")
+    print(f"{'':14}" + "".join(f"{split:>9}{'se':>8}" for split in splits)
+          + f"{'next':>9}{'choice':>9}   (n {args.eval_episodes}; next action and choice: {len(held_out)} held-out states)")
     for numbers in found:
         cells = "".join(f"{numbers[split]['success']:9.3f}{numbers[split]['se']:8.3f}" for split in splits)
         print(f"{numbers['stage']:14}{cells}{numbers['next_action']:9.3f}{numbers['choice']:9.3f}")
