@@ -33,7 +33,7 @@ import weakref
 
 # --------------------------------------------------------------------------------------------------------------- ground
 
-MAX_CHARACTERS = 1000  # longer actions are refused unread, so that a turn's time is bounded whatever a model writes
+MAX_CHARACTERS = 4000  # longer actions are refused unread, so that a turn's time is bounded whatever a model writes
 
 
 class World:
@@ -1329,7 +1329,7 @@ RELATIONS = {
     "author": Relation("book", "person", '"{x}" was written by "{y}".', "Who wrote {x}?", "the author of {x}"),
     "birthplace": Relation("person", "town", '"{x}" was born in "{y}".', "In which town was {x} born?", "the birthplace of {x}"),
     "river": Relation("town", "river", '"{x}" lies on "{y}".', "On which river does {x} lie?", "the river through {x}"),
-    "length": Relation("river", "km", '"{x}" is {y} km long.', "How many km long is {x}?", None),
+    "length": Relation("river", "km", '"{x}" flows for {y} km.', "How many km long is {x}?", None),
     "rival": Relation("person", "person", 'The rival of "{x}" was "{y}".', "Who was the rival of {x}?", "the rival of {x}"),
     "founder": Relation("company", "person", '"{x}" was started by "{y}".', "Who started {x}?", "the founder of {x}"),
     "seat": Relation("company", "town", '"{x}" has its seat in "{y}".', "In which town does {x} have its seat?", "the seat of {x}"),
@@ -1407,12 +1407,12 @@ def conclude(form, values):
 
 @functools.lru_cache(maxsize=None)
 def search_names(kind, split, parts):
-    """All names of a kind in a split: a quarter each for test and ood, made of words that train has in other combinations."""
+    """All names of a kind in a split: a sixth each for test and ood, made of words that train has in other combinations."""
     starts, ends, given = parts
     roots, (words, _) = [start + end for start in STARTS[:starts] for end in ENDS[:ends]], ARTICLES[kind]
     pairs = itertools.product(roots, words.split()) if words else itertools.product(GIVEN[:given], roots)
     every = map(" ".join, pairs)
-    return [name for name in every if {0: "test", 1: "ood"}.get(share(name, 4), "train") == split]
+    return [name for name in every if {0: "test", 1: "ood"}.get(share(name, 6), "train") == split]
 
 
 # facts: {name: {relation: value}}, what some page says; where: {(name, relation): title}; pages: {title: (about, text)}
@@ -1624,6 +1624,19 @@ def search_expert(question, steps):
     return tool_call("calculate", expression) if expression and expression not in record.results else tool_call("answer", answer)
 
 
+def search_thought(question, steps):
+    """What the expert thinks before that call, in the words of the pages: the fact found last, and what is missing, as a blank."""
+    facts, found = read_record(steps).facts, []
+    for name, relations in read_question(question)[1]:
+        for key in relations:
+            sentence = RELATIONS[key].sentence
+            if (name, key) not in facts:
+                return " ".join([*found[-1:], sentence.format(x=name, y="?")])
+            found.append(sentence.format(x=name, y=facts[name, key]))
+            name = facts[name, key]
+    return found[-1]
+
+
 FLAWS = ("skipped lookup", "repeated call", "unsupported guess", "wrong tool", "lucky answer")
 
 
@@ -1667,7 +1680,7 @@ class Search(World):
     splits = ("train", "test", "ood")
     max_turns = 8
     kinds = {"person": 8, "town": 8, "river": 5, "book": 8}
-    relations = ("author", "birthplace", "river", "length", "born", "founded", "published")
+    relations = ("author", "birthplace", "river", "born", "founded", "published")
     parts = (8, 5, 12)  # starts and ends of roots, given names
     namesakes = False  # whether names may share their root, so that a word alone does not tell them apart
     year_step = 5  # years are multiples of it
@@ -1681,7 +1694,7 @@ class Search(World):
         for name, (argument, meaning, what) in TOOLS.items()
     ]  # fmt: skip
     system = (
-        "Answer the question from the pages of an encyclopedia. Each turn, reply with one tool call and nothing else, such as\n"
+        "Answer the question from the pages of an encyclopedia. Each turn, think as long as you need, then make one tool call, such as\n"
         '<tool_call>\n{"name": "search", "arguments": {"query": "Mira Velden"}}\n</tool_call>\n'
         "The tools:\n" + "\n".join(f"{name}, with {argument} ({meaning}): {what}" for name, (argument, meaning, what) in TOOLS.items())
     )  # fmt: skip
@@ -1806,6 +1819,11 @@ class SearchFull(Search):
     hops = {"train": (1, 2, 3), "test": (1, 2, 3), "ood": (4,)}
     encyclopedias = {"train": 16, "test": 4, "ood": 4}
     results = 4
+
+
+def thinking_player(env, info, rng):
+    """Search only: the expert, with a thought before every call."""
+    return f"{search_thought(env.task, env.record)}\n{env.expert()}"
 
 
 def guess_player(env, info, rng):

@@ -19,17 +19,18 @@ Departures from the paper, and why:
     model of 120 billion parameters. Both stages share --judged trajectories. Beyond the judge, only the warm-up of a tiny model sees what
     the annotator writes, of random flaws: the agent meets the trained judge.
  2. The reward of the judge's GRPO and the prompt of the second attempt are unpublished; those below are ours. A judgement that cannot be
-    read is tried again at --temperature (paper's script: once more at 0).
- 3. Cold-start trajectories come from the world's expert, --cold-start of them (paper: 55.6 thousand of a stronger model).
+    read is tried again at --temperature (paper's script: once more at 0). A second attempt is judged by itself, without the first.
+ 3. Cold-start trajectories, with thoughts, come from the world's expert, --cold-start of them (paper: 55.6 thousand of a stronger model).
  4. Transcripts lack native thoughts, and the last observation, in which our worlds say how the game ended: neither judge nor second attempt
     may know.
- 5. One --lr for all phases, SFT and GRPO (paper: 1e-5 and 5e-7); evaluation without top-p; SFT at --temperature.
+ 5. One --lr for all phases, SFT and GRPO (paper: 1e-5 and 5e-7), warmed up over 5 updates, gradients clipped to norm 1; evaluation without
+    top-p; SFT at --temperature; as many turns as the world allows (paper: 13).
 
     python reagent.py                                  # judge, cold start, variant U on search with the tiny model: see README
-    python reagent.py --variant R --batch-size 256 --group-size 16 --rrm runs/reagent-search-s0/rrm --out-dir runs/R  # U's compute, judge
+    python reagent.py --variant R --batch-size 256 --group-size 16 --rrm runs/reagent-search-s0/rrm --out-dir runs/R  # attempts as U
     python reagent.py --variant none --out-dir runs/none # or C
     python reagent.py --rrm runs/reagent-search-s0/rrm --out-dir runs/U # a judge that is there already
-    python reagent.py --model Qwen/Qwen3-8B --rrm DIR --device cuda --lr 5e-7 --cold-start 0 --max-new-tokens 1024 --judge-tokens 1024
+    python reagent.py --model Qwen/Qwen3-1.7B --env search-full --device cuda --lr 1e-6 --max-new-tokens 512 --judge-tokens 512
     python reagent.py --quick                          # the whole path in under a minute
 """
 
@@ -59,10 +60,10 @@ class Args:
     env: str = common.flag("search", "a world of envs.py")
     seed: int = common.flag(0, "of everything sampled; the tiny model is built with seed 0")
     steps: int = common.flag(100, "updates of the agent (paper: 300)")
-    lr: float = common.flag(5e-4, "AdamW, of every phase, constant after 5 steps (paper: 5e-7; its script: 5e-6)")
-    batch_size: int = common.flag(128, "first attempts per step: questions x --group-size (paper: 32 questions)")
+    lr: float = common.flag(5e-4, "AdamW, of every phase, constant after 5 updates (paper: 5e-7, SFT 1e-5; its script: 5e-6)")
+    batch_size: int = common.flag(128, "first attempts per step: questions x --group-size (paper: 32 questions, 64 in an appendix)")
     micro_batch_size: int = common.flag(16, "sequences per backward pass; changes memory and speed, not the gradient")
-    max_new_tokens: int = common.flag(64, "of one reply of the agent")
+    max_new_tokens: int = common.flag(64, "of one reply of the agent (not in the paper)")
     temperature: float = common.flag(0.7, "while training, and of the log-probs (paper)")
     eval_temperature: float = common.flag(0.6, "in evaluation (paper, with top-p 0.95)")
     eval_episodes: int = common.flag(500, "per split, of the first and the last evaluation; a fifth of them, of `test`, in between")
@@ -76,20 +77,20 @@ class Args:
     quick: bool = common.flag(False, "a small run through every line, to see that it works; overrides the sizes")
     # group-relative policy optimisation
     group_size: int = common.flag(8, "first attempts at one question (paper)")
-    updates: int = common.flag(2, "gradient steps per step, each on its share of the questions (paper: 2, batches of 32 in halves)")
-    clip: float = common.flag(0.2, "the ratio stays above 1 - clip (paper)")
-    clip_high: float = common.flag(0.2, "and below 1 + clip_high (paper: 0.2; its script: 0.34)")
-    kl: float = common.flag(0.0, "weight of the KL to the policy at the start of the phase (paper: unstated; its script: off)")
+    updates: int = common.flag(2, "gradient steps that a step's questions are split into (paper: 2, batches of 32 in halves)")
+    clip: float = common.flag(0.2, "the ratio counts as at least 1 - clip (paper)")
+    clip_high: float = common.flag(0.2, "and as at most 1 + clip_high (paper: 0.2; its script: 0.34)")
+    kl: float = common.flag(0.0, "weight of the KL to the policy at the start of the phase (paper: unstated; its script: no KL)")
     # Reagent
     variant: str = common.flag("U", "how the judge is used", choices=["U", "R", "C", "none"])
     score_weight: float = common.flag(0.3, "lambda, of the judge's score beside the rule's reward (paper)")
-    pool: str = common.flag("joint", "U: advantages over all 2G attempts (paper), or apart", choices=["joint", "separate"])
+    pool: str = common.flag("joint", "U: advantages over all 2G attempts (paper), or over each G", choices=["joint", "separate"])
     rrm: str = common.flag("", "the judge: a local directory or a hub id; default: it is trained first")
-    judge_tokens: int = common.flag(96, "of one judgement")
-    judge_retries: int = common.flag(1, "of a judgement that cannot be read, then it is 0 and empty (script)")
+    judge_tokens: int = common.flag(96, "of one judgement (not in the paper)")
+    judge_retries: int = common.flag(1, "of a judgement that cannot be read, then it is 0 and empty (its script)")
     judged: int = common.flag(3000, "judged trajectories for the judge's SFT (paper: 28 thousand)")
     judge_epochs: int = common.flag(2, "of its SFT (paper)")
-    judge_steps: int = common.flag(20, "updates of its GRPO (paper: 90 thousand trajectories)")
+    judge_steps: int = common.flag(20, "updates of its GRPO, each on a trajectory per question of a step (paper: 90 thousand)")
     cold_start: int = common.flag(1000, "correct trajectories of the expert that the agent imitates first; 0: none (paper: 55.6 thousand)")
     cold_epochs: int = common.flag(2, "of the cold start (paper)")
     sft_batch_size: int = common.flag(16, "trajectories per gradient step of judge SFT and cold start (paper: 32)")
@@ -148,13 +149,13 @@ def judge_messages(world, history):
 def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None, first=0):
     """Plays an episode per seed, all at once. Returns dicts; `ids` and `mask` are for the loss.
 
-    `before`: (history, critique) of an earlier attempt per episode, for second attempts. `stream` names the randomness: a row's replies
-    depend on (--seed, stream, row, turn) and on nothing else; rows count from `first`.
+    `before`: (history, critique) of an earlier attempt per episode, for second attempts. `stream` names the randomness: a row's depends on
+    (--seed, stream, row, turn) and on nothing else; rows count from `first`. What does not fit the context is not played.
     """
     worlds, episodes = [envs.make(args.env) for _ in seeds], []
     for world, seed in zip(worlds, seeds):
         observation, _ = world.reset(seed=seed, options={"split": split})
-        episodes.append({"split": split, "seed": seed, "history": [observation], "valid": [], "reward": 0.0, "won": False, "score": 0.0,
+        episodes.append({"split": split, "seed": seed, "history": [observation], "valid": [], "won": False, "score": 0.0,
                          "over": False, "truncated": False})
     dialogues = common.Dialogues(model, chat, [
         chat.dialogue(opening(w, e["history"][0], b)) for w, e, b in zip(worlds, episodes, before or [None] * len(episodes))])
@@ -167,10 +168,9 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None
             common.row_seed(args.seed, *stream, first + i, len(episodes[i]["history"])) for i in live])
         for i, reply in zip(live, replies):
             e = episodes[i]
-            observation, reward, terminated, truncated, info = worlds[i].step(reply)
+            observation, _, terminated, truncated, info = worlds[i].step(reply)
             e["history"] += [reply, observation]
             e["valid"].append(info["valid"])
-            e["reward"] += reward
             e.update(won=info["won"], score=info["score"], over=terminated or truncated)
         live = [i for i in live if not episodes[i]["over"]]
         dialogues.extend(live, [episodes[i]["history"][-1] for i in live])
@@ -187,13 +187,13 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None
 
 
 def judge(rrm, world, args, histories, stream, first=0):
-    """Agent-RRM on whole transcripts: a dict of think, critique, score and `parsed` each. Unreadable after the retries: 0 and empty.
-    `stream` and `first` are those of `rollout`."""
+    """Agent-RRM on whole transcripts: a dict of think, critique, score and `parsed` each. Unreadable after the retries, too long to judge
+    or not played: 0 and empty. `stream` and `first` are those of `rollout`."""
     model, chat = rrm
     room = model.config.max_position_embeddings - args.judge_tokens
     prompts = [chat.prompt(judge_messages(world, history)) for history in histories]
     out = [{"think": "", "critique": "", "score": 0.0, "parsed": False, "tokens": 0} for _ in histories]
-    left = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+    left = [i for i, prompt in enumerate(prompts) if len(prompt) <= room and len(histories[i]) > 1]
     for attempt in range(1 + args.judge_retries):
         if not left:
             break
@@ -214,24 +214,30 @@ ADVICE = {
     "no answer": "Give an answer before the turns run out."}  # fmt: skip
 
 
+def process_score(flaws):
+    """1 for a flawless process."""
+    return max(0.0, 1.0 - sum(COSTS[flaw] for flaw in flaws))
+
+
 def annotate(flaws):
     """The reference judgement for the flaws of a process: no outcome and no answer goes into it."""
-    score = max(0.0, 1.0 - sum(COSTS[flaw] for flaw in flaws))
     think = f"Flaws: {', '.join(flaws)}." if flaws else "No flaw."
     critique = " ".join(ADVICE[flaw] for flaw in flaws) or "Go on like this."
-    return f"<think>{think}</think>\n<critique>{critique}</critique>\n<score>{score:.1f}</score>"
+    return f"<think>{think}</think>\n<critique>{critique}</critique>\n<score>{process_score(flaws):.1f}</score>"
 
 
 def trajectories(args, split, count, name):
-    """Episodes of players of different strength, with the flaws of their process."""
+    """Episodes of players of different strength, half of them with the expert's thoughts, and the flaws of their process."""
     players = (envs.expert_player, envs.sloppy_player, envs.hasty_player, envs.guess_player, envs.random_player)
     world, episodes = envs.make(args.env), []
     for i in range(count):
         rng = random.Random(f"{name} {args.seed} {i}")
         observation, info = world.reset(seed=rng.randrange(2**40), options={"split": split})
-        history, steps, player, over = [observation], [], rng.choice(players), False
+        history, steps, player, thinks, over = [observation], [], rng.choice(players), rng.random() < 0.5, False
         while not over:
             action = player(world, info, rng)
+            if thinks:
+                action = f"{envs.search_thought(world.task, world.record)}\n{action}"
             observation, _, terminated, truncated, info = world.step(action)
             history += [action, observation]
             steps.append((action, observation, info["valid"]))
@@ -244,9 +250,9 @@ def trajectories(args, split, count, name):
 
 
 def judge_reward(text, reference):
-    """Not published by the paper: 1 - |score - reference score| for three readable blocks, else 0."""
+    """Not published by the paper: 1 - |score - the annotator's score| for three readable blocks, else 0."""
     found = parse_judgement(text)
-    return 1 - abs(found["score"] - parse_judgement(reference)["score"]) if found else 0.0
+    return 1 - abs(found["score"] - reference) if found else 0.0
 
 
 def auc(scores, labels):
@@ -260,7 +266,7 @@ def auc(scores, labels):
 def watch_judge(rrm, world, args, episodes):
     """How good a judge is on trajectories it was not trained on: against the outcome, and against the process."""
     judged = judge(rrm, world, args, [e["history"] for e in episodes], ("watch",))
-    scores, references = [j["score"] for j in judged], [parse_judgement(annotate(e["flaws"]))["score"] for e in episodes]
+    scores, references = [j["score"] for j in judged], [process_score(e["flaws"]) for e in episodes]
     bins = [[e for s, e in zip(scores, episodes) if min(int(5 * s), 4) == fifth] for fifth in range(5)]
     return {"parsed": common.mean(j["parsed"] for j in judged), "auc_outcome": auc(scores, [e["won"] for e in episodes]),
             "auc_process": auc(scores, [not e["flaws"] for e in episodes]),
@@ -294,7 +300,7 @@ def interleaved(first, second, group_size):
 
 
 def without_spread(returns, group_size):
-    """How many groups teach nothing, as all of their episodes got the same."""
+    """How many groups have no advantages, as all of their episodes got the same."""
     groups = [returns[i:i + group_size] for i in range(0, len(returns), group_size)]
     return sum(max(group) == min(group) for group in groups)
 
@@ -328,7 +334,7 @@ def old_logprobs(model, chat, args, episodes):
 
 
 def token_weights(mask, episodes):
-    """The mean over trajectories of the mean over their tokens, as weights [B, T - 1]. `episodes`: of the whole step, not of [B, T]."""
+    """The mean over trajectories of the mean over their tokens, as weights [B, T - 1]. `episodes`: how many the gradient step has."""
     return mask / (episodes * mask.sum(1, keepdim=True).clamp(min=1))
 
 
@@ -349,7 +355,7 @@ def update(model, reference, chat, args, optimizer, episodes, advantages):
     old = old_logprobs(model, chat, args, episodes)
     ref = old_logprobs(reference, chat, args, episodes) if args.kl else None
     pad = lambda store, rows: torch.nn.utils.rnn.pad_sequence([store[i] for i in rows], batch_first=True)  # noqa: E731
-    total, entropy = sum(sum(e["mask"]) for e in episodes), -sum(row.sum().item() for row in old)
+    total, entropy = max(1, sum(sum(e["mask"]) for e in episodes)), -sum(row.sum().item() for row in old)
     metrics, share = Counter(loss=0.0, kl=0.0, clipped=0.0, grad_norm=0.0), len(episodes) // args.updates
     for start in range(0, len(episodes), share):
         part = range(start, start + share)
@@ -389,7 +395,7 @@ def imitate(model, chat, args, optimizer, dialogues):
 
 
 # ------------------------------------------------------------------------------------------------------------------- phases
-# A phase is a function (run state, batch, stream) -> metrics that takes the gradient steps of one update.
+# An update of a phase is a function (run state, batch, stream) -> metrics that takes its gradient steps.
 
 
 @dataclass
@@ -420,7 +426,7 @@ def judge_grpo(state, batch, stream):
                               seeds=[common.row_seed(args.seed, *stream, i) for i in range(len(prompts) * args.group_size)])
     episodes = [{"ids": prompts[i // args.group_size] + ids, "mask": [0] * len(prompts[i // args.group_size]) + [1] * len(ids),
                  "logprob": sum(logprobs)} for i, (ids, logprobs) in enumerate(zip(replies.ids, replies.logprobs))]
-    returns = [judge_reward(text, annotate(batch[i // args.group_size]["flaws"])) for i, text in enumerate(replies.texts)]
+    returns = [judge_reward(text, process_score(batch[i // args.group_size]["flaws"])) for i, text in enumerate(replies.texts)]
     losses = update(rrm, state.reference, chat, args, state.optimizer, episodes, group_advantages(returns, args.group_size))
     return losses | {"reward": common.mean(returns), "groups_without_spread": without_spread(returns, args.group_size),
                      "tokens": sum(map(len, replies.ids))}
@@ -447,7 +453,8 @@ def learn(state, batch, stream):
     rewards, again = attempt_rewards(args, first, judged), attempt_rewards(args, second, judged_again)
     episodes, returns = interleaved(first, second, size), interleaved(rewards, again, size)
     pool = 2 * size if second and args.pool == "joint" else size
-    losses = update(state.model, state.reference, state.chat, args, state.optimizer, episodes, group_advantages(returns, pool))
+    advantages = group_advantages(returns, pool)
+    losses = update(state.model, state.reference, state.chat, args, state.optimizer, episodes, advantages)
     judgements = [*(judged or ()), *judged_again]
     metrics = losses | {"reward": common.mean(returns), "reward_rule": common.mean(e["score"] for e in episodes),
                         "groups_without_spread": without_spread(returns, pool), "groups": len(returns) // pool,
@@ -458,12 +465,14 @@ def learn(state, batch, stream):
         metrics |= {"reward_model": common.mean(j["score"] for j in judgements),
                     "judge_parsed": common.mean(j["parsed"] for j in judgements),
                     "judge_auc": auc([j["score"] for j in judgements], [e["won"] for e in [*first, *second]]),
-                    "leaks": leaks(args, [*first, *second], judgements)}
+                    "leaks": leaks(state.world, first, judged)}
     if second:
         metrics |= {f"second_{key}": value for key, value in watch(second).items()}
     for attempt, some, verdicts in (1, first, judged or [None] * len(first)), (2, second, judged_again):
         for e, j in zip(some, verdicts):
             e |= {"attempt": attempt, "judgement": j}
+    for e, value, advantage in zip(episodes, returns, advantages):
+        e |= {"return": value, "advantage": advantage}
     return metrics | {"played": [record(e) for e in episodes]}
 
 
@@ -474,20 +483,23 @@ def watch(episodes):
     """What can be counted over episodes."""
     turns = [(e, t) for e in episodes for t in range(len(e["valid"]))]
     said = [(id(e), e["history"][2 * t + 1]) for e, t in turns]
+    calls = {(id_, reply[max(0, reply.find("<tool_call>")):]) for id_, reply in said}  # without the thought before them
     return {"success": common.mean(e["won"] for e in episodes), "score": common.mean(e["score"] for e in episodes),
-            "calls": len(turns) / len(episodes), "repeated_calls": (len(said) - len(set(said))) / len(episodes),
+            "calls": len(turns) / len(episodes), "repeated_calls": (len(said) - len(calls)) / len(episodes),
             "invalid": common.mean(not e["valid"][t] for e, t in turns), "truncated": sum(e["truncated"] for e in episodes),
             "speaks_of_a_critique": common.mean("critique" in reply or "reviewer" in reply for _, reply in said)}
 
 
-def leaks(args, episodes, judgements):
-    """The share of critiques that name the right answer, which no prompt holds; asked of the world for this count alone. None where a
-    world has none."""
-    world, found = envs.make(args.env), []
+def leaks(world, episodes, judgements):
+    """The share of critiques that name the right answer, which no prompt holds; asked of `search` for this count alone. None elsewhere,
+    or where all answers are yes and no, which any critique may hold."""
+    if not isinstance(world, envs.Search):
+        return None
+    found = []
     words = lambda text: f" {' '.join(envs.plain_words(text))} "  # noqa: E731
     for e, j in zip(episodes, judgements):
         world.reset(seed=e["seed"], options={"split": e["split"]})
-        if hasattr(world, "gold"):
+        if world.gold not in ("yes", "no"):
             found.append(words(world.gold) in words(j["critique"]))
     return common.mean(found) if found else None
 
@@ -531,23 +543,26 @@ def show(state, episode):
 def warmup(world, args):
     """What a model made from nothing is taught before it learns by itself: the world's language, and the forms of its replies.
 
-    Episodes come from a random player on the train split, unfiltered, who mostly takes up something it sees and sometimes repeats a call of
-    another episode; the agent imitates it, in second attempts as in first ones. To copy is practised apart: all calls that take up what is
-    seen. The judge learns its form from judgements of *random* flaws, whatever the transcript. No part sees an expert.
+    Episodes come from a random player on the train split, unfiltered, who mostly takes up something it sees, half of the time repeats the
+    sentence before its call, and sometimes makes a call of another episode; the agent imitates it, in second attempts as in first ones. To
+    copy is practised apart: all calls that take up what is seen. The judge learns its form from judgements of *random* flaws, whatever the
+    transcript. No part sees an expert.
     """
     rng, examples, said = random.Random("warm-up"), [], []
+    topic = lambda call: envs.read_call(call)[1] or call  # noqa: E731
 
     def play(seed):
         """Its history, and for each observation the calls that take up a word of it."""
         observation, info = world.reset(seed=seed, options={"split": "train"})
         history, recent, over = [observation], [], False
         while not over:
-            recent.append([call for call in info["admissible"] if (envs.read_call(call)[1] or call) in observation])
+            recent.append([call for call in info["admissible"] if topic(call) in observation])
             calls = recent[-1] if recent[-1] and rng.random() < 0.8 else info["admissible"]
             calls = said[-1000:] if said and rng.random() < 0.03 else calls
-            action = rng.choice(rng.choice(by_tool(calls)))
+            said.append(rng.choice(rng.choice(by_tool(calls))))
+            thoughts = [s for s in re.split(r"(?<=[.?]) ", observation) if topic(said[-1]) in s]
+            action = f"{rng.choice(thoughts)}\n{said[-1]}" if thoughts and rng.random() < 0.5 else said[-1]
             observation, _, terminated, truncated, info = world.step(action)
-            said.append(action)
             history += [action, observation]
             over = terminated or truncated
         return history, recent
@@ -592,7 +607,9 @@ def check_args(args):
     common.check(args.batch_size // args.group_size % args.updates == 0,
                  f"--updates must divide the {args.batch_size // args.group_size} questions of a step, not {args.updates}")
     common.check(args.rrm or not args.eval_only or args.variant != "C", "--eval-only --variant C needs a judge: give --rrm")
-    common.check(not args.rrm.startswith("tiny"), f"--rrm is a local directory or a hub id, not {args.rrm}")
+    common.check(args.variant == "U" or args.pool == "joint", f"--pool {args.pool} is about --variant U, not {args.variant}")
+    common.check(not args.rrm or args.variant != "none", "--variant none asks no judge: no --rrm")
+    common.check(args.rrm.split(":")[0] != "tiny", f"--rrm is a local directory or a hub id, not {args.rrm}")
     try:
         world = envs.make(args.env)
     except ValueError as error:
@@ -610,7 +627,8 @@ def load(world, args):
     if args.model.startswith("tiny") and args.device == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
     calls = [part for name in envs.TOOLS for part in envs.tool_call(name, "\0").split("\\u0000")]
-    constants = [world.system, JUDGE, NEXT, *calls, *re.split(r"{\w+}|\n", AGAIN), *ADVICE.values(),
+    facts = [re.split(r"{\w}", relation.sentence)[1] for relation in envs.RELATIONS.values()]  # '" was written by "'
+    constants = [world.system, JUDGE, NEXT, *calls, *facts, *re.split(r"{\w+}|\n", AGAIN), *ADVICE.values(),
                  "<think>", "</think>\n<critique>", "</critique>\n<score>", "</score>", *common.CHANGES_OF_SPEAKER]
     return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype)
 
@@ -680,9 +698,9 @@ def main():
     cold = args.cold_start if args.variant != "C" else 0  # C is frozen from the start
     correct = []
     for i in range(cold):
-        e = envs.run_episode(world, envs.expert_player, args.seed * 1_000_000_007 + 500_000_000 + i)
+        e = envs.run_episode(world, envs.thinking_player, args.seed * 1_000_000_007 + 500_000_000 + i)
         turns = itertools.zip_longest(e["observations"], e["actions"])
-        correct.append({"history": [text for turn in turns for text in turn if text is not None]})
+        correct += [{"history": [text for turn in turns for text in turn if text is not None]}] if e["won"] else []
     plan = plan_of(args, judged, correct)
     print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; updates: "
           f"{', '.join(f'{n} {phase}' for phase, n in Counter(phase for phase, *_ in plan).items())}; a step plays "

@@ -34,7 +34,7 @@ def judged_trajectories(run, episodes):
     rrm, world = common.load(str(run / "rrm"), device=args.device, dtype=args.dtype), envs.make(args.env)
     found = reagent.trajectories(args, "test", episodes, "judge")
     judged = reagent.judge(rrm, world, args, [e["history"] for e in found], ("judge",))
-    return [{**e, **j, "reference": reagent.parse_judgement(reagent.annotate(e["flaws"]))["score"]} for e, j in zip(found, judged)]
+    return [{**e, **j, "reference": reagent.process_score(e["flaws"])} for e, j in zip(found, judged)]
 
 
 def fifths(found):

@@ -22,9 +22,10 @@ MARKS = "<!-- results -->", "<!-- /results -->"
 METHODS = {"self-guide": "Self-Guide", "act": "ACT", "reagent": "Reagent"}  # beginning of the names: title of the table
 MAIN = "nlac", "full", "act,il", "U"  # what the other arms of a table are compared with
 CLAIMS = (("zero", "grpo"), ("zero", "immediate"), ("act,il,rl", "il,rl"), ("few-demos-act,il", "few-demos-il,il"),
-          ("many-demos-act,il", "many-demos-il,il"), ("128x2-act,il", "128x2-il,il"))  # beside what MAIN's arms are compared with
+          ("many-demos-act,il", "many-demos-il,il"), ("128x2-act,il", "128x2-il,il"),
+          ("R-2G", "none"), ("R", "none"), ("U-lambda0", "none"))  # beside what MAIN's arms are compared with
 CURVES = ("nlac", "frozen-critic", "blind-critic", "ceiling", "mc-backup", "ppo", "self-distillation", "nlql", "grpo", "full", "zero",
-          "immediate", "no-anneal", "inference")  # arms of the figure
+          "immediate", "no-anneal", "inference", "none", "R-2G", "U")  # arms of the figure
 
 
 def read_runs(results):
@@ -36,18 +37,20 @@ def read_runs(results):
             print(f"{path.parent} is not named NAME-sSEED: skipped", file=sys.stderr)
             continue
         try:
-            settings, curve = path.with_name("args.json"), path.with_name("metrics.jsonl")
+            settings, curve, rationale = (path.with_name(name) for name in ("args.json", "metrics.jsonl", "rationale.json"))
             arms[found[1]][int(found[2])] = {
                 "summary": json.loads(path.read_text(encoding="utf-8")),
                 "args": json.loads(settings.read_text(encoding="utf-8"))["args"] if settings.exists() else {},
-                "metrics": read_jsonl(curve) if curve.exists() else []}
+                "rationale": json.loads(rationale.read_text(encoding="utf-8")) if rationale.exists() else None,
+                "metrics": read_jsonl(curve)}
         except (ValueError, KeyError) as error:
             print(f"{path.parent} cannot be read ({type(error).__name__}): skipped", file=sys.stderr)
     return dict(arms)
 
 
 def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The lines of a file; none where there is none, as of a run that trains nothing."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] if path.exists() else []
 
 
 def mean_se(values):
@@ -161,6 +164,37 @@ def stage_table(arms):
             "|---|---|---|---|---|", *rows] if rows else []
 
 
+def rationale_table(arms):
+    """What docs/rationale.py found: how often the right action is chosen, with the thought, without it, behind a wrong one."""
+    rows = []
+    for name, runs in arms.items():
+        found = [run["rationale"] for run in runs.values() if run.get("rationale")]
+        if found:
+            rows.append("| " + " | ".join([name, found[0]["stage"], *(number(*mean_se([x[key] for x in found]))
+                                                                      for key in ("free", "removed", "wrong"))]) + " |")
+    return ["", "| arm | stage | right one of two, free thought | no thought | the thought of another state |", "|---|---|---|---|---|",
+            *rows] if rows else []
+
+
+def attempt_table(arms):
+    """Of Reagent's runs: what the attempts of the last third of the updates were like; means over seeds."""
+    keys = "success", "second_success", "reward_model", "judge_auc", "leaks", "repeated_calls", "second_repeated_calls"
+    rows = []
+
+    def cell(last, key):
+        values = [[m[key] for m in steps if m.get(key) is not None] for steps in last]
+        means = [sum(v) / len(v) for v in values if v]
+        return number(*mean_se(means)) if means else "-"
+
+    for name, runs in arms.items():
+        learnt = [[m for m in run["metrics"] if m.get("phase") == "learn"] for run in runs.values()]
+        last = [steps[-max(1, len(steps) // 3):] for steps in learnt if steps]
+        if last:
+            rows.append("| " + " | ".join([name, *(cell(last, key) for key in keys)]) + " |")
+    return ["", "| arm, last third of training | first attempts won | second attempts won | judge's score | its AUC for success | "
+            "critiques that name the answer | repeated calls, first | second |", "|---|---|---|---|---|---|---|---|", *rows] if rows else []
+
+
 def judge_table(arms):
     """Of judges trained in a run: their quality on trajectories of the test split; means over seeds."""
     rows = []
@@ -186,7 +220,7 @@ def tables(arms):
         devices = ", ".join(sorted({str(x["device"]) for x in s}))
         blocks += [f"**{env}** (success on {episodes} test episodes per run; mean ± standard error over seeds; {ends} player; {devices})",
                    "", *result_table(chosen), "", *difference_table(chosen), *rating_table(chosen), *stage_table(chosen),
-                   *judge_table(chosen), ""]
+                   *rationale_table(chosen), *attempt_table(chosen), *judge_table(chosen), ""]
     return "\n".join(blocks).strip()
 
 
@@ -248,13 +282,13 @@ def draw(arms, path):
 
 
 def keep(source, results, lines=60):
-    """Copies finished runs: summary.json, args.json, what docs/rationale.py found, and of metrics.jsonl the evaluations and about `lines`
-    more. Nothing else."""
+    """Copies finished runs: summary.json, args.json, what docs/rationale.py and docs/judge.py found, and of metrics.jsonl the evaluations
+    and about `lines` more. Nothing else."""
     kept = []
     for path in sorted(Path(source).glob("*/summary.json")):
         target = Path(results, path.parent.name)
-        texts = {name: path.with_name(name).read_text(encoding="utf-8") for name in ("summary.json", "args.json", "rationale.json")
-                 if path.with_name(name).exists()}
+        names = "summary.json", "args.json", "rationale.json", "judge.json"
+        texts = {name: path.with_name(name).read_text(encoding="utf-8") for name in names if path.with_name(name).exists()}
         metrics = read_jsonl(path.with_name("metrics.jsonl"))
         every = max(1, len(metrics) // lines)
         thinned = [m for i, m in enumerate(metrics) if i % every == 0 or m.get("eval_success") is not None]

@@ -705,6 +705,25 @@ def test_report_tables(results, capsys):
     assert text.index("**repair**") < text.index("**20q**") and "ppo" not in text
 
 
+def test_report_tables_of_one_method(tmp_path):
+    stage = {"next_action": 0.5, "choice": 0.6, "choice_first": 0.7, "choice_second": None}
+    for seed in 0, 1:
+        made_up(tmp_path, "act-act,il", seed, 0.5, env="household", stages=[{}, stage | {"next_action": 0.5 + 0.2 * seed}])
+        made_up(tmp_path, "act-il,il", seed, 0.4 + 0.1 * seed, env="household")
+        (tmp_path / f"act-act,il-s{seed}" / "rationale.json").write_text(json.dumps(
+            {"stage": "1-act", "free": 0.7 + 0.1 * seed, "removed": 0.5, "wrong": 0.4}))
+        numbers = {"parsed": 1.0, "auc_outcome": 0.8, "auc_process": 0.9 - 0.1 * seed, "error": None}
+        made_up(tmp_path, "reagent-U", seed, 0.6, env="search", judge={"before": numbers, "judge-sft": numbers})
+    attempts = [{"phase": "learn", "success": n / 10, "second_success": 0.5, "leaks": None if n < 9 else 0.1} for n in range(1, 10)]
+    (tmp_path / "reagent-U-s0" / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in [{"phase": "judge-sft"}, *attempts]))
+    text = report.tables(report.read_runs(tmp_path))
+    assert "| act-act,il | 0.600 ± 0.100 | 0.600 ± 0.000 | 0.700 ± 0.000 | nan |" in text
+    assert "| act-act,il | 1-act | 0.750 ± 0.050 | 0.500 ± 0.000 | 0.400 ± 0.000 |" in text
+    assert "| act-il,il | 2 | +0.050 ± 0.050 | no |" in text
+    assert "| reagent-U | 0.800 | 0.500 | - | - | 0.100 | - | - |" in text
+    assert "| reagent-U, judge-sft | 1.000 ± 0.000 | 0.800 ± 0.000 | 0.850 ± 0.050 | nan |" in text and "judge-grpo" not in text
+
+
 def test_report_numbers():
     mean, se = report.mean_se([0.7, 0.8, 0.5])
     assert mean == pytest.approx(2 / 3) and se == pytest.approx(math.sqrt(((1 / 30) ** 2 + (2 / 15) ** 2 + (1 / 6) ** 2) / 2 / 3))
@@ -743,9 +762,11 @@ def test_report_keep_and_best(results, tmp_path, capsys):
     for name, seed, after, lr in ("ppo-lr1e-4", 100, 0.3, 1e-4), ("ppo-lr3e-4", 100, 0.6, 3e-4), ("ppo", 0, 0.9, 1.0):
         made_up(tmp_path / "runs", name, seed, after, lr=lr)
     (tmp_path / "runs" / "unfinished-s0").mkdir()
+    made_up(tmp_path / "runs", "untrained", 0, 0.1)
+    (tmp_path / "runs" / "untrained-s0" / "metrics.jsonl").unlink()
     kept = tmp_path / "kept"
     report.main(["--results", str(kept), "keep", str(tmp_path / "runs")])
-    assert {path.name for path in kept.iterdir()} == {"ppo-lr1e-4-s100", "ppo-lr3e-4-s100", "ppo-s0"}
+    assert {path.name for path in kept.iterdir()} == {"ppo-lr1e-4-s100", "ppo-lr3e-4-s100", "ppo-s0", "untrained-s0"}
     assert {path.name for path in (kept / "ppo-s0").iterdir()} == {"summary.json", "args.json", "metrics.jsonl"}
     thinned = lines(kept / "ppo-s0" / "metrics.jsonl")
     assert len(thinned) < 90 and [m["step"] for m in thinned if "eval_success" in m] == list(range(25, 201, 25))

@@ -945,7 +945,7 @@ def test_search_splits_share_words_but_no_name(name):
         assert {len(book.facts) for book in books} == {sum(env.kinds.values())}
         names[split] = {name for book in books for name in book.facts}
         questions[split] = {env.reset(seed=seed, options={"split": split})[1]["task"] for seed in range(200)}
-        assert len(questions[split]) > 80
+        assert len(questions[split]) > 60
         gaps = []
         for book in books:
             for i in 0, 1:  # names that share a word are everywhere; in the small world only words such as Hill are shared
@@ -1022,11 +1022,33 @@ def test_search_hides_what_was_not_read(name):
                     assert shape.format(x=subject, y=value) in text
                     text = text.replace(shape.format(x=subject, y=value), shape.format(x=subject, y=other))
                     twin.book.pages[place], twin.gold = (about, text), other
-                both[-1] += [twin.step(action) for action, *_ in steps[:opened]] + [twin.expert()]
+                both[-1] += [twin.step(action) for action, *_ in steps[:opened]] + [envs.thinking_player(twin, None, None)]
                 both[-1].append(twin.step(call("answer", "Nobody Else")))  # lost: nothing is revealed
             assert both[0] == both[1] and both[0][-1][0].endswith("That is your answer. The game is over and you did not win.")
             swapped += 1
     assert swapped == 80
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_search_thoughts_quote_what_was_read_and_leave_a_blank(name):
+    blanks, quotes = set(), 0
+    for split in "train", "ood":
+        for seed in range(60):
+            env, steps = search_episode(name, envs.thinking_player, seed, split)
+            other, plain = search_episode(name, envs.expert_player, seed, split)
+            assert env.won and [action.partition("\n")[2] for action, *_ in steps] == [action for action, *_ in plain]
+            for turn, (action, *_) in enumerate(steps):
+                thought, read = action.partition("\n")[0], " ".join(observation for _, observation, _ in steps[:turn])
+                whole = next((s for s in re.findall(r'(?:The rival|")[^.]*\.', read) if thought.startswith(s)), "")
+                quotes += bool(whole)
+                rest = thought.removeprefix(whole).strip()
+                assert rest or envs.read_call(action)[0] in ("answer", "calculate")
+                if rest:
+                    [x] = re.findall(rf'"({envs.NAME})"', rest)
+                    [key] = [key for key, r in envs.RELATIONS.items() if r.sentence.format(x=x, y="?") == rest]
+                    assert x in env.task + read
+                    blanks.add(key)
+    assert blanks == set(env.relations) and quotes > 200
 
 
 def quoted(text):

@@ -80,7 +80,7 @@ def test_no_string_upsets_a_parser(text):
     if found is not None:
         assert 0 <= found["score"] <= 1 and all(tag not in found["think"] + found["critique"] for tag in TAGS)
         assert text.count("<critique>") == text.count("<score>") == 1
-    assert 0 <= ra.judge_reward(text, GOOD) <= 1 and (ra.judge_reward(text, GOOD) == 0 or found)
+    assert 0 <= ra.judge_reward(text, 0.5) <= 1 and (ra.judge_reward(text, 0.5) == 0 or found)
     assert ra.transcript(["a", text, "b"]).startswith(">") and "b" not in ra.transcript(["a", text.replace("b", ""), "b"])
     assert WORLD.system == ra.opening(WORLD, text, (["a", text, "b"], text))[0]["content"]
 
@@ -143,8 +143,8 @@ def test_the_annotator_sees_neither_outcome_nor_answer(monkeypatch):
 
 
 def test_judge_reward_by_hand():
-    assert ra.judge_reward(blocks("0.3"), GOOD) == pytest.approx(0.8) and ra.judge_reward(blocks("0.5", "x", "y"), GOOD) == 1
-    assert ra.judge_reward(blocks("1"), blocks("0")) == 0 == ra.judge_reward("garbage", GOOD) == ra.judge_reward(blocks("nan"), GOOD)
+    assert ra.judge_reward(blocks("0.3"), 0.5) == pytest.approx(0.8) and ra.judge_reward(blocks("0.5", "x", "y"), 0.5) == 1
+    assert ra.judge_reward(blocks("1"), 0.0) == 0 == ra.judge_reward("garbage", 0.5) == ra.judge_reward(blocks("nan"), 0.5)
 
 
 def test_auc_by_hand():
@@ -464,6 +464,13 @@ def test_an_unreadable_judgement_is_retried_then_zero_and_empty(tiny, monkeypatc
     assert len({seed for *_, seeds in puppet.calls for seed in seeds}) == 2 + retries
 
 
+def test_an_attempt_that_was_not_played_is_not_judged(tiny, monkeypatch):
+    puppet = Puppet(GOOD)
+    monkeypatch.setattr(common, "generate", puppet)
+    judged = ra.judge(tiny, WORLD, ARGS, [HISTORIES[0], HISTORIES[1][:1]], ("s",))
+    assert judged[0]["parsed"] and judged[1] == EMPTY and [len(prompts) for prompts, *_ in puppet.calls] == [1]
+
+
 def test_a_transcript_beyond_the_judges_context_is_not_readable(tiny, monkeypatch):
     puppet, model = Puppet(GOOD), copy.deepcopy(tiny[0])
     monkeypatch.setattr(common, "generate", puppet)
@@ -506,13 +513,22 @@ def test_no_prompt_depends_on_the_right_answer(tiny, monkeypatch, env):
     assert not any("win" in text.split() or "did not" in text for text in said[None])
 
 
+def test_watch_by_hand():
+    go, stop = (f"<tool_call>{name}</tool_call>" for name in ("go", "stop"))
+    one = {"history": ["Q", go, "o", f"A thought.\n{go}", "o", stop, "o"], "valid": [True, False, True], "won": True, "score": 1.0}
+    two = {"history": ["Q", "The critique says so.", "o"], "valid": [True], "won": False, "score": 0.5}
+    counted = ra.watch([one | {"truncated": False}, two | {"truncated": True}])
+    assert counted == {"success": 0.5, "score": 0.75, "calls": 2, "repeated_calls": 0.5, "invalid": 0.25, "truncated": 1,
+                       "speaks_of_a_critique": 0.25}  # fmt: skip
+
+
 def test_leaks_counts_critiques_that_name_the_answer():
     WORLD.reset(seed=3, options={"split": "train"})
     gold = WORLD.gold
     episodes = [{"seed": 3, "split": "train"}] * 4
     critiques = [f"It is {gold.upper()}.", "Go on like this.", "", f"x{gold}x"]
-    assert ra.leaks(ARGS, episodes, [{"critique": c} for c in critiques]) == 1 / 4
-    assert ra.leaks(dataclasses.replace(ARGS, env="repair"), episodes, [{"critique": c} for c in critiques]) is None
+    assert ra.leaks(WORLD, episodes, [{"critique": c} for c in critiques]) == 1 / 4
+    assert ra.leaks(envs.make("repair"), episodes, [{"critique": c} for c in critiques]) is None
 
 
 # -------------------------------------------------------------------------------------------------------------- warm-up
@@ -524,7 +540,8 @@ def test_the_warm_up_asks_no_expert_and_sees_train_alone(monkeypatch):
 
     splits, reset = set(), envs.Search.reset
     monkeypatch.setattr(envs.Search, "reset", lambda self, **k: splits.add(k["options"]["split"]) or reset(self, **k))
-    for name in "expert_player", "search_expert", "sloppy_player", "hasty_player", "guess_player", "search_flaws":
+    experts = "expert_player", "thinking_player", "search_expert", "search_thought"
+    for name in *experts, "sloppy_player", "hasty_player", "guess_player", "search_flaws":
         monkeypatch.setattr(envs, name, asked)
     monkeypatch.setattr(envs.Search, "expert", asked)
     begin, args = envs.Search.begin, dataclasses.replace(ARGS, examples=20)
@@ -723,7 +740,7 @@ def test_the_cold_start_is_what_the_expert_said_to_the_end(main_here, monkeypatc
     main_here(f"{SMALL} --variant none --steps 1 --eval-episodes 1 --out-dir run")
     assert [len(dialogues) for dialogues in seen] == [8, 8]  # --cold-start 16 by --sft-batch-size 8
     dialogues = sorted([m["content"] for m in dialogue] for step in seen for dialogue in step)
-    expert = [envs.run_episode(WORLD, envs.expert_player, 500_000_000 + i) for i in range(16)]
+    expert = [envs.run_episode(WORLD, envs.thinking_player, 500_000_000 + i) for i in range(16)]
     assert dialogues == sorted([WORLD.system, *[text for turn in zip(e["observations"], e["actions"]) for text in turn]] for e in expert)
     assert all(e["won"] and envs.read_call(e["actions"][-1])[0] == "answer" for e in expert)
 
@@ -755,6 +772,7 @@ def test_u_has_both_and_doubles_the_batch(main_here, whole, tmp_path, pool):
     pools = [r1[:4] + r2[:4], r1[4:] + r2[4:]] if pool == "joint" else [r1[:4], r2[:4], r1[4:], r2[4:]]
     assert advantages == [a for group in pools for a in ra.group_advantages(group, len(group))]
     kept, verdicts = lines(tmp_path / "run" / "rollouts.jsonl"), [*judged[:4], *judged_again[:4], *judged[4:], *judged_again[4:]]
+    assert [e["return"] for e in kept] == r1[:4] + r2[:4] + r1[4:] + r2[4:] and [e["advantage"] for e in kept] == advantages
     assert [e["attempt"] for e in kept] == ([1] * 4 + [2] * 4) * 2 and [e["judgement"] for e in kept] == verdicts
     evaluated = [rest for split, _, rest, _ in seen.rollouts if rest["stream"][0] == "evaluate"]
     assert evaluated and all(rest.get("before") is None for rest in evaluated)  # at test time: the first attempt alone
@@ -873,6 +891,7 @@ BAD_VALUES = {
     ("--model {bad}/no-template", "chat template"), ("--model {bad}/short", "context"), ("--env chess", "unknown world 'chess'"),
     ("--env repair", "--rrm"), ("--env repair --variant none", "--cold-start"), ("--nonsense 1", "--nonsense"), ("--resume", "no run"),
     ("--out-dir {bad}/short", "exists"), ("--out-dir {bad}/file", "exists"), ("--out-dir {bad}/file/run", "--out-dir"),
+    ("--variant R --pool separate", "--pool"), ("--variant none --rrm ./nowhere", "no --rrm"),
     ("--rrm ./nowhere", "config.json is missing"), ("--rrm {bad}/other", "config.json is missing"),
     ("--rrm {bad}/garbage", "cannot be loaded"), ("--rrm nobody/nothing", "cannot be loaded"),
     ("--rrm {bad}/no-template", "chat template"), ("--rrm {bad}/short --variant C", "context"),
