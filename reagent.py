@@ -21,6 +21,8 @@ Departures from the paper, and why:
  2. The reward of the judge's GRPO and the prompt of the second attempt are unpublished; those below are ours. A judgement that cannot be
     read is tried again at --temperature (paper's script: once more at 0). A second attempt is judged by itself, without the first.
  3. Cold-start trajectories, with thoughts, come from the world's expert, --cold-start of them (paper: 55.6 thousand of a stronger model).
+    Each is imitated twice, the second time below another player's attempt, as a second attempt without a critique (paper: unstated);
+    without that, a small model forgets the form of second attempts.
  4. Transcripts lack native thoughts, and the last observation, in which our worlds say how the game ended: neither judge nor second attempt
     may know.
  5. One --lr for all phases, SFT and GRPO (paper: 1e-5 and 5e-7), warmed up over 5 updates, gradients clipped to norm 1; evaluation without
@@ -59,7 +61,7 @@ class Args:
     model: str = common.flag("tiny", "tiny, tiny:WIDTHxLAYERS, a local directory or a hub id")
     env: str = common.flag("search", "a world of envs.py")
     seed: int = common.flag(0, "of everything sampled; the tiny model is built with seed 0")
-    steps: int = common.flag(60, "updates of the agent (paper: 300)")
+    steps: int = common.flag(50, "updates of the agent (paper: 300)")
     lr: float = common.flag(5e-4, "AdamW, of every phase, constant after 5 updates (paper: 5e-7, SFT 1e-5; its script: 5e-6)")
     batch_size: int = common.flag(128, "first attempts per step: questions x --group-size (paper: 32 questions, 64 in an appendix)")
     micro_batch_size: int = common.flag(16, "sequences per backward pass; changes memory and speed, not the gradient")
@@ -226,13 +228,13 @@ def annotate(flaws):
     return f"<think>{think}</think>\n<critique>{critique}</critique>\n<score>{process_score(flaws):.1f}</score>"
 
 
-def trajectories(args, split, count, name):
+def trajectories(args, split, seeds, name):
     """Episodes of players of different strength, half of them with the expert's thoughts, and the flaws of their process."""
     players = (envs.expert_player, envs.sloppy_player, envs.hasty_player, envs.guess_player, envs.random_player)
     world, episodes = envs.make(args.env), []
-    for i in range(count):
-        rng = random.Random(f"{name} {args.seed} {i}")
-        observation, info = world.reset(seed=rng.randrange(2**40), options={"split": split})
+    for seed in seeds:
+        rng = random.Random(f"{name} {args.seed} {seed}")
+        observation, info = world.reset(seed=seed, options={"split": split})
         history, steps, player, thinks, over = [observation], [], rng.choice(players), rng.random() < 0.5, False
         while not over:
             action = player(world, info, rng)
@@ -247,6 +249,17 @@ def trajectories(args, split, count, name):
             flaws.append("no answer")
         episodes.append({"history": history, "flaws": flaws, "won": info["won"]})
     return episodes
+
+
+def demonstrations(args, seeds):
+    """The expert's correct trajectories, with its thoughts, each beside another player's attempt at the same question (`earlier`)."""
+    world, found = envs.make(args.env), []
+    for seed, other in zip(seeds, trajectories(args, "train", seeds, "earlier")):
+        e = envs.run_episode(world, envs.thinking_player, seed)
+        turns = itertools.zip_longest(e["observations"], e["actions"])
+        if e["won"]:
+            found.append({"history": [text for turn in turns for text in turn if text is not None], "earlier": other["history"]})
+    return found
 
 
 def judge_reward(text, reference):
@@ -433,9 +446,9 @@ def judge_grpo(state, batch, stream):
 
 
 def cold_start(state, batch, stream):
-    """The agent imitates correct trajectories."""
+    """The agent imitates correct trajectories, as first attempts and as second ones."""
     return imitate(state.model, state.chat, state.args, state.optimizer, [
-        opening(state.world, e["history"][0]) + spoken(e["history"]) for e in batch])
+        opening(state.world, e["history"][0], before) + spoken(e["history"]) for e in batch for before in (None, (e["earlier"], ""))])
 
 
 def learn(state, batch, stream):
@@ -693,14 +706,11 @@ def main():
         return evaluations(args.variant == "C")
     run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
     annotated = isinstance(world, envs.Search)
-    judged = trajectories(args, "train", args.judged, "judged") if judging and not args.rrm else []
-    held_out = trajectories(args, "test", 200 if not args.quick else 16, "held out") if judging and annotated else []
-    cold = args.cold_start if args.variant != "C" else 0  # C is frozen from the start
-    correct = []
-    for i in range(cold):
-        e = envs.run_episode(world, envs.thinking_player, args.seed * 1_000_000_007 + 500_000_000 + i)
-        turns = itertools.zip_longest(e["observations"], e["actions"])
-        correct += [{"history": [text for turn in turns for text in turn if text is not None]}] if e["won"] else []
+    start = args.seed * 1_000_000_007  # of the seeds that `learn` plays; the other train seeds are far from there
+    seeds = lambda offset, count: range(start + offset, start + offset + count)  # noqa: E731
+    judged = trajectories(args, "train", seeds(300_000_000, args.judged if judging and not args.rrm else 0), "judged")
+    held_out = trajectories(args, "test", range(10_000, 10_000 + (min(200, args.judged) if judging and annotated else 0)), "held out")
+    correct = demonstrations(args, seeds(500_000_000, args.cold_start if args.variant != "C" else 0))  # C is frozen from the start
     plan = plan_of(args, judged, correct)
     print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; updates: "
           f"{', '.join(f'{n} {phase}' for phase, n in Counter(phase for phase, *_ in plan).items())}; a step plays "

@@ -32,7 +32,7 @@ def judged_trajectories(run, episodes):
     common.check((run / "rrm" / "config.json").is_file(), f"{run}: it trained no judge (rrm/ is missing)")
     args = dataclasses.replace(args, device="cpu")
     rrm, world = common.load(str(run / "rrm"), device=args.device, dtype=args.dtype), envs.make(args.env)
-    found = reagent.trajectories(args, "test", episodes, "judge")
+    found = reagent.trajectories(args, "test", range(20_000, 20_000 + episodes), "judge")
     judged = reagent.judge(rrm, world, args, [e["history"] for e in found], ("judge",))
     return [{**e, **j, "reference": reagent.process_score(e["flaws"])} for e, j in zip(found, judged)]
 

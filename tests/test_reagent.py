@@ -128,16 +128,16 @@ def test_the_annotator_sees_neither_outcome_nor_answer(monkeypatch):
     seen, flaws = [], envs.search_flaws
     monkeypatch.setattr(envs, "search_flaws", lambda question, steps, **rest: seen.append((question, str(steps), rest)) or flaws(
         question, steps, **rest))
-    found = ra.trajectories(ARGS, "train", 40, "x")
+    found = ra.trajectories(ARGS, "train", range(40), "x")
     assert all(not rest for *_, rest in seen)  # the outcome is an option of search_flaws
     begin = envs.Search.begin
     monkeypatch.setattr(envs.Search, "begin", lambda self, *a: [begin(self, *a), vars(self).update(gold="Zyx Quux")][0])
-    other = ra.trajectories(ARGS, "train", 40, "x")
+    other = ra.trajectories(ARGS, "train", range(40), "x")
     assert [e["flaws"] for e in found] == [e["flaws"] for e in other] and "Zyx" not in str(other)
     assert any(e["won"] for e in found) and not any(e["won"] for e in other)
     assert [ra.judge_messages(WORLD, e["history"]) for e in found] == [ra.judge_messages(WORLD, e["history"]) for e in other]
     assert len({tuple(e["flaws"]) for e in found}) > 4 and [] in [e["flaws"] for e in found]
-    assert {e["history"][0] for e in found}.isdisjoint(e["history"][0] for e in ra.trajectories(ARGS, "test", 40, "x"))
+    assert {e["history"][0] for e in found}.isdisjoint(e["history"][0] for e in ra.trajectories(ARGS, "test", range(40), "x"))
     for e in found:
         assert ("no answer" in e["flaws"]) == (envs.read_call(e["history"][-2])[0] != "answer")
 
@@ -294,10 +294,13 @@ def test_what_the_supervised_phases_imitate(tiny, monkeypatch):
     chat, e = tiny[1], envs.run_episode(WORLD, envs.expert_player, 3)
     history = [text for turn in zip(e["observations"], [*e["actions"], None]) for text in turn][:-1]
     state = ra.State(ARGS, WORLD, chat, "the agent", ("the judge", chat), "the optimizer")
-    ra.cold_start(state, [{"history": history}], ("cold-start", 1))
+    earlier = ["Q", "a call", "a reply", "another", "the end"]
+    ra.cold_start(state, [{"history": history, "earlier": earlier}], ("cold-start", 1))
     ra.judge_sft(state, [{"history": history, "flaws": ["wrong tool"]}], ("judge-sft", 1))
     assert [given[0] for given in seen] == ["the agent", "the judge"] and all(given[3] == "the optimizer" for given in seen)
-    [whole], [judged] = (given[-1] for given in seen)
+    [whole, again], [judged] = (given[-1] for given in seen)
+    assert again[2:] == whole[2:] and again[1]["content"] == f"{history[0]}\n" + ra.AGAIN.format(
+        transcript="> a call\na reply\n> another", critique="nothing.")
     assert [m["role"] for m in whole] == ["system", *["user", "assistant"] * len(e["actions"])] and len(e["actions"]) > 1
     assert [m["content"] for m in whole] == [WORLD.system, *history[:-1]]  # the last observation answers nothing any more
     assert judged == [*ra.judge_messages(WORLD, history), {"role": "assistant", "content": ra.annotate(["wrong tool"])}]
@@ -581,17 +584,17 @@ def environment(environment, tiny):
     return environment  # with the tiny model in the cache already
 
 
-def fewer(args, split, count, name, real=ra.trajectories):
-    """200 held-out trajectories would take most of these runs' time."""
-    return real(args, split, min(count, 4 if name == "held out" else 16), name)
+def fewer(args, split, seeds, name, real=ra.trajectories):
+    """Held-out trajectories would take most of these runs' time."""
+    return real(args, split, seeds[:4] if name == "held out" else seeds, name)
 
 
 # What the process that runs the script does first: see `run_script` in conftest.py.
 PREPARE = """
 import envs, reagent
 real, args = reagent.trajectories, reagent.Args(examples=60)
-reagent.warmup(envs.make("search"), args), [real(args, split, 8, "any") for split in ("test", "ood")]  # the encyclopedias are cached
-reagent.trajectories = lambda args, split, count, name: real(args, split, min(count, 4 if name == "held out" else 16), name)
+reagent.warmup(envs.make("search"), args), [real(args, split, range(8), "any") for split in ("test", "ood")]  # the encyclopedias are cached
+reagent.trajectories = lambda args, split, seeds, name: real(args, split, seeds[:4] if name == "held out" else seeds, name)
 """
 
 
@@ -738,8 +741,11 @@ def test_the_cold_start_is_what_the_expert_said_to_the_end(main_here, monkeypatc
     seen, imitate = [], ra.imitate
     monkeypatch.setattr(ra, "imitate", lambda *given: seen.append(given[-1]) or imitate(*given))
     main_here(f"{SMALL} --variant none --steps 1 --eval-episodes 1 --out-dir run")
-    assert [len(dialogues) for dialogues in seen] == [8, 8]  # --cold-start 16 by --sft-batch-size 8
-    dialogues = sorted([m["content"] for m in dialogue] for step in seen for dialogue in step)
+    assert [len(dialogues) for dialogues in seen] == [16, 16]  # --cold-start 16 by --sft-batch-size 8, each as a second attempt too
+    dialogues = sorted([m["content"] for m in dialogue] for step in seen for dialogue in step[::2])
+    again = sorted([m["content"] for m in dialogue] for step in seen for dialogue in step[1::2])
+    assert all(two[2:] == one[2:] and two[1].startswith(one[1]) and "\nA reviewer says: nothing.\n" in two[1]
+               for one, two in zip(dialogues, again))
     expert = [envs.run_episode(WORLD, envs.thinking_player, 500_000_000 + i) for i in range(16)]
     assert dialogues == sorted([WORLD.system, *[text for turn in zip(e["observations"], e["actions"]) for text in turn]] for e in expert)
     assert all(e["won"] and envs.read_call(e["actions"][-1])[0] == "answer" for e in expert)
