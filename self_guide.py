@@ -14,24 +14,26 @@ its ratings; --trust zero lets ratings steer but never earn. Guided arms are eva
 
 Departures from the paper, and why:
  1. Rating and acting are turns of one growing dialogue; the paper gives each call a prompt of its own over the trajectory so far. So the
-    model sees its earlier ratings too, and every token is encoded once: the cost of an episode grows with its length, not with the square.
-    A full context ends the episode.
+    model sees its earlier ratings too, and a rollout encodes every token once: the cost of an episode grows with its length, not with the
+    square. A full context ends the episode.
  2. The actions that are possible now are not listed: in a dialogue that only grows the lists would pile up. The world's system prompt says
     how to act.
  3. The system prompt explains rating and acting once, and what to do with a rating; a turn asks for one of them in a word.
  4. A rating that is not a reason and a label counts as neutral (the paper does not say), and is counted.
  5. A tiny model has been told beforehand what a rating looks like, that an action which did nothing deserves a negative one, and to try a
-    possible action after that (`warmup`).
-The paper leaves open: group size, learning rate and KL weight of its GRPO runs, the scale of R_env, if "full reward at once" ever ends.
+    possible action after that (`warmup`); only dialogues with ratings hold such actions. Its system prompt is a single token.
+The paper leaves open: group size, learning rate and KL weight of its GRPO runs, the scale of R_env (10 here, after a public script: ratings
+weigh less than as the paper writes it), if "full reward at once" ever ends.
 
     python self_guide.py                                        # household, tiny model: see README for minutes and numbers
     python self_guide.py --guide off --out-dir runs/grpo        # plain GRPO; every arm wants a directory of its own
-    python self_guide.py --guide inference                      # no training
-    python self_guide.py --trust zero                           # or immediate, no-anneal
-    python self_guide.py --estimator dapo
-    python self_guide.py --guide off --token-budget 3000000     # as many sampled tokens as a guided run had
-    python self_guide.py --model Qwen/Qwen3-1.7B --env household-full --device cuda --lr 1e-6 --micro-batch-size 1 --max-new-tokens 512
-    python self_guide.py --quick                                # the whole path in under a minute
+    python self_guide.py --guide inference --out-dir runs/start # no training
+    python self_guide.py --trust zero --out-dir runs/zero       # or immediate, no-anneal
+    python self_guide.py --estimator dapo --out-dir runs/dapo
+    python self_guide.py --guide off --token-budget 1800000 --out-dir runs/tokens # as many sampled tokens as a guided run had
+    python self_guide.py --model Qwen/Qwen3-1.7B --env household-full --device cuda --lr 1e-6 --kl 0.01 --micro-batch-size 1 \\
+        --max-new-tokens 512 --out-dir runs/qwen
+    python self_guide.py --quick --out-dir runs/quick           # the whole path in under a minute
 """
 
 import copy
@@ -78,13 +80,13 @@ class Args:
     # group-relative policy optimisation
     group_size: int = common.flag(8, "episodes of one task (paper: 8 for DAPO)")
     updates: int = common.flag(4, "gradient steps per step, each on its share of the groups (not in the paper)")
-    estimator: str = common.flag("grpo", "dapo: asymmetric clip, token-mean loss, dynamic sampling", choices=["grpo", "dapo"])
-    clip: float = common.flag(0.2, "the ratio stays above 1 - clip, and with grpo below 1 + clip (paper, for DAPO)")
-    clip_high: float = common.flag(0.28, "with dapo below 1 + clip_high (paper)")
+    estimator: str = common.flag("grpo", "dapo: asymmetric clip, token-mean loss, dynamic sampling (paper: both)", choices=["grpo", "dapo"])
+    clip: float = common.flag(0.2, "the ratio counts as at least 1 - clip, and with grpo as at most 1 + clip (paper, for DAPO)")
+    clip_high: float = common.flag(0.28, "with dapo as at most 1 + clip_high (paper)")
     kl: float = common.flag(0.03, "weight of the KL to the start policy; 0 switches it off (paper: 0.01 for DAPO)")
     resample: int = common.flag(2, "dapo: times that groups without spread in R are replaced, per step (not in the paper)")
     # Self-Guide
-    guide: str = common.flag("on", "off: plain GRPO; inference: ratings steer an untrained policy", choices=["on", "off", "inference"])
+    guide: str = common.flag("on", "off: plain GRPO; inference: ratings steer an untrained policy (paper)", choices=["on", "off", "inference"])
     trust: str = common.flag("schedule", "lambda over the run, with --guide on (paper: the schedule and, as ablations, the others)",
                              choices=["schedule", "zero", "immediate", "no-anneal"])
     trust_points: list[float] = dataclasses.field(default_factory=lambda: [0.4, 0.5, 0.7, 0.8], metadata={
@@ -92,7 +94,7 @@ class Args:
     rating_reward: float = common.flag(0.1, "g of a positive rating; a negative one is its opposite (paper)")
     reward_scale: float = common.flag(10.0, "R_env is this times the world's score, 1 for success (paper: 1; public script: 10)")
     invalid_penalty: float = common.flag(0.0, "taken from R_env for each invalid action (public script: 0.1; paper: unclear)")
-    token_budget: int = common.flag(0, "with --guide off: stop after so many sampled tokens, not after --steps; 0: no budget")
+    token_budget: int = common.flag(0, "with --guide off: stop after so many sampled tokens, not after --steps (not in the paper)")
     examples: int = common.flag(10000, "episodes that make a tiny model")
 
 
@@ -116,7 +118,8 @@ def spoken(reply):
 
 def parse_rating(reply):
     """A rating -> -1, 0 or 1 for its label, or None if it is not a reason and a label."""
-    found = re.fullmatch(r"Reason:[^\n]*\w[^\n]*\n+Label:\W*(negative|neutral|positive)\W*", spoken(reply), re.IGNORECASE | re.ASCII)
+    label = r"(?a:(negative|neutral|positive))"  # ASCII: or a dotless i would count as an i
+    found = re.fullmatch(rf"\W*Reason:[^\n]*\w[^\n]*\n\W*Label:\W*{label}\W*", spoken(reply), re.IGNORECASE)
     return LABELS.index(found[1].lower()) - 1 if found else None
 
 
@@ -215,7 +218,7 @@ def group_advantages(returns, group_size):
 
 
 def without_spread(returns, group_size):
-    """How many groups teach nothing, as all of their episodes got the same."""
+    """How many groups have no advantages, as all of their episodes got the same."""
     groups = [returns[i:i + group_size] for i in range(0, len(returns), group_size)]
     return sum(max(group) == min(group) for group in groups)
 
@@ -422,6 +425,7 @@ def check_args(args):
                  f"--trust-points must be four growing shares of --steps, not {args.trust_points}")
     common.check(args.reward_scale > 0, f"--reward-scale must be above 0, not {args.reward_scale}")
     common.check(not args.token_budget or args.guide == "off", "--token-budget belongs to --guide off")
+    common.check(args.trust == "schedule" or args.guide == "on", f"--trust {args.trust} belongs to --guide on")
     try:
         return envs.make(args.env)
     except ValueError as error:

@@ -730,7 +730,7 @@ def bad_models(llama, tmp_path_factory):
     ("--trust-points 0.5 0.4 0.7 0.8", "--trust-points"), ("--trust-points 0.4 0.4 0.7 0.8", "--trust-points"),
     ("--trust-points 0.4 0.5 0.7 1.2", "--trust-points"), ("--trust-points -0.1 0.5 0.7 0.8", "--trust-points"),
     ("--trust-points 0.4 nan 0.7 0.8", "--trust-points"), ("--trust-points a b c d", "--trust-points"),
-    ("--trust-points", "--trust-points"),
+    ("--trust-points", "--trust-points"), ("--guide off --trust zero", "--guide on"),
     ("--rating-reward nan", "--rating-reward"), ("--rating-reward inf", "--rating-reward"), ("--reward-scale 0", "--reward-scale"),
     ("--reward-scale -1", "--reward-scale"), ("--reward-scale inf", "--reward-scale"), ("--token-budget -1", "--token-budget"),
     ("--token-budget 100", "--guide off"), ("--token-budget 100 --guide inference", "--guide off"), ("--examples 0", "--examples"),
