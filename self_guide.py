@@ -86,7 +86,8 @@ class Args:
     kl: float = common.flag(0.03, "weight of the KL to the start policy; 0 switches it off (paper: 0.01 for DAPO)")
     resample: int = common.flag(2, "dapo: times that groups without spread in R are replaced, per step (not in the paper)")
     # Self-Guide
-    guide: str = common.flag("on", "off: plain GRPO; inference: ratings steer an untrained policy (paper)", choices=["on", "off", "inference"])
+    guide: str = common.flag("on", "off: plain GRPO; inference: ratings steer an untrained policy (paper: all three)",
+                             choices=["on", "off", "inference"])
     trust: str = common.flag("schedule", "lambda over the run, with --guide on (paper: the schedule and, as ablations, the others)",
                              choices=["schedule", "zero", "immediate", "no-anneal"])
     trust_points: list[float] = dataclasses.field(default_factory=lambda: [0.4, 0.5, 0.7, 0.8], metadata={
