@@ -1637,15 +1637,16 @@ def search_thought(question, steps):
     return found[-1]
 
 
-FLAWS = ("skipped lookup", "repeated call", "unsupported guess", "wrong tool", "lucky answer")
+FLAWS = ("skipped lookup", "repeated call", "unsupported guess", "wrong conclusion", "wrong tool", "lucky answer")
 
 
 def search_flaws(question, steps, won=None):
     """What went wrong on the way, by name, from the public record: (action, observation, valid) of each turn; the outcome is optional.
 
     skipped lookup: answered before all facts were read that the question asks for; repeated call: the same one twice; unsupported guess:
-    the answer was neither shown nor calculated, nor follows from what was read; wrong tool: a call that was not valid, or a search for an
-    open page that lists nothing new; lucky answer: right, though unsupported or with a lookup skipped.
+    the answer was neither shown nor calculated, nor follows from what was read; wrong conclusion: all was read, and something else follows;
+    wrong tool: a call that was not valid, or a search for an open page that lists nothing new; lucky answer: right, though unsupported or
+    with a lookup skipped.
     """
     form, chains = read_question(question)
     record, flaws = read_record(steps), set()
@@ -1662,6 +1663,8 @@ def search_flaws(question, steps, won=None):
             flaws.add("skipped lookup")
         if not any(rule_reward(answer, value) == 1 for value in shown):
             flaws.add("unsupported guess")
+        elif not missing and rule_reward(answer, conclude(form, values)[0]) < 1:
+            flaws.add("wrong conclusion")
         if won and flaws & {"skipped lookup", "unsupported guess"}:
             flaws.add("lucky answer")
     return [name for name in FLAWS if name in flaws]
@@ -1851,6 +1854,12 @@ def sloppy_player(env, info, rng):
     if flaw == 2 and env.seen:
         return tool_call("answer", rng.choice(env.seen))
     return guess_player(env, info, rng) if flaw == 3 else env.expert()
+
+
+def muddled_player(env, info, rng):
+    """Search only: the expert, but the answer is anything that was read."""
+    action = env.expert()
+    return tool_call("answer", rng.choice(env.seen)) if read_call(action)[0] == "answer" and env.seen else action
 
 
 # --------------------------------------------------------------------------------------------------------- command line

@@ -209,11 +209,12 @@ def judge(rrm, world, args, histories, stream, first=0):
     return out
 
 
-COSTS = {"skipped lookup": 0.4, "unsupported guess": 0.4, "repeated call": 0.2, "wrong tool": 0.2, "no answer": 0.5}
+COSTS = {"skipped lookup": 0.4, "unsupported guess": 0.4, "wrong conclusion": 0.4, "repeated call": 0.2, "wrong tool": 0.2,
+         "no answer": 0.5}
 ADVICE = {
     "skipped lookup": "Read every page that the question needs before you answer.", "unsupported guess": "Answer with what you have read.",
-    "repeated call": "Do not call the same tool with the same words twice.", "wrong tool": "Use tools as they are described.",
-    "no answer": "Give an answer before the turns run out."}  # fmt: skip
+    "wrong conclusion": "Answer what was asked.", "repeated call": "Do not call the same tool with the same words twice.",
+    "wrong tool": "Use tools as they are described.", "no answer": "Give an answer before the turns run out."}  # fmt: skip
 
 
 def process_score(flaws):
@@ -230,7 +231,7 @@ def annotate(flaws):
 
 def trajectories(args, split, seeds, name):
     """Episodes of players of different strength, half of them with the expert's thoughts, and the flaws of their process."""
-    players = (envs.expert_player, envs.sloppy_player, envs.hasty_player, envs.guess_player, envs.random_player)
+    players = (envs.expert_player, envs.sloppy_player, envs.hasty_player, envs.muddled_player, envs.guess_player, envs.random_player)
     world, episodes = envs.make(args.env), []
     for seed in seeds:
         rng = random.Random(f"{name} {args.seed} {seed}")

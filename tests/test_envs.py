@@ -1212,7 +1212,8 @@ def test_search_flaws():
         ([search, book, search, person, born, answer("1760")], ["repeated call", "wrong tool"]),
         ([search, search, book], ["repeated call"]), ([search, ("nonsense", "That is not.", False), book], ["wrong tool"]),
         ([search, book, (call("search", "velden letters"), search[1], True)], ["repeated call", "wrong tool"]),
-        ([*good, (call("calculate", "1760 - 1"), "The result is 1759. 1 turn left.", True), answer("1759")], []),
+        ([*good, (call("calculate", "1760 - 1"), "The result is 1759. 1 turn left.", True), answer("1759")], ["wrong conclusion"]),
+        ([*good, answer("Mira Velden")], ["wrong conclusion"]),
     ]:  # fmt: skip
         assert envs.search_flaws(question, steps) == flaws == envs.search_flaws(question, steps, won=False)
     assert envs.search_flaws(question, [search, book, answer("1760")], won=True) == ["skipped lookup", "unsupported guess", "lucky answer"]
@@ -1225,8 +1226,9 @@ def test_search_flaws():
     with pytest.raises(ValueError, match="not a question"):
         envs.search_flaws("What is love?", [])
     seen = set()
-    for seed in range(80):  # the weak players make all of them
-        env, steps = search_episode("search", [envs.sloppy_player, envs.hasty_player, envs.guess_player][seed % 3], seed, env=env)
+    players = envs.sloppy_player, envs.hasty_player, envs.muddled_player, envs.guess_player
+    for seed in range(80):  # they make all of them
+        env, steps = search_episode("search", players[seed % 4], seed, env=env)
         seen.update(envs.search_flaws(env.task, steps, env.won))
         assert env.gold not in env.task
     assert seen == set(envs.FLAWS)

@@ -544,7 +544,7 @@ def test_the_warm_up_asks_no_expert_and_sees_train_alone(monkeypatch):
     splits, reset = set(), envs.Search.reset
     monkeypatch.setattr(envs.Search, "reset", lambda self, **k: splits.add(k["options"]["split"]) or reset(self, **k))
     experts = "expert_player", "thinking_player", "search_expert", "search_thought"
-    for name in *experts, "sloppy_player", "hasty_player", "guess_player", "search_flaws":
+    for name in *experts, "sloppy_player", "hasty_player", "muddled_player", "guess_player", "search_flaws":
         monkeypatch.setattr(envs, name, asked)
     monkeypatch.setattr(envs.Search, "expert", asked)
     begin, args = envs.Search.begin, dataclasses.replace(ARGS, examples=20)
