@@ -25,12 +25,12 @@ Early Experience (arXiv 2510.08558), a baseline of the paper, is docs/early_expe
 report it. A thinking model's native thoughts are off.
 The paper's prompts and its GRPO settings are not public; those below are ours.
 
-    python act.py                                    # pairs, ACT, imitation on household with the tiny model: see README
-    python act.py --pipeline il,il                   # a control with equal epochs
-    python act.py --pipeline act,il,rl --rl episodes # reinforcement on whole episodes, in place of the expert's states
+    python act.py                                        # pairs, ACT, imitation on household with the tiny model: see README
+    python act.py --pipeline il,il --out-dir runs/il,il  # a control with equal epochs; every run wants a directory of its own
+    python act.py --pipeline act,il,rl --rl episodes --out-dir runs/episodes # reinforcement on whole episodes, not on expert states
     python act.py --pairs runs/act-household-s0/pairs.jsonl --model tiny:32x2 --out-dir runs/small # another model's pairs
     python act.py --model Qwen/Qwen3-4B --env household-full --device cuda --lr 1e-6 --max-new-tokens 512
-    python act.py --quick                            # the whole path in under a minute
+    python act.py --quick --out-dir runs/quick           # the whole path in under a minute
 """
 
 import copy

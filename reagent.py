@@ -28,12 +28,12 @@ Departures from the paper, and why:
  5. One --lr for all phases, SFT and GRPO (paper: 1e-5 and 5e-7), warmed up over 5 updates, gradients clipped to norm 1; evaluation without
     top-p; SFT at --temperature; as many turns as the world allows (paper: 13).
 
-    python reagent.py                                  # judge, cold start, variant U on search with the tiny model: see README
-    python reagent.py --variant R --batch-size 256 --group-size 16 --rrm runs/reagent-search-s0/rrm --out-dir runs/R  # attempts as U
-    python reagent.py --variant none --out-dir runs/none # or C
+    python reagent.py                                     # judge, cold start, variant U on search with the tiny model: see README
+    python reagent.py --variant none --out-dir runs/none  # or C
     python reagent.py --rrm runs/reagent-search-s0/rrm --out-dir runs/U # a judge that is there already
+    python reagent.py --variant R --batch-size 256 --group-size 16 --rrm runs/reagent-search-s0/rrm --out-dir runs/R # attempts as U
     python reagent.py --model Qwen/Qwen3-1.7B --env search-full --device cuda --lr 1e-6 --max-new-tokens 512 --judge-tokens 512
-    python reagent.py --quick                          # the whole path in under a minute
+    python reagent.py --quick --out-dir runs/quick        # the whole path in under a minute
 """
 
 import copy
@@ -713,9 +713,9 @@ def main():
     held_out = trajectories(args, "test", range(10_000, 10_000 + (min(200, args.judged) if judging and annotated else 0)), "held out")
     correct = demonstrations(args, seeds(500_000_000, args.cold_start if args.variant != "C" else 0))  # C is frozen from the start
     plan = plan_of(args, judged, correct)
-    print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; updates: "
-          f"{', '.join(f'{n} {phase}' for phase, n in Counter(phase for phase, *_ in plan).items())}; a step plays "
-          f"{args.batch_size // args.group_size} questions x {args.group_size}{' x 2' if args.variant == 'U' else ''} attempts")
+    phases = ", ".join(f"{n} {phase}" for phase, n in Counter(phase for phase, *_ in plan).items())
+    print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; updates: {phases or 'none'}; "
+          f"{args.batch_size // args.group_size} questions x {args.group_size}{' x 2' if args.variant == 'U' else ''} attempts a step")
 
     totals, seconds, done, judge_quality, cold_started = Counter(), Counter(), 0, {}, None
     if saved := run.resume():

@@ -31,8 +31,7 @@ weigh less than as the paper writes it), if "full reward at once" ever ends.
     python self_guide.py --trust zero --out-dir runs/zero       # or immediate, no-anneal
     python self_guide.py --estimator dapo --out-dir runs/dapo
     python self_guide.py --guide off --token-budget 1800000 --out-dir runs/tokens # as many sampled tokens as a guided run had
-    python self_guide.py --model Qwen/Qwen3-1.7B --env household-full --device cuda --lr 1e-6 --kl 0.01 --micro-batch-size 1 \\
-        --max-new-tokens 512 --out-dir runs/qwen
+    python self_guide.py --model Qwen/Qwen3-1.7B --env household-full --device cuda --lr 1e-6 --micro-batch-size 1 --max-new-tokens 512
     python self_guide.py --quick --out-dir runs/quick           # the whole path in under a minute
 """
 
