@@ -36,7 +36,7 @@ The paper's prompts, learning rate, EMA rate and buffer size are not public; tho
     python nlac.py                            # repair shop, tiny model: see README for minutes and numbers
     python nlac.py --env 20q                  # twenty questions, the small table
     python nlac.py --ablation frozen-critic --out-dir runs/frozen # a floor: M never learns; blind-critic: futures of other transitions
-    python nlac.py --model Qwen/Qwen2.5-1.5B-Instruct --device cuda --lr 1e-6 --max-new-tokens 256
+    python nlac.py --model Qwen/Qwen2.5-1.5B-Instruct --device cuda --lr 1e-6 --max-new-tokens 256 --out-dir runs/qwen
     python nlac.py --quick --out-dir runs/quick # the whole path in under a minute
 """
 
