@@ -247,7 +247,7 @@ def at(points, x):
 
 
 def draw(arms, path):
-    """Test success against environment steps, a panel per world."""
+    """Test success against environment steps, a panel per table that has curves."""
     try:
         import matplotlib
     except ImportError:
@@ -256,10 +256,14 @@ def draw(arms, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    worlds = by_table(arms)
-    figure, panels = plt.subplots(1, len(worlds), figsize=(6.4 * len(worlds), 4.4), squeeze=False)
-    for panel, (env, chosen) in zip(panels[0], worlds.items()):
-        shown = {label(name): runs for name, runs in chosen.items() if label(name) in CURVES}
+    worlds = {}
+    for title, chosen in by_table(arms).items():
+        if shown := {label(name): runs for name, runs in chosen.items() if label(name) in CURVES and curve(runs)}:
+            worlds[title] = shown
+    figure, panels = plt.subplots(-(-len(worlds) // 2) or 1, 2, figsize=(12.8, 4.4 * (-(-len(worlds) // 2) or 1)), squeeze=False)
+    for panel in panels.flat[len(worlds):]:
+        panel.axis("off")
+    for panel, (env, shown) in zip(panels.flat, worlds.items()):
         for i, name in enumerate(CURVES):  # a colour belongs to an arm, whichever others are there
             points = curve(shown.get(name, {}))
             if points:
@@ -268,7 +272,7 @@ def draw(arms, path):
                 wide = [0 if math.isnan(e) else e for e in se]
                 low, high = [a - e for a, e in zip(y, wide)], [a + e for a, e in zip(y, wide)]
                 panel.fill_between(x, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-        s = [run["summary"] for runs in (shown or chosen).values() for run in runs.values()]
+        s = [run["summary"] for runs in shown.values() for run in runs.values()]
         for height, text, style in ((sum(x["expert"]["success"] for x in s) / len(s), "expert", "--"),
                                     (sum(x["before"]["success"] for x in s) / len(s), "base", ":")):
             panel.axhline(height, color="grey", linestyle=style, linewidth=1, label=text)
