@@ -21,7 +21,8 @@ HERE = Path(__file__).resolve().parent
 MARKS = "<!-- results -->", "<!-- /results -->"
 METHODS = {"self-guide": "Self-Guide", "act": "ACT", "reagent": "Reagent"}  # beginning of the names: title of the table
 MAIN = "nlac", "full", "act,il", "U"  # what the other arms of a table are compared with
-CLAIMS = (("zero", "grpo"), ("zero", "immediate"), ("act,il,rl", "il,rl"), ("few-demos-act,il", "few-demos-il,il"),
+CLAIMS = (("zero", "grpo"), ("zero", "immediate"), ("act,il,rl", "il,rl"),
+          *(("few-demos-act,il", f"few-demos-{other}") for other in ("il,il", "il", "sft-choice,il", "no-reasoning,il")),
           ("many-demos-act,il", "many-demos-il,il"), ("128x2-act,il", "128x2-il,il"),
           ("R-2G", "none"), ("R", "none"), ("U-lambda0", "none"), ("dapo", "grpo-dapo"))  # beside what MAIN's arms are compared with
 CURVES = ("nlac", "frozen-critic", "blind-critic", "ceiling", "mc-backup", "ppo", "self-distillation", "nlql", "grpo", "full", "zero",
