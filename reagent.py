@@ -21,8 +21,8 @@ Departures from the paper, and why:
  2. The reward of the judge's GRPO and the prompt of the second attempt are unpublished; those below are ours. A judgement that cannot be
     read is tried again at --temperature (paper's script: once more at 0). A second attempt is judged by itself, without the first.
  3. Cold-start trajectories, with thoughts, come from the world's expert, --cold-start of them (paper: 55.6 thousand of a stronger model).
-    Each is imitated twice, the second time below another player's attempt, as a second attempt without a critique (paper: unstated);
-    without that, a small model forgets the form of second attempts.
+    Each is imitated twice, the second time below an attempt that one of the judge's players made at the same question, as a second attempt
+    without a critique (paper: unstated); without that, a small model forgets the form of second attempts.
  4. Transcripts lack native thoughts, and the last observation, in which our worlds say how the game ended: neither judge nor second attempt
     may know.
  5. One --lr for all phases, SFT and GRPO (paper: 1e-5 and 5e-7), warmed up over 5 updates, gradients clipped to norm 1; evaluation without
@@ -253,7 +253,7 @@ def trajectories(args, split, seeds, name):
 
 
 def demonstrations(args, seeds):
-    """The expert's correct trajectories, with its thoughts, each beside another player's attempt at the same question (`earlier`)."""
+    """The expert's correct trajectories, with its thoughts, each beside an attempt of any player at the same question (`earlier`)."""
     world, found = envs.make(args.env), []
     for seed, other in zip(seeds, trajectories(args, "train", seeds, "earlier")):
         e = envs.run_episode(world, envs.thinking_player, seed)
