@@ -11,8 +11,9 @@ words to the agent, <score> a number in [0, 1]. Three ways to use it:
  none  lambda = 0, first attempts only. R with --batch-size and --group-size twice as large is the control that the paper lacks: as many
     attempts at as many questions as U.
 
-One run: 1. judged trajectories of players of different strength; 2. the judge learns them (SFT), then GRPO, paid for the closeness of its
-score to the reference and for its format; 3. cold start of the agent on correct trajectories; 4. the agent's own learning.
+One run: 1. cold start of the agent on correct trajectories; 2. judged trajectories, half of players of different strength, half of the
+agent as it is then; 3. the judge learns them (SFT), then GRPO, paid for the closeness of its score to the reference and for its format;
+4. the agent's own learning.
 
 Departures from the paper, and why:
  1. The judgements that train the judge are written by a program that names flaws of the process (`annotate`); the paper's come from a
@@ -229,6 +230,12 @@ def annotate(flaws):
     return f"<think>{think}</think>\n<critique>{critique}</critique>\n<score>{process_score(flaws):.1f}</score>"
 
 
+def process_flaws(question, history, valid):
+    """The flaws of a process that have a cost; whether the answer was right is none of them."""
+    flaws = [flaw for flaw in envs.search_flaws(question, list(zip(history[1::2], history[2::2], valid))) if flaw in COSTS]
+    return flaws if [envs.read_call(reply)[0] for reply in history[-2:-1]] == ["answer"] else [*flaws, "no answer"]
+
+
 def trajectories(args, split, seeds, name):
     """Episodes of players of different strength, half of them with the expert's thoughts, and the flaws of their process."""
     players = (envs.expert_player, envs.sloppy_player, envs.hasty_player, envs.muddled_player, envs.guess_player, envs.random_player)
@@ -236,20 +243,29 @@ def trajectories(args, split, seeds, name):
     for seed in seeds:
         rng = random.Random(f"{name} {args.seed} {seed}")
         observation, info = world.reset(seed=seed, options={"split": split})
-        history, steps, player, thinks, over = [observation], [], rng.choice(players), rng.random() < 0.5, False
+        history, valid, player, thinks, over = [observation], [], rng.choice(players), rng.random() < 0.5, False
         while not over:
             action = player(world, info, rng)
             if thinks:
                 action = f"{envs.search_thought(world.task, world.record)}\n{action}"
             observation, _, terminated, truncated, info = world.step(action)
             history += [action, observation]
-            steps.append((action, observation, info["valid"]))
+            valid.append(info["valid"])
             over = terminated or truncated
-        flaws = [flaw for flaw in envs.search_flaws(world.task, steps) if flaw in COSTS]
-        if envs.read_call(history[-2])[0] != "answer":
-            flaws.append("no answer")
-        episodes.append({"history": history, "flaws": flaws, "won": info["won"]})
+        episodes.append({"history": history, "flaws": process_flaws(world.task, history, valid), "won": info["won"]})
     return episodes
+
+
+def judge_examples(state, split, seeds, name):
+    """What a judge is trained and measured on, of each side an episode for half of the seeds: players, and the agent as it is now."""
+    half, own = (len(seeds) + 1) // 2, []
+    for i in range(half, len(seeds), AT_ONCE):
+        own += rollout(state.model, state.chat, state.args, split, seeds[i:i + AT_ONCE], temperature=state.args.temperature,
+                       stream=(name,), first=i)
+    for e in own:
+        state.world.reset(seed=e["seed"], options={"split": split})
+        e["flaws"] = process_flaws(state.world.task, e["history"], e["valid"])
+    return {"players": trajectories(state.args, split, seeds[:half], name), "agent": own}
 
 
 def demonstrations(args, seeds):
@@ -279,10 +295,10 @@ def auc(scores, labels):
 
 def watch_judge(rrm, world, args, episodes):
     """How good a judge is on trajectories it was not trained on: against the outcome, and against the process."""
-    judged = judge(rrm, world, args, [e["history"] for e in episodes], ("watch",))
-    scores, references = [j["score"] for j in judged], [process_score(e["flaws"]) for e in episodes]
+    judgements = judge(rrm, world, args, [e["history"] for e in episodes], ("watch",))
+    scores, references = [j["score"] for j in judgements], [process_score(e["flaws"]) for e in episodes]
     bins = [[e for s, e in zip(scores, episodes) if min(int(5 * s), 4) == fifth] for fifth in range(5)]
-    return {"parsed": common.mean(j["parsed"] for j in judged), "auc_outcome": auc(scores, [e["won"] for e in episodes]),
+    return {"parsed": common.mean(j["parsed"] for j in judgements), "auc_outcome": auc(scores, [e["won"] for e in episodes]),
             "auc_process": auc(scores, [not e["flaws"] for e in episodes]),
             "error": common.mean(abs(s - r) for s, r in zip(scores, references)),
             "calibration": [[len(b), common.mean(e["won"] for e in b)] for b in bins]}  # per fifth of the score: episodes, success
@@ -291,9 +307,9 @@ def watch_judge(rrm, world, args, episodes):
 # ----------------------------------------------------------------------------------------------------- rewards and advantages
 
 
-def attempt_rewards(args, episodes, judged):
+def attempt_rewards(args, episodes, judgements):
     """R = R_rule + lambda * score, for attempts and their judgements (or None: lambda = 0)."""
-    return [e["score"] + (args.score_weight * j["score"] if j else 0.0) for e, j in zip(episodes, judged or [None] * len(episodes))]
+    return [e["score"] + (args.score_weight * j["score"] if j else 0.0) for e, j in zip(episodes, judgements or [None] * len(episodes))]
 
 
 def group_advantages(returns, group_size):
@@ -457,33 +473,33 @@ def learn(state, batch, stream):
     args, size = state.args, state.args.group_size
     seeds = [seed for seed in batch for _ in range(size)]
     first = rollout(state.model, state.chat, args, "train", seeds, temperature=args.temperature, stream=(*stream, 1))
-    second, judged, judged_again = [], None, []
+    second, judgements, judgements_again = [], None, []
     if args.variant != "none":
-        judged = judge(state.rrm, state.world, args, [e["history"] for e in first], (*stream, 1))
+        judgements = judge(state.rrm, state.world, args, [e["history"] for e in first], (*stream, 1))
     if args.variant == "U":
         second = rollout(state.model, state.chat, args, "train", seeds, temperature=args.temperature, stream=(*stream, 2),
-                         before=[(e["history"], j["critique"]) for e, j in zip(first, judged)])
-        judged_again = judge(state.rrm, state.world, args, [e["history"] for e in second], (*stream, 2))
-    rewards, again = attempt_rewards(args, first, judged), attempt_rewards(args, second, judged_again)
+                         before=[(e["history"], j["critique"]) for e, j in zip(first, judgements)])
+        judgements_again = judge(state.rrm, state.world, args, [e["history"] for e in second], (*stream, 2))
+    rewards, again = attempt_rewards(args, first, judgements), attempt_rewards(args, second, judgements_again)
     episodes, returns = interleaved(first, second, size), interleaved(rewards, again, size)
     pool = 2 * size if second and args.pool == "joint" else size
     advantages = group_advantages(returns, pool)
     losses = update(state.model, state.reference, state.chat, args, state.optimizer, episodes, advantages)
-    judgements = [*(judged or ()), *judged_again]
+    both = [*(judgements or ()), *judgements_again]
     metrics = losses | {"reward": common.mean(returns), "reward_rule": common.mean(e["score"] for e in episodes),
                         "groups_without_spread": without_spread(returns, pool), "groups": len(returns) // pool,
-                        "tokens": sum(sum(e["mask"]) for e in episodes) + sum(j["tokens"] for j in judgements),
+                        "tokens": sum(sum(e["mask"]) for e in episodes) + sum(j["tokens"] for j in both),
                         "env_steps": sum(len(e["valid"]) for e in episodes),
                         "episodes": len(episodes), **watch(first)}
-    if judgements:
-        metrics |= {"reward_model": common.mean(j["score"] for j in judgements),
-                    "judge_parsed": common.mean(j["parsed"] for j in judgements),
-                    "judge_auc": auc([j["score"] for j in judgements], [e["won"] for e in [*first, *second]]),
-                    "leaks": leaks(state.world, first, judged)}
+    if both:
+        metrics |= {"reward_model": common.mean(j["score"] for j in both),
+                    "judge_parsed": common.mean(j["parsed"] for j in both),
+                    "judge_auc": auc([j["score"] for j in both], [e["won"] for e in [*first, *second]]),
+                    "leaks": leaks(state.world, first, judgements)}
     if second:
         metrics |= {f"second_{key}": value for key, value in watch(second).items()}
-    for attempt, some, verdicts in (1, first, judged or [None] * len(first)), (2, second, judged_again):
-        for e, j in zip(some, verdicts):
+    for attempt, some, given in (1, first, judgements or [None] * len(first)), (2, second, judgements_again):
+        for e, j in zip(some, given):
             e |= {"attempt": attempt, "judgement": j}
     for e, value, advantage in zip(episodes, returns, advantages):
         e |= {"return": value, "advantage": advantage}
@@ -528,9 +544,9 @@ def evaluate(state, split, episodes, second=False):
         seeds = range(i, min(i + AT_ONCE, episodes))
         some = rollout(state.model, state.chat, args, split, seeds, temperature=args.eval_temperature, stream=("evaluate",), first=i)
         if second:
-            judged = judge(state.rrm, state.world, args, [e["history"] for e in some], ("evaluate", split), first=i)
+            judgements = judge(state.rrm, state.world, args, [e["history"] for e in some], ("evaluate", split), first=i)
             some = rollout(state.model, state.chat, args, split, seeds, temperature=args.eval_temperature, stream=("evaluate", 2),
-                           first=i, before=[(e["history"], j["critique"]) for e, j in zip(some, judged)])
+                           first=i, before=[(e["history"], j["critique"]) for e, j in zip(some, judgements)])
         played += some
     return watch(played) | {"se": common.mean_se([float(e["won"]) for e in played])[1]}, played
 
@@ -647,11 +663,14 @@ def load(world, args):
     return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype)
 
 
-PHASES = {"judge-sft": judge_sft, "judge-grpo": judge_grpo, "cold-start": cold_start, "learn": learn}
+PHASES = {"cold-start": cold_start, "judge-sft": judge_sft, "judge-grpo": judge_grpo, "learn": learn}
 
 
-def plan_of(args, judged, correct):
-    """[(phase, update, how many, its batch)], the whole run: epochs over data for the first three phases, --steps for the last."""
+def plan_of(args, correct, judged):
+    """[(phase, update, how many, its batch)], the whole run: epochs over data for the first three phases, --steps for the last.
+
+    correct: trajectories to imitate; judged: how many train the judge, of which a batch holds the places.
+    """
     plan, questions = [], args.batch_size // args.group_size
 
     def epochs(phase, data, count, size):
@@ -659,12 +678,12 @@ def plan_of(args, judged, correct):
         order = [i for _ in range(count) for i in rng.sample(range(len(data)), len(data))]
         return [[data[i] for i in order[j:j + size]] for j in range(0, len(order), size)]
 
-    if judged:
-        plan.append(("judge-sft", epochs("judge-sft", judged, args.judge_epochs, args.sft_batch_size)))
-        count = 1 + args.judge_steps * questions // len(judged)
-        plan.append(("judge-grpo", epochs("judge-grpo", judged, count, questions)[:args.judge_steps]))
     if correct:
         plan.append(("cold-start", epochs("cold-start", correct, args.cold_epochs, args.sft_batch_size)))
+    if judged:
+        plan.append(("judge-sft", epochs("judge-sft", range(judged), args.judge_epochs, args.sft_batch_size)))
+        count = 1 + args.judge_steps * questions // judged
+        plan.append(("judge-grpo", epochs("judge-grpo", range(judged), count, questions)[:args.judge_steps]))
     if args.variant != "C":
         plan.append(("learn", [[args.seed * 1_000_000_007 + i * questions + g for g in range(questions)] for i in range(args.steps)]))
     return [(phase, i, len(batches), batch) for phase, batches in plan for i, batch in enumerate(batches, 1)]
@@ -709,15 +728,15 @@ def main():
     annotated = isinstance(world, envs.Search)
     start = args.seed * 1_000_000_007  # of the seeds that `learn` plays; the other train seeds are far from there
     seeds = lambda offset, count: range(start + offset, start + offset + count)  # noqa: E731
-    judged = trajectories(args, "train", seeds(300_000_000, args.judged if judging and not args.rrm else 0), "judged")
-    held_out = trajectories(args, "test", range(10_000, 10_000 + (min(200, args.judged) if judging and annotated else 0)), "held out")
     correct = demonstrations(args, seeds(500_000_000, args.cold_start if args.variant != "C" else 0))  # C is frozen from the start
-    plan = plan_of(args, judged, correct)
+    plan = plan_of(args, correct, args.judged if judging and not args.rrm else 0)
     phases = ", ".join(f"{n} {phase}" for phase, n in Counter(phase for phase, *_ in plan).items())
     print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; updates: {phases or 'none'}; "
           f"{args.batch_size // args.group_size} questions x {args.group_size}{' x 2' if args.variant == 'U' else ''} attempts a step")
 
-    totals, seconds, done, judge_quality, cold_started = Counter(), Counter(), 0, {}, None
+    totals, seconds, done, judge_quality, cold_started, judged = Counter(), Counter(), 0, {}, None, []
+    hold_out = lambda: judge_examples(state, "test", range(10_000, 10_000 + min(400, args.judged)), "held out")  # noqa: E731
+    quality = lambda held_out: {who: watch_judge(rrm, world, args, some) for who, some in held_out.items()}  # noqa: E731
     if saved := run.resume():
         model.load_state_dict(saved["model"])
         if rrm:
@@ -727,12 +746,19 @@ def main():
         cold_started = saved["cold_started"]
     else:
         before, before_episode = evaluations(False)
-        if held_out:
-            judge_quality["before"] = watch_judge(rrm, world, args, held_out)
+        if rrm and args.rrm and annotated:
+            judge_quality["before"] = quality(hold_out())
 
     bar = tqdm(plan[done:], initial=done, total=len(plan), desc="reagent", dynamic_ncols=True)
     for phase, step, steps, batch in bar:
         clock = common.Clock(seconds)
+        if phase.startswith("judge"):
+            if not judged:  # a resumed run makes the same ones: the agent does not learn in these phases
+                held_out, examples = hold_out(), judge_examples(state, "train", seeds(300_000_000, args.judged), "judged")
+                judged = [*examples["players"], *examples["agent"]]
+            if (phase, step) == ("judge-sft", 1):
+                judge_quality["before"] = quality(held_out)
+            batch = [judged[i] for i in batch]
         learner = rrm[0] if phase.startswith("judge") else model
         if step == 1 or state.optimizer is None:
             state.optimizer = torch.optim.AdamW(learner.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -749,8 +775,7 @@ def main():
         totals["gradient_steps"] += 1 if phase in ("judge-sft", "cold-start") else args.updates
         clock.lap(phase)
         if step == steps and phase.startswith("judge"):
-            if held_out:
-                judge_quality[phase] = watch_judge(rrm, world, args, held_out)
+            judge_quality[phase] = quality(held_out)
             common.save_model(run.dir / "rrm", *rrm)
         if step == steps and phase == "cold-start":
             cold_started, _ = evaluations(False)

@@ -10,6 +10,7 @@ A run is a directory NAME-sSEED with summary.json, args.json and metrics.jsonl; 
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -197,14 +198,14 @@ def attempt_table(arms):
 
 
 def judge_table(arms):
-    """Of judges trained in a run: their quality on trajectories of the test split; means over seeds."""
+    """Of judges trained in a run: their quality on trajectories of the test split, of players and of the agent; means over seeds."""
     rows = []
     for name, runs in arms.items():
         judges = [run["summary"]["judge"] for run in runs.values() if "judge-sft" in (run["summary"].get("judge") or {})]
-        for when in ("before", "judge-sft", "judge-grpo"):
-            seen = [judge[when] for judge in judges if when in judge]
+        for when, who in itertools.product(("before", "judge-sft", "judge-grpo"), ("players", "agent")):
+            seen = [judge[when][who] for judge in judges if who in judge.get(when, ())]
             if seen:
-                rows.append("| " + " | ".join([f"{name}, {when}", *(
+                rows.append("| " + " | ".join([f"{name}, {when}, on {who}", *(
                     number(*mean_se([x[key] for x in seen if x[key] is not None] or [math.nan]))
                     for key in ("parsed", "auc_outcome", "auc_process", "error"))]) + " |")
     return ["", "| judge | readable | AUC of its score for success | for a process without flaws | distance to the reference score |",

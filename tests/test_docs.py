@@ -713,7 +713,7 @@ def test_report_tables_of_one_method(tmp_path):
         (tmp_path / f"act-act,il-s{seed}" / "rationale.json").write_text(json.dumps(
             {"stage": "1-act", "free": 0.7 + 0.1 * seed, "removed": 0.5, "wrong": 0.4}))
         numbers = {"parsed": 1.0, "auc_outcome": 0.8, "auc_process": 0.9 - 0.1 * seed, "error": None}
-        made_up(tmp_path, "reagent-U", seed, 0.6, env="search", judge={"before": numbers, "judge-sft": numbers})
+        made_up(tmp_path, "reagent-U", seed, 0.6, env="search", judge={"before": {"agent": numbers}, "judge-sft": {"players": numbers}})
     attempts = [{"phase": "learn", "success": n / 10, "second_success": 0.5, "leaks": None if n < 9 else 0.1} for n in range(1, 10)]
     (tmp_path / "reagent-U-s0" / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in [{"phase": "judge-sft"}, *attempts]))
     text = report.tables(report.read_runs(tmp_path))
@@ -721,7 +721,9 @@ def test_report_tables_of_one_method(tmp_path):
     assert "| act-act,il | 1-act | 0.750 ± 0.050 | 0.500 ± 0.000 | 0.400 ± 0.000 |" in text
     assert "| act-il,il | 2 | +0.050 ± 0.050 | no |" in text
     assert "| reagent-U | 0.800 | 0.500 | - | - | 0.100 | - | - |" in text
-    assert "| reagent-U, judge-sft | 1.000 ± 0.000 | 0.800 ± 0.000 | 0.850 ± 0.050 | nan |" in text and "judge-grpo" not in text
+    for row in "judge-sft, on players", "before, on agent":
+        assert f"| reagent-U, {row} | 1.000 ± 0.000 | 0.800 ± 0.000 | 0.850 ± 0.050 | nan |" in text
+    assert "judge-grpo" not in text and "before, on players" not in text
 
 
 def test_report_numbers():

@@ -25,12 +25,13 @@ import reagent as ra
 
 torch.set_num_threads(1)
 WORLD = envs.make("search")
-SMALL = (  # 2 updates of the judge's SFT, 1 of its GRPO, 2 of the cold start, 2 of learning: checkpoints stand in the middle of phases
+SMALL = (  # 2 updates of the cold start, 2 of the judge's SFT, 1 of its GRPO, 2 of learning: checkpoints stand in the middle of phases
     "--model tiny:32x1 --examples 60 --steps 2 --batch-size 8 --micro-batch-size 4 --group-size 4 --eval-episodes 2 --eval-every 1 "
     "--save-every 2 --judged 16 --judge-steps 1 --judge-epochs 1 --cold-start 16 --cold-epochs 1 --max-new-tokens 12 --judge-tokens 32 "
     "--sft-batch-size 8 --kl 0.01"
 )
-STEPS = ["judge-sft"] * 2 + ["judge-grpo"] + ["cold-start"] * 2 + ["learn"] * 2
+AGENT = ["cold-start"] * 2 + ["learn"] * 2
+STEPS = AGENT[:2] + ["judge-sft"] * 2 + ["judge-grpo"] + AGENT[2:]
 ARGS = dataclasses.replace(ra.Args(), model="tiny:32x1", examples=60, max_new_tokens=12, judge_tokens=32, batch_size=8, group_size=4,
                            micro_batch_size=4, updates=1, kl=0.0)  # fmt: skip
 GOOD = "<think>No flaw.</think>\n<critique>Go on like this.</critique>\n<score>0.5</score>"
@@ -667,8 +668,8 @@ def test_quick_by_subprocess(run_as_user, tmp_path):
 
 def test_phases_come_in_order_and_episodes_are_kept_whole(whole, tiny):
     metrics, rollouts = lines(whole / "metrics.jsonl"), lines(whole / "rollouts.jsonl")
-    assert [row["phase"] for row in metrics] == STEPS and [row["phase_step"] for row in metrics] == [1, 2, 1, 1, 2, 1, 2]
-    assert [row["gradient_steps"] for row in metrics] == [1, 2, 4, 5, 6, 8, 10] and [row["episodes"] for row in metrics[-3:]] == [0, 16, 32]
+    assert [row["phase"] for row in metrics] == STEPS and [row["phase_step"] for row in metrics] == [1, 2, 1, 2, 1, 1, 2]
+    assert [row["gradient_steps"] for row in metrics] == [1, 2, 3, 4, 6, 8, 10] and [row["episodes"] for row in metrics[-3:]] == [0, 16, 32]
     for row in metrics[5:]:
         episodes = [e for e in rollouts if e["step"] == row["step"]]
         first, second = (list(itertools.chain(*(episodes[i : i + 4] for i in (k, k + 8)))) for k in (0, 4))
@@ -724,7 +725,7 @@ def test_none_never_asks_a_judge_and_no_weight_on_its_score_is_the_same(main_her
     assert not seen.judged and not (tmp_path / "none" / "rrm").exists() and len(seen.updates) == 2
     assert all(rest.get("before") is None for *_, rest, _ in seen.rollouts)
     metrics, rollouts = lines(tmp_path / "none" / "metrics.jsonl"), lines(tmp_path / "none" / "rollouts.jsonl")
-    assert [row["phase"] for row in metrics] == STEPS[3:] and "judge_parsed" not in metrics[-1] and "second_success" not in metrics[-1]
+    assert [row["phase"] for row in metrics] == AGENT and "judge_parsed" not in metrics[-1] and "second_success" not in metrics[-1]
     assert len(rollouts) == 16 and all(e["attempt"] == 1 and e["judgement"] is None for e in rollouts)
     assert [row["tokens"] for row in metrics] == [0, 0, *itertools.accumulate(tokens(episodes) for *_, episodes, _ in seen.updates)]
     summary = json.loads((tmp_path / "none" / "summary.json").read_text())
@@ -762,7 +763,7 @@ def test_r_has_no_second_attempts(main_here, whole, tmp_path):
     assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["tokens"] == tokens(episodes) + sum(j["tokens"] for j in judged)
     by_hand = [e["score"] + 0.3 * j["score"] for e, j in zip(episodes, judged)]
     assert advantages == ra.group_advantages(by_hand, 4) and len(set(by_hand)) == 4
-    assert [row["phase"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == STEPS[3:6]
+    assert [row["phase"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == AGENT[:3]
 
 
 @pytest.mark.parametrize("pool", ["joint", "separate"])
@@ -790,12 +791,13 @@ def test_u_has_both_and_doubles_the_batch(main_here, whole, tmp_path, pool):
 
 def test_c_trains_nothing_and_counts_second_attempts(main_here, whole, tiny, tmp_path):
     seen = main_here(f"{SMALL} --variant C --rrm {whole}/rrm --out-dir run")
-    assert not seen.updates and {rest["stream"][0] for *_, rest, _ in seen.rollouts} == {"evaluate"}
+    assert not seen.updates and {rest["stream"][0] for *_, rest, _ in seen.rollouts} == {"evaluate", "held out"}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(summary) >= set(SUMMARY) and summary["arm"] == "C"
     assert summary["gradient_steps"] == summary["train_episodes"] == summary["cold_start"] == 0
     assert common.fingerprint(common.load(str(tmp_path / "run" / "model"))[0]) == common.fingerprint(tiny[0])
-    alone, plays = seen.rollouts[:2], iter(seen.rollouts[2:])  # before: first attempts; after: with second ones
+    evaluated = [found for found in seen.rollouts if found[2]["stream"][0] == "evaluate"]
+    alone, plays = evaluated[:2], iter(evaluated[2:])  # before: first attempts; after: with second ones
     assert [(split, rest.get("before")) for split, _, rest, _ in alone] == [("test", None), ("ood", None)]
     for (split, seeds, one, first), (split_again, again, two, _) in zip(plays, plays):
         told = [e["history"] for e in first]
@@ -821,7 +823,7 @@ def test_c_counts_the_second_attempt(tiny, monkeypatch):
 
 def test_a_judge_of_another_run_is_used_as_it_is(main_here, whole, tmp_path):
     seen = main_here(f"{SMALL} --rrm {whole}/rrm --out-dir run")
-    assert [row["phase"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == STEPS[3:] and not (tmp_path / "run" / "rrm").exists()
+    assert [row["phase"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == AGENT and not (tmp_path / "run" / "rrm").exists()
     saved = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]["rrm"]
     assert all(torch.equal(value, saved[name]) for name, value in common.load(str(whole / "rrm"))[0].state_dict().items())
     assert seen.judged[0][0] == ("watch",) and list(json.loads((tmp_path / "run" / "summary.json").read_text())["judge"]) == ["before"]
