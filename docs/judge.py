@@ -1,7 +1,8 @@
 """What a trained judge of Reagent is worth: calibration, the lucky answer, three transcripts with its words.
 
-Of finished runs of reagent.py that trained their judge (RUN/rrm), on trajectories of the `test` split that no judge has seen. A lucky
-answer is right although a page was skipped or the value had not been read; an outcome reward cannot tell it from a sound one.
+Of finished runs of reagent.py that trained their judge (RUN/rrm), on trajectories of the `test` split that no judge has seen: of players,
+and of the run's agent after its training. A lucky answer is right although a page was skipped or the value had not been read; an outcome
+reward cannot tell it from a sound one.
 
     python docs/judge.py runs/reagent-search-s0                 # writes judge.json there, prints the rest
     python docs/judge.py docs/results/reagent-U-s* --figure docs/judge.png
@@ -23,27 +24,32 @@ LUCK = {"skipped lookup", "unsupported guess"}  # of an answer that is right
 
 
 def judged_trajectories(run, episodes):
-    """`episodes` trajectories of the test split with the judgement of a run's judge and the annotator's score: a list of dicts."""
+    """`episodes` trajectories of players and as many of a run's agent, with its judge's judgement and the annotator's score (reference)."""
     common.check((run / "args.json").is_file(), f"{run}: no run of reagent.py there")
     try:
         args = reagent.Args(**json.loads((run / "args.json").read_text(encoding="utf-8"))["args"])
     except (ValueError, KeyError, TypeError) as error:
         common.refuse(f"{run / 'args.json'}: not the settings of a run of reagent.py ({type(error).__name__}: {error})")
-    common.check((run / "rrm" / "config.json").is_file(), f"{run}: it trained no judge (rrm/ is missing)")
+    for name, what in ("rrm", "trained no judge"), ("model", "has no trained agent"):
+        common.check((run / name / "config.json").is_file(), f"{run}: it {what} ({name}/ is missing)")
     args = dataclasses.replace(args, device="cpu")
-    rrm, world = common.load(str(run / "rrm"), device=args.device, dtype=args.dtype), envs.make(args.env)
-    found = reagent.trajectories(args, "test", range(20_000, 20_000 + episodes), "judge")
-    judged = reagent.judge(rrm, world, args, [e["history"] for e in found], ("judge",))
-    return [{**e, **j, "reference": reagent.process_score(e["flaws"])} for e, j in zip(found, judged)]
+    (agent, chat), rrm = (common.load(str(run / name), device=args.device, dtype=args.dtype) for name in ("model", "rrm"))
+    state = reagent.State(args, envs.make(args.env), chat, agent, rrm)
+    found = reagent.judge_examples(state, "test", range(20_000, 20_000 + 2 * episodes), "judge")
+    for who, some in found.items():
+        judgements = reagent.judge(rrm, state.world, args, [e["history"] for e in some], ("judge", who))
+        found[who] = [{**e, **j, "reference": reagent.process_score(e["flaws"])} for e, j in zip(some, judgements)]
+    return found
 
 
 def fifths(found):
-    """Per fifth of the judge's score: how many, their mean reference score, their success."""
+    """Per fifth of the judge's score: how many, the mean of that score, their mean reference score, their success."""
     rows = []
     for i in range(5):
         some = [e for e in found if min(int(5 * e["score"]), 4) == i]
-        rows.append({"episodes": len(some), "reference": common.mean(e["reference"] for e in some) if some else None,
-                     "success": common.mean(e["won"] for e in some) if some else None})
+        mean = lambda values: common.mean(values) if some else None  # noqa: E731, B023
+        rows.append({"episodes": len(some), "score": mean(e["score"] for e in some), "reference": mean(e["reference"] for e in some),
+                     "success": mean(e["won"] for e in some)})
     return rows
 
 
@@ -64,7 +70,7 @@ def show(e):
 
 
 def draw(runs, path):
-    """Mean reference score and success per fifth of the judge's score, over all runs."""
+    """Mean reference score and success against the judge's score, per fifth of it, over all runs."""
     try:
         import matplotlib
     except ImportError:
@@ -73,16 +79,17 @@ def draw(runs, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows, middles = fifths([e for found in runs for e in found]), [0.1 + 0.2 * i for i in range(5)]
-    figure, panel = plt.subplots(figsize=(5, 4))
-    panel.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="calibrated")
-    for key in "reference", "success":
-        points = [(x, row[key]) for x, row in zip(middles, rows) if row[key] is not None]
-        panel.plot(*zip(*points), marker="o", label={"reference": "annotator's score", "success": "success"}[key])
-    for x, row in zip(middles, rows):
-        panel.annotate(row["episodes"], (x, 0.02), ha="center", fontsize=8)
-    panel.set(xlabel="judge's score, by fifths (below: episodes)", ylabel="mean", ylim=(0, 1.05), title=f"{len(runs)} judges, test split")
-    panel.legend(fontsize=8)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+    for panel, who, title in zip(panels, ("players", "agent"), ("players of different strength", "the agent after its training")):
+        rows = [row for row in fifths([e for found in runs for e in found[who]]) if row["episodes"]]
+        panel.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="calibrated")
+        for key, label in ("reference", "annotator's score"), ("success", "success"):
+            panel.plot([row["score"] for row in rows], [row[key] for row in rows], marker="o", label=label)
+        for row in rows:
+            panel.annotate(row["episodes"], (row["score"], 0.02), ha="center", fontsize=8)
+        panel.set(xlabel="judge's score, means of its fifths (below: episodes)", xlim=(-0.05, 1.05), ylim=(0, 1.05), title=title)
+    panels[0].set_ylabel(f"mean, {len(runs)} judges")
+    panels[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
@@ -97,12 +104,15 @@ def main():
     runs = []
     for run in given.run:
         runs.append(found := judged_trajectories(run, given.episodes))
-        numbers = {"episodes": len(found), "parsed": common.mean(e["parsed"] for e in found), "fifths": fifths(found), **lucky(found)}
+        numbers = {who: {"episodes": len(some), "parsed": common.mean(e["parsed"] for e in some), "fifths": fifths(some), **lucky(some)}
+                   for who, some in found.items()}
         (run / "judge.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
         print(f"{run}: {json.dumps(numbers)}")
-    right = [e for e in runs[0] if e["won"]]
+    players = runs[0]["players"]
+    right = [e for e in players if e["won"]]
     for title, some in (("sound", [e for e in right if not e["flaws"]]), ("lucky", [e for e in right if LUCK & set(e["flaws"])]),
-                        ("lost", [e for e in runs[0] if not e["won"] and e["flaws"]])):
+                        ("lost", [e for e in players if not e["won"] and e["flaws"]]),
+                        ("lost by the agent", [e for e in runs[0]["agent"] if not e["won"]])):
         if some:
             print(f"\n{title}\n{show(some[0])}")
     if given.figure:

@@ -610,8 +610,9 @@ def test_calibration_and_lucky_answers_by_hand():
              verdict(0.2, 0.2, True, ["unsupported guess"]), verdict(0.19, 0.1, False), verdict(0.0, 0.5, False, ["no answer"])]
     rows = judge.fifths(found)
     assert [row["episodes"] for row in rows] == [2, 1, 0, 0, 3]  # the highest score is within the last fifth
-    assert rows[0] == {"episodes": 2, "reference": pytest.approx(0.3), "success": 0.0} and rows[2]["reference"] is None
-    assert rows[4] == {"episodes": 3, "reference": pytest.approx(0.8), "success": 1.0}
+    assert rows[0] == {"episodes": 2, "score": pytest.approx(0.095), "reference": pytest.approx(0.3), "success": 0.0}
+    assert rows[4] == {"episodes": 3, "score": pytest.approx(2.65 / 3), "reference": pytest.approx(0.8), "success": 1.0}
+    assert rows[2] == {"episodes": 0, "score": None, "reference": None, "success": None}
     told = judge.lucky(found)
     assert told == {"sound": {"episodes": 2, "score": pytest.approx(0.9)}, "lucky": {"episodes": 2, "score": pytest.approx(0.525)},
                     "auc": 0.75}  # 0.8 is below the lucky 0.85
@@ -620,11 +621,13 @@ def test_calibration_and_lucky_answers_by_hand():
 
 @pytest.fixture(scope="module")
 def trained(cache):
-    """What docs/judge.py reads of a finished run: settings and a judge."""
+    """What docs/judge.py reads of a finished run: settings, a judge and an agent."""
     args, out = reagent.Args(model="tiny:32x1", examples=60, judge_tokens=60), cache / "trained"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        common.save_model(out / "rrm", *reagent.load(reagent.check_args(args), args))
+        model = reagent.load(reagent.check_args(args), args)
+        common.save_model(out / "rrm", *model)
+        common.save_model(out / "model", *model)
     (out / "args.json").write_text(json.dumps({"args": dataclasses.asdict(args)}))
     return out
 
@@ -636,12 +639,14 @@ def test_judge_of_a_finished_run(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["judge.py", str(trained), "--episodes", "40", "--figure", str(tmp_path / "f.png")])
     judge.main()
     numbers, out = json.loads((trained / "judge.json").read_text()), capsys.readouterr().out
-    assert numbers["episodes"] == 40 == sum(row["episodes"] for row in numbers["fifths"])
-    assert len(asked) >= 40 and (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+    for who in "players", "agent":
+        assert numbers[who]["episodes"] == 40 == sum(row["episodes"] for row in numbers[who]["fifths"])
+    assert len(asked) >= 80 and (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
     assert out.count("    judge: ") >= 2 and "sound" in out and "lost" in out
 
 
-@pytest.mark.parametrize("missing, words", [("args.json", "no run of reagent.py"), ("rrm", "trained no judge")])
+@pytest.mark.parametrize("missing, words", [("args.json", "no run of reagent.py"), ("rrm", "trained no judge"),
+                                            ("model", "no trained agent")])
 def test_judge_refuses_in_one_line(trained, tmp_path, monkeypatch, capsys, missing, words):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
