@@ -103,6 +103,7 @@ for pipeline in il sft-choice,il no-reasoning,il; do # is it the thought, or onl
 done
 runs act-k4             "0 1 2" act.py --candidates 4
 runs act-32x2           "0 1 2" act.py --model tiny:32x2
+runs act-32x2-il,il     "0 1 2" act.py --model tiny:32x2 --pipeline il,il
 runs act-32x2-foreign   "0 1 2" act.py --model tiny:32x2 --pairs "$results/act-act,il-s@/pairs.jsonl"
 
 # Reagent: U trains the judge that the other arms of its seed use
