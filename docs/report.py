@@ -1,7 +1,7 @@
 """README's tables and the learning curves, from the kept result files alone.
 
     python docs/report.py                        print the tables; write docs/learning_curves.png
-    python docs/report.py --write README.md      the tables between <!-- results --> and <!-- /results --> in that file, too
+    python docs/report.py --write README.md      each method's tables between <!-- results: METHOD --> and <!-- /results --> in it, too
     python docs/report.py keep runs              copy the finished runs in runs/ to docs/results: summary, settings, thinned metrics
     python docs/report.py best ppo-search        the flags of PPO's search, from the best arm whose name begins so
     python docs/report.py tokens nlac-s0         what a run sampled
@@ -19,14 +19,13 @@ from collections import defaultdict
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-MARKS = "<!-- results -->", "<!-- /results -->"
-METHODS = {"self-guide": "Self-Guide", "act": "ACT", "reagent": "Reagent"}  # beginning of the names: title of the table
+METHODS = {"self-guide": "Self-Guide", "act": "ACT", "reagent": "Reagent"}  # by the beginning of a run's name; NLAC and rivals: no such
 MAIN = "nlac", "full", "act,il", "U"  # what the other arms of a table are compared with
 CLAIMS = (("zero", "grpo"), ("zero", "immediate"), ("act,il,rl", "il,rl"),
           *(("few-demos-act,il", f"few-demos-{other}") for other in ("il,il", "il", "sft-choice,il", "no-reasoning,il")),
           ("many-demos-act,il", "many-demos-il,il"), ("128x2-act,il", "128x2-il,il"), ("k4", "il,il"),
           ("32x2", "32x2-il,il"), ("32x2-foreign", "32x2-il,il"), ("32x2-foreign", "32x2"),
-          ("R-2G", "none"), ("R", "none"), ("U-lambda0", "none"), ("dapo", "grpo-dapo"))  # beside what MAIN's arms are compared with
+          ("R-2G", "none"), ("R", "none"), ("U-lambda0", "none"), ("dapo", "grpo-dapo"))  # the papers find, or one hopes for, a plus
 CURVES = ("nlac", "frozen-critic", "blind-critic", "ceiling", "mc-backup", "ppo", "self-distillation", "nlql", "grpo", "full", "zero",
           "immediate", "no-anneal", "inference", "none", "R-2G", "U")  # arms of the figure
 
@@ -78,14 +77,13 @@ def order(name):
 
 
 def by_table(arms):
-    """{title: {name: runs}}: NLAC and its rivals by world, each other method in a table of its own, by the beginning of the names."""
+    """{(method, world): {name: runs}}: NLAC and its rivals by world, each other method in a table of its own."""
     tables = defaultdict(dict)
     for name in sorted(arms, key=order):
         for env in sorted({run["summary"]["env"] for run in arms[name].values()}):
-            method = next((method for method in METHODS if name.startswith(f"{method}-")), None)
-            title = f"{METHODS[method]}, {env}" if method else env
-            tables[title][name] = {seed: run for seed, run in arms[name].items() if run["summary"]["env"] == env}
-    return dict(sorted(tables.items(), key=lambda item: (", " in item[0], "20q" in item[0], item[0])))
+            method = next((METHODS[start] for start in METHODS if name.startswith(f"{start}-")), "NLAC")
+            tables[method, env][name] = {seed: run for seed, run in arms[name].items() if run["summary"]["env"] == env}
+    return dict(sorted(tables.items(), key=lambda item: (item[0][0] != "NLAC", item[0][0], "20q" in item[0][1], item[0][1])))
 
 
 def result_table(arms):
@@ -123,14 +121,14 @@ def difference(name, one, other):
 
 
 def difference_table(arms):
-    """The method minus each other arm, and minus its own base; then what the paper claims of other pairs of arms."""
+    """The method minus each other arm, and minus its own base; then other pairs of arms."""
     mine, main = next(((label(name), runs) for name, runs in arms.items() if label(name) in MAIN), (None, None))
     rows = difference("its base", success(main), success(main, "before")) if main else []
     rows += [row for name, runs in arms.items() if main and runs is not main for row in difference(name, success(main), success(runs))]
     lines = [f"| {mine} minus | seeds | difference | beyond 2 standard errors |", "|---|---|---|---|", *rows] if rows else []
     known = {label(name): success(runs) for name, runs in arms.items()}
     rows = [row for one, other in CLAIMS for row in difference(f"{one} minus {other}", known.get(one, {}), known.get(other, {}))]
-    head = ["", "| the paper finds a plus | seeds | difference | beyond 2 standard errors |", "|---|---|---|---|"]
+    head = ["", "| other pairs of arms | seeds | difference | beyond 2 standard errors |", "|---|---|---|---|"]
     return lines + (head + rows if rows else [])
 
 
@@ -214,17 +212,18 @@ def judge_table(arms):
 
 
 def tables(arms):
-    """Markdown: for each world the two tables, and what only one method has."""
-    blocks = []
-    for env, chosen in by_table(arms).items():
+    """{method: markdown}: for each of its worlds the two tables, and what only one method has."""
+    blocks = defaultdict(list)
+    for (method, env), chosen in by_table(arms).items():
         s = [run["summary"] for runs in chosen.values() for run in runs.values()]
         ends = "; ".join(f"{who} {s[0][who]['success']:.3f}" for who in ("random", "expert"))
         episodes = "/".join(map(str, sorted({x["eval_episodes"] for x in s})))
         devices = ", ".join(sorted({str(x["device"]) for x in s}))
-        blocks += [f"**{env}** (success on {episodes} test episodes per run; mean ± standard error over seeds; {ends} player; {devices})",
-                   "", *result_table(chosen), "", *difference_table(chosen), *rating_table(chosen), *stage_table(chosen),
-                   *rationale_table(chosen), *attempt_table(chosen), *judge_table(chosen), ""]
-    return "\n".join(blocks).strip()
+        blocks[method] += [
+            f"**{env}** (success on {episodes} test episodes per run; mean ± standard error over seeds; {ends} player; {devices})", "",
+            *result_table(chosen), "", *difference_table(chosen), *rating_table(chosen), *stage_table(chosen), *rationale_table(chosen),
+            *attempt_table(chosen), *judge_table(chosen), ""]
+    return {method: "\n".join(lines).strip() for method, lines in blocks.items()}
 
 
 def curve(runs):
@@ -262,7 +261,7 @@ def draw(arms, path):
     worlds = {}
     for title, chosen in by_table(arms).items():
         if shown := {label(name): runs for name, runs in chosen.items() if label(name) in CURVES and curve(runs)}:
-            worlds[title] = shown
+            worlds[", ".join(title)] = shown
     figure, panels = plt.subplots(-(-len(worlds) // 2) or 1, 2, figsize=(12.8, 4.4 * (-(-len(worlds) // 2) or 1)), squeeze=False)
     for panel in panels.flat[len(worlds):]:
         panel.axis("off")
@@ -317,12 +316,14 @@ def best(arms, prefix):
     return " ".join(f"--{key.replace('_', '-')} {args[key]}" for key in ("lr", "entropy_coef") if key in args)
 
 
-def write_between_marks(path, text):
+def write_between_marks(path, texts):
     page = Path(path).read_text(encoding="utf-8")
-    if page.count(MARKS[0]) != 1 or page.count(MARKS[1]) != 1 or page.index(MARKS[0]) > page.index(MARKS[1]):
-        refuse(f"{path} needs one {MARKS[0]} and, behind it, one {MARKS[1]}")
-    head, tail = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
-    Path(path).write_text(f"{head}{MARKS[0]}\n{text}\n{MARKS[1]}{tail}", encoding="utf-8")
+    for method, text in texts.items():
+        place = rf"(<!-- results: {method} -->\n)(?:(?!<!-- results).)*?(<!-- /results -->)"
+        page, places = re.subn(place, lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page, flags=re.DOTALL)
+        if places != 1:
+            refuse(f"{path} needs one <!-- results: {method} --> and, behind it, one <!-- /results -->")
+    Path(path).write_text(page, encoding="utf-8")
 
 
 def refuse(message):
@@ -339,7 +340,7 @@ def main(argv=None):
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--results", default=str(HERE / "results"), help="where the kept runs are")
     parser.add_argument("--figure", default=str(HERE / "learning_curves.png"), help="where the figure goes")
-    parser.add_argument("--write", default="", metavar="FILE", help="a markdown file with the two marks")
+    parser.add_argument("--write", default="", metavar="FILE", help="a markdown file with these marks")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("keep").add_argument("runs", help="directory that holds the runs")
     commands.add_parser("best").add_argument("prefix", help="beginning of the arms' names")
@@ -358,10 +359,10 @@ def main(argv=None):
         return print(flags) if flags is not None else refuse(f"no finished run in {args.results} begins with {args.prefix}")
     if not arms:
         refuse(f"no finished run in {args.results}: see docs/experiments.sh")
-    text = tables(arms)
-    print(text)
+    texts = tables(arms)
+    print("\n\n".join(f"{method}\n{text}" for method, text in texts.items()))
     if args.write:
-        write_between_marks(args.write, text)
+        write_between_marks(args.write, texts)
     draw(arms, args.figure)
 
 

@@ -700,7 +700,7 @@ def results(tmp_path):
 
 
 def test_report_tables(results, capsys):
-    text = report.tables(report.read_runs(results))
+    text = report.tables(report.read_runs(results))["NLAC"]
     assert "nlql-s0 cannot be read" in capsys.readouterr().err
     assert "| nlac | 3 | 0.100 ± 0.000 | **0.800 ± 0.058** | 80% | 20,000 | 3,000,000 | 600 | 5.0 |" in text
     assert "20,000 + 123,456 simulated" in text
@@ -721,7 +721,9 @@ def test_report_tables_of_one_method(tmp_path):
         made_up(tmp_path, "reagent-U", seed, 0.6, env="search", judge={"before": {"agent": numbers}, "judge-sft": {"players": numbers}})
     attempts = [{"phase": "learn", "success": n / 10, "second_success": 0.5, "leaks": None if n < 9 else 0.1} for n in range(1, 10)]
     (tmp_path / "reagent-U-s0" / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in [{"phase": "judge-sft"}, *attempts]))
-    text = report.tables(report.read_runs(tmp_path))
+    texts = report.tables(report.read_runs(tmp_path))
+    assert list(texts) == ["ACT", "Reagent"] and "reagent" not in texts["ACT"]
+    text = "\n".join(texts.values())
     assert "| act-act,il | 0.600 ± 0.100 | 0.600 ± 0.000 | 0.700 ± 0.000 | nan |" in text
     assert "| act-act,il | 1-act | 0.750 ± 0.050 | 0.500 ± 0.000 | 0.400 ± 0.000 |" in text
     assert "| act-il,il | 2 | +0.050 ± 0.050 | no |" in text
@@ -743,12 +745,14 @@ def test_report_numbers():
 def test_report_writes_between_the_marks_and_draws(results, tmp_path):
     pytest.importorskip("matplotlib")
     page = tmp_path / "README.md"
-    page.write_text("head\n<!-- results -->\nold\n<!-- /results -->\ntail\n")
+    other = "<!-- results: Reagent -->\nnot of these runs\n<!-- /results -->\n"
+    page.write_text(f"head\n{other}<!-- results: NLAC -->\nold\n<!-- /results -->\ntail\n")
     figure = tmp_path / "curves.png"
     for _ in range(2):  # writing again changes nothing
         report.main(["--results", str(results), "--figure", str(figure), "--write", str(page)])
         text = page.read_text()
-        assert text.startswith("head\n<!-- results -->\n**repair**") and text.endswith("<!-- /results -->\ntail\n") and "old" not in text
+        assert text.startswith(f"head\n{other}<!-- results: NLAC -->\n**repair**") and text.endswith("<!-- /results -->\ntail\n")
+        assert "old" not in text
     assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     page.write_text("no marks")
     with pytest.raises(SystemExit):
