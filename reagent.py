@@ -39,6 +39,7 @@ Departures from the paper, and why:
 
 import copy
 import dataclasses
+import functools
 import itertools
 import random
 import re
@@ -257,7 +258,8 @@ def trajectories(args, split, seeds, name):
 
 
 def judge_examples(state, split, seeds, name):
-    """What a judge is trained and measured on, of each side an episode for half of the seeds: players, and the agent as it is now."""
+    """What a judge is trained and measured on: `trajectories` for half of the seeds, and for the others attempts of the agent as it is now,
+    with their flaws. `who` tells them apart."""
     half, own = (len(seeds) + 1) // 2, []
     for i in range(half, len(seeds), AT_ONCE):
         own += rollout(state.model, state.chat, state.args, split, seeds[i:i + AT_ONCE], temperature=state.args.temperature,
@@ -265,7 +267,8 @@ def judge_examples(state, split, seeds, name):
     for e in own:
         state.world.reset(seed=e["seed"], options={"split": split})
         e["flaws"] = process_flaws(state.world.task, e["history"], e["valid"])
-    return {"players": trajectories(state.args, split, seeds[:half], name), "agent": own}
+    players = trajectories(state.args, split, seeds[:half], name)
+    return [e | {"who": who} for who, some in (("players", players), ("agent", own)) for e in some]
 
 
 def demonstrations(args, seeds):
@@ -488,10 +491,9 @@ def learn(state, batch, stream):
     both = [*(judgements or ()), *judgements_again]
     metrics = losses | {"reward": common.mean(returns), "reward_rule": common.mean(e["score"] for e in episodes),
                         "groups_without_spread": without_spread(returns, pool), "groups": len(returns) // pool,
-                        "tokens": sum(sum(e["mask"]) for e in episodes) + sum(j["tokens"] for j in both),
-                        "env_steps": sum(len(e["valid"]) for e in episodes),
-                        "episodes": len(episodes), **watch(first)}
+                        **watch(first), **spent(episodes)}
     if both:
+        metrics["tokens"] += sum(j["tokens"] for j in both)
         metrics |= {"reward_model": common.mean(j["score"] for j in both),
                     "judge_parsed": common.mean(j["parsed"] for j in both),
                     "judge_auc": auc([j["score"] for j in both], [e["won"] for e in [*first, *second]]),
@@ -507,6 +509,12 @@ def learn(state, batch, stream):
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation and records
+
+
+def spent(episodes):
+    """What rollouts cost; judgements apart."""
+    return {"tokens": sum(sum(e["mask"]) for e in episodes), "env_steps": sum(len(e["valid"]) for e in episodes),
+            "episodes": len(episodes)}
 
 
 def watch(episodes):
@@ -734,9 +742,12 @@ def main():
     print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; updates: {phases or 'none'}; "
           f"{args.batch_size // args.group_size} questions x {args.group_size}{' x 2' if args.variant == 'U' else ''} attempts a step")
 
-    totals, seconds, done, judge_quality, cold_started, judged = Counter(), Counter(), 0, {}, None, []
-    hold_out = lambda: judge_examples(state, "test", range(10_000, 10_000 + min(400, args.judged)), "held out")  # noqa: E731
-    quality = lambda held_out: {who: watch_judge(rrm, world, args, some) for who, some in held_out.items()}  # noqa: E731
+    totals, seconds, done, judge_quality, cold_started = Counter(), Counter(), 0, {}, None
+    # made when first asked for, by the agent after its cold start; after --resume, too, as it does not learn while the judge does
+    judged = functools.cache(lambda: judge_examples(state, "train", seeds(300_000_000, args.judged), "judged"))
+    held_out = functools.cache(lambda: judge_examples(state, "test", range(10_000, 10_000 + min(400, args.judged)), "held out"))
+    quality = lambda: {who: watch_judge(rrm, world, args, [e for e in held_out() if e["who"] == who])  # noqa: E731
+                       for who in ("players", "agent")}
     if saved := run.resume():
         model.load_state_dict(saved["model"])
         if rrm:
@@ -746,19 +757,17 @@ def main():
         cold_started = saved["cold_started"]
     else:
         before, before_episode = evaluations(False)
-        if rrm and args.rrm and annotated:
-            judge_quality["before"] = quality(hold_out())
 
     bar = tqdm(plan[done:], initial=done, total=len(plan), desc="reagent", dynamic_ncols=True)
     for phase, step, steps, batch in bar:
         clock = common.Clock(seconds)
+        if phase != "cold-start" and judging and annotated and not judge_quality:
+            judge_quality["before"] = quality()
         if phase.startswith("judge"):
-            if not judged:  # a resumed run makes the same ones: the agent does not learn in these phases
-                held_out, examples = hold_out(), judge_examples(state, "train", seeds(300_000_000, args.judged), "judged")
-                judged = [*examples["players"], *examples["agent"]]
-            if (phase, step) == ("judge-sft", 1):
-                judge_quality["before"] = quality(held_out)
-            batch = [judged[i] for i in batch]
+            batch = [judged()[i] for i in batch]
+        if (phase, step) == ("judge-sft", 1):
+            totals.update(spent([e for e in judged() if e["who"] == "agent"]))
+        clock.lap("trajectories")
         learner = rrm[0] if phase.startswith("judge") else model
         if step == 1 or state.optimizer is None:
             state.optimizer = torch.optim.AdamW(learner.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -775,7 +784,7 @@ def main():
         totals["gradient_steps"] += 1 if phase in ("judge-sft", "cold-start") else args.updates
         clock.lap(phase)
         if step == steps and phase.startswith("judge"):
-            judge_quality[phase] = quality(held_out)
+            judge_quality[phase] = quality()
             common.save_model(run.dir / "rrm", *rrm)
         if step == steps and phase == "cold-start":
             cold_started, _ = evaluations(False)

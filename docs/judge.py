@@ -36,10 +36,9 @@ def judged_trajectories(run, episodes):
     (agent, chat), rrm = (common.load(str(run / name), device=args.device, dtype=args.dtype) for name in ("model", "rrm"))
     state = reagent.State(args, envs.make(args.env), chat, agent, rrm)
     found = reagent.judge_examples(state, "test", range(20_000, 20_000 + 2 * episodes), "judge")
-    for who, some in found.items():
-        judgements = reagent.judge(rrm, state.world, args, [e["history"] for e in some], ("judge", who))
-        found[who] = [{**e, **j, "reference": reagent.process_score(e["flaws"])} for e, j in zip(some, judgements)]
-    return found
+    judgements = reagent.judge(rrm, state.world, args, [e["history"] for e in found], ("judge",))
+    judged = [{**e, **j, "reference": reagent.process_score(e["flaws"])} for e, j in zip(found, judgements)]
+    return {who: [e for e in judged if e["who"] == who] for who in ("players", "agent")}
 
 
 def fifths(found):

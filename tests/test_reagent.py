@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 WORLD = envs.make("search")
 SMALL = (  # 2 updates of the cold start, 2 of the judge's SFT, 1 of its GRPO, 2 of learning: checkpoints stand in the middle of phases
     "--model tiny:32x1 --examples 60 --steps 2 --batch-size 8 --micro-batch-size 4 --group-size 4 --eval-episodes 2 --eval-every 1 "
-    "--save-every 2 --judged 16 --judge-steps 1 --judge-epochs 1 --cold-start 16 --cold-epochs 1 --max-new-tokens 12 --judge-tokens 32 "
+    "--save-every 3 --judged 16 --judge-steps 1 --judge-epochs 1 --cold-start 16 --cold-epochs 1 --max-new-tokens 12 --judge-tokens 32 "
     "--sft-batch-size 8 --kl 0.01"
 )
 AGENT = ["cold-start"] * 2 + ["learn"] * 2
@@ -141,6 +141,23 @@ def test_the_annotator_sees_neither_outcome_nor_answer(monkeypatch):
     assert {e["history"][0] for e in found}.isdisjoint(e["history"][0] for e in ra.trajectories(ARGS, "test", range(40), "x"))
     for e in found:
         assert ("no answer" in e["flaws"]) == (envs.read_call(e["history"][-2])[0] != "answer")
+
+
+def test_judge_examples_are_of_players_and_of_the_agent(tiny):
+    state = ra.State(ARGS, WORLD, tiny[1], tiny[0], tiny)
+    found = ra.judge_examples(state, "train", range(70, 77), "x")
+    players, own = ([e for e in found if e["who"] == who] for who in ("players", "agent"))
+    assert [{**e, "who": 0} for e in players] == [{**e, "who": 0} for e in ra.trajectories(ARGS, "train", range(70, 74), "x")]
+    assert [e["seed"] for e in own] == [74, 75, 76] and found == players + own
+    for e in own:  # played again, the flaws are the same
+        world, steps = envs.make("search"), []
+        world.reset(seed=e["seed"], options={"split": "train"})
+        for reply in e["history"][1::2]:
+            observation, *_, info = world.step(reply)
+            steps.append((reply, observation, info["valid"]))
+        named = set(envs.search_flaws(world.task, steps)) & set(ra.COSTS)
+        assert set(e["flaws"]) - {"no answer"} == named and ("no answer" in e["flaws"]) == (envs.read_call(steps[-1][0])[0] != "answer")
+    assert any(e["flaws"] for e in own) and ra.process_flaws(WORLD.task, ["Who? 8 turns left."], []) == ["no answer"]
 
 
 def test_judge_reward_by_hand():
@@ -585,17 +602,18 @@ def environment(environment, tiny):
     return environment  # with the tiny model in the cache already
 
 
-def fewer(args, split, seeds, name, real=ra.trajectories):
+def fewer(state, split, seeds, name, real=ra.judge_examples):
     """Held-out trajectories would take most of these runs' time."""
-    return real(args, split, seeds[:4] if name == "held out" else seeds, name)
+    return real(state, split, seeds[:4] if name == "held out" else seeds, name)
 
 
 # What the process that runs the script does first: see `run_script` in conftest.py.
 PREPARE = """
 import envs, reagent
-real, args = reagent.trajectories, reagent.Args(examples=60)
-reagent.warmup(envs.make("search"), args), [real(args, split, range(8), "any") for split in ("test", "ood")]  # the encyclopedias are cached
-reagent.trajectories = lambda args, split, seeds, name: real(args, split, seeds[:4] if name == "held out" else seeds, name)
+real, args = reagent.judge_examples, reagent.Args(examples=60)
+reagent.warmup(envs.make("search"), args)
+[reagent.trajectories(args, split, range(8), "any") for split in ("test", "ood")]  # the encyclopedias are cached
+reagent.judge_examples = lambda state, split, seeds, name: real(state, split, seeds[:4] if name == "held out" else seeds, name)
 """
 
 
@@ -605,7 +623,7 @@ same_run = functools.partial(helpers.same_run, weights=("model", "rrm"))
 @pytest.fixture
 def main_here(monkeypatch, run_here):
     """reagent.main() in this process, so that its functions can be watched; of training rewards some are made 1, or none would differ."""
-    monkeypatch.setattr(ra, "trajectories", fewer)
+    monkeypatch.setattr(ra, "judge_examples", fewer)
     seen, real = SimpleNamespace(rollouts=[], updates=[], judged=[]), {name: getattr(ra, name) for name in ("rollout", "judge", "update")}
 
     def rolling(model, chat, args, split, seeds, **rest):
@@ -657,7 +675,8 @@ def test_quick_by_subprocess(run_as_user, tmp_path):
     assert summary["expert"] == {"success": 1.0, "se": 0.0} and set(summary["judge"]) == {"before", "judge-sft", "judge-grpo"}
     metrics, rollouts = lines(run / "metrics.jsonl"), lines(run / "rollouts.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, len(metrics) + 1))
-    assert summary["train_episodes"] == len(rollouts) == 2 * 8 * 2 and summary["env_steps"] == sum(len(row["valid"]) for row in rollouts)
+    assert len(rollouts) == 2 * 8 * 2 and summary["train_episodes"] == 32 + 8  # half of the judge's 16 trajectories are its own
+    assert summary["env_steps"] > sum(len(row["valid"]) for row in rollouts)
     assert summary["generated_tokens"] == metrics[-1]["tokens"] > 0
     for piece in "\nbefore\n", "\nafter\n", "judge:", "random", "expert", "rollouts.jsonl", "success":
         assert piece in result.stdout
@@ -669,7 +688,8 @@ def test_quick_by_subprocess(run_as_user, tmp_path):
 def test_phases_come_in_order_and_episodes_are_kept_whole(whole, tiny):
     metrics, rollouts = lines(whole / "metrics.jsonl"), lines(whole / "rollouts.jsonl")
     assert [row["phase"] for row in metrics] == STEPS and [row["phase_step"] for row in metrics] == [1, 2, 1, 2, 1, 1, 2]
-    assert [row["gradient_steps"] for row in metrics] == [1, 2, 3, 4, 6, 8, 10] and [row["episodes"] for row in metrics[-3:]] == [0, 16, 32]
+    assert [row["gradient_steps"] for row in metrics] == [1, 2, 3, 4, 6, 8, 10]
+    assert [row["episodes"] for row in metrics] == [0, 0, 8, 8, 8, 24, 40]
     for row in metrics[5:]:
         episodes = [e for e in rollouts if e["step"] == row["step"]]
         first, second = (list(itertools.chain(*(episodes[i : i + 4] for i in (k, k + 8)))) for k in (0, 4))
@@ -690,10 +710,17 @@ def test_phases_come_in_order_and_episodes_are_kept_whole(whole, tiny):
         assert not torch.equal(p, trained.get_parameter(name)) and not torch.equal(p, rrm.get_parameter(name))
 
 
-def test_the_judge_is_frozen_while_the_agent_learns_and_the_other_way_round(main_here, tiny, tmp_path):
+def test_the_judge_is_frozen_while_the_agent_learns_and_the_other_way_round(main_here, tiny, monkeypatch, tmp_path):
+    both, examples = [], ra.judge_examples
+    monkeypatch.setattr(ra, "judge_examples", lambda state, *given: both.append(
+        [common.fingerprint(state.model), common.fingerprint(state.rrm[0])]) or examples(state, *given))
     seen = main_here(f"{SMALL} --out-dir run")
     start, (judge, *agent) = common.fingerprint(tiny[0]), seen.updates
-    assert judge[1] == common.fingerprint(common.load(str(tmp_path / "run" / "rrm"))[0]) != start
+    rrm = common.load(str(tmp_path / "run" / "rrm"))[0]
+    assert both == [[agent[0][0], start]] * 2  # the judge starts from the base, its trajectories are of the cold-started agent
+    assert judge[1] == common.fingerprint(rrm) != start
+    saved = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]["rrm"]
+    assert all(torch.equal(value, saved[name]) for name, value in rrm.state_dict().items())
     assert len(agent) == 2 and agent[0][0] not in (start, judge[1]) and agent[1][0] == agent[0][1]
     assert agent[1][1] == common.fingerprint(common.load(str(tmp_path / "run" / "model"))[0])
     assert len(judge[2]) == 8 and all(set(e["mask"]) == {0, 1} and e["mask"] == sorted(e["mask"]) for e in judge[2])
@@ -791,7 +818,7 @@ def test_u_has_both_and_doubles_the_batch(main_here, whole, tmp_path, pool):
 
 def test_c_trains_nothing_and_counts_second_attempts(main_here, whole, tiny, tmp_path):
     seen = main_here(f"{SMALL} --variant C --rrm {whole}/rrm --out-dir run")
-    assert not seen.updates and {rest["stream"][0] for *_, rest, _ in seen.rollouts} == {"evaluate", "held out"}
+    assert not seen.updates and {rest["stream"][0] for *_, rest, _ in seen.rollouts} == {"evaluate"}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(summary) >= set(SUMMARY) and summary["arm"] == "C"
     assert summary["gradient_steps"] == summary["train_episodes"] == summary["cold_start"] == 0
@@ -826,7 +853,17 @@ def test_a_judge_of_another_run_is_used_as_it_is(main_here, whole, tmp_path):
     assert [row["phase"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == AGENT and not (tmp_path / "run" / "rrm").exists()
     saved = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]["rrm"]
     assert all(torch.equal(value, saved[name]) for name, value in common.load(str(whole / "rrm"))[0].state_dict().items())
-    assert seen.judged[0][0] == ("watch",) and list(json.loads((tmp_path / "run" / "summary.json").read_text())["judge"]) == ["before"]
+    quality = json.loads((tmp_path / "run" / "summary.json").read_text())["judge"]
+    assert seen.judged[0][0] == ("watch",) and set(quality) == {"before"} and set(quality["before"]) == {"players", "agent"}
+
+
+def test_the_agent_learns_the_same_with_the_judge_of_a_finished_run(run_script, whole, tmp_path):
+    """So arms that are given a judge can be compared with the run that trained it."""
+    assert run_script(f"{SMALL} --rrm {whole}/rrm --out-dir run", tmp_path).status == 0
+    learnt = [[{**e, "step": None} for e in lines(run / "rollouts.jsonl")] for run in (whole, tmp_path / "run")]
+    assert learnt[0] == learnt[1] and len(learnt[0]) == 32
+    models = [common.load(str(run / "model"))[0].state_dict() for run in (whole, tmp_path / "run")]
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 
 def test_training_goes_on_with_a_judge_that_writes_garbage(main_here, whole, monkeypatch, tmp_path):
@@ -934,8 +971,8 @@ def test_a_run_is_never_overwritten_and_resumed_only_as_it_was(run_script, whole
 
 AT = {  # where the run is killed: code, and how many lines of metrics it had written by then
     "in the first evaluation": ("reagent.evaluate = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", 0),
-    "amid the cold start": (LOG.format(step=5, name="SIGKILL"), 5),
-    "amid the checkpoint of the first step of learning": (CHECKPOINT.format(count=3), 6),
+    "amid the judge's imitation": (LOG.format(step=4, name="SIGKILL"), 4),  # its trajectories are made once more
+    "amid the checkpoint of the first step of learning": (CHECKPOINT.format(count=2), 6),
     "amid learning": (LOG.format(step=7, name="SIGKILL"), 7),
 }  # fmt: skip
 
