@@ -17,8 +17,8 @@ agent as it is then; 3. the judge learns them (SFT), then GRPO, paid for the clo
 
 Departures from the paper, and why:
  1. The judgements that train the judge are written by a program that names flaws of the process (`annotate`); the paper's come from a
-    model of 120 billion parameters. Both stages share --judged trajectories. Beyond the judge, only the warm-up of a tiny model sees what
-    the annotator writes, of random flaws: the agent meets the trained judge.
+    model of 120 billion parameters. Beyond the judge, only the warm-up of a tiny model sees what the annotator writes, of random flaws:
+    the agent meets the trained judge.
  2. The reward of the judge's GRPO and the prompt of the second attempt are unpublished; those below are ours. A judgement that cannot be
     read is tried again at --temperature (paper's script: once more at 0). A second attempt is judged by itself, without the first.
  3. Cold-start trajectories, with thoughts, come from the world's expert, --cold-start of them (paper: 55.6 thousand of a stronger model).
@@ -92,9 +92,9 @@ class Args:
     rrm: str = common.flag("", "the judge: a local directory or a hub id; default: it is trained first")
     judge_tokens: int = common.flag(40, "of one judgement (not in the paper)")
     judge_retries: int = common.flag(1, "of a judgement that cannot be read, then it is 0 and empty (its script)")
-    judged: int = common.flag(3000, "judged trajectories for the judge's SFT (paper: 28 thousand)")
+    judged: int = common.flag(3000, "trajectories for the judge's SFT, half of them the agent's own (paper: 28 thousand)")
     judge_epochs: int = common.flag(2, "of its SFT (paper)")
-    judge_steps: int = common.flag(20, "updates of its GRPO, each on a trajectory per question of a step (paper: 90 thousand)")
+    judge_steps: int = common.flag(20, "updates of its GRPO, on as many fresh trajectories as a step has questions (paper: 90 thousand)")
     cold_start: int = common.flag(2000, "correct trajectories of the expert that the agent imitates first; 0: none (paper: 55.6 thousand)")
     cold_epochs: int = common.flag(2, "of the cold start (paper)")
     sft_batch_size: int = common.flag(16, "trajectories per gradient step of judge SFT and cold start (paper: 32)")
@@ -253,22 +253,21 @@ def trajectories(args, split, seeds, name):
             history += [action, observation]
             valid.append(info["valid"])
             over = terminated or truncated
-        episodes.append({"history": history, "flaws": process_flaws(world.task, history, valid), "won": info["won"]})
+        episodes.append({"history": history, "flaws": process_flaws(world.task, history, valid), "won": info["won"], "who": "players"})
     return episodes
 
 
 def judge_examples(state, split, seeds, name):
-    """What a judge is trained and measured on: `trajectories` for half of the seeds, and for the others attempts of the agent as it is now,
-    with their flaws. `who` tells them apart."""
-    half, own = (len(seeds) + 1) // 2, []
-    for i in range(half, len(seeds), AT_ONCE):
-        own += rollout(state.model, state.chat, state.args, split, seeds[i:i + AT_ONCE], temperature=state.args.temperature,
+    """What a judge is trained and measured on, an episode per seed: by turns one of the players and one of the agent as it is now."""
+    own, found = [], [None] * len(seeds)
+    for i in range(1, len(seeds), 2 * AT_ONCE):
+        own += rollout(state.model, state.chat, state.args, split, seeds[i:i + 2 * AT_ONCE:2], temperature=state.args.temperature,
                        stream=(name,), first=i)
     for e in own:
         state.world.reset(seed=e["seed"], options={"split": split})
-        e["flaws"] = process_flaws(state.world.task, e["history"], e["valid"])
-    players = trajectories(state.args, split, seeds[:half], name)
-    return [e | {"who": who} for who, some in (("players", players), ("agent", own)) for e in some]
+        e |= {"who": "agent", "flaws": process_flaws(state.world.task, e["history"], e["valid"])}
+    found[::2], found[1::2] = trajectories(state.args, split, seeds[::2], name), own
+    return found
 
 
 def demonstrations(args, seeds):
@@ -677,7 +676,8 @@ PHASES = {"cold-start": cold_start, "judge-sft": judge_sft, "judge-grpo": judge_
 def plan_of(args, correct, judged):
     """[(phase, update, how many, its batch)], the whole run: epochs over data for the first three phases, --steps for the last.
 
-    correct: trajectories to imitate; judged: how many train the judge, of which a batch holds the places.
+    correct: trajectories to imitate; judged: how many the judge imitates. Its batches hold places in `judge_examples`, which the agent
+    plays after its cold start; its GRPO gets others than its SFT.
     """
     plan, questions = [], args.batch_size // args.group_size
 
@@ -690,8 +690,7 @@ def plan_of(args, correct, judged):
         plan.append(("cold-start", epochs("cold-start", correct, args.cold_epochs, args.sft_batch_size)))
     if judged:
         plan.append(("judge-sft", epochs("judge-sft", range(judged), args.judge_epochs, args.sft_batch_size)))
-        count = 1 + args.judge_steps * questions // judged
-        plan.append(("judge-grpo", epochs("judge-grpo", range(judged), count, questions)[:args.judge_steps]))
+        plan.append(("judge-grpo", [range(judged + i * questions, judged + (i + 1) * questions) for i in range(args.judge_steps)]))
     if args.variant != "C":
         plan.append(("learn", [[args.seed * 1_000_000_007 + i * questions + g for g in range(questions)] for i in range(args.steps)]))
     return [(phase, i, len(batches), batch) for phase, batches in plan for i, batch in enumerate(batches, 1)]
@@ -744,7 +743,8 @@ def main():
 
     totals, seconds, done, judge_quality, cold_started = Counter(), Counter(), 0, {}, None
     # made when first asked for, by the agent after its cold start; after --resume, too, as it does not learn while the judge does
-    judged = functools.cache(lambda: judge_examples(state, "train", seeds(300_000_000, args.judged), "judged"))
+    judged = functools.cache(lambda: judge_examples(
+        state, "train", seeds(300_000_000, args.judged + args.judge_steps * args.batch_size // args.group_size), "judged"))
     held_out = functools.cache(lambda: judge_examples(state, "test", range(10_000, 10_000 + min(400, args.judged)), "held out"))
     quality = lambda: {who: watch_judge(rrm, world, args, [e for e in held_out() if e["who"] == who])  # noqa: E731
                        for who in ("players", "agent")}
