@@ -3,22 +3,22 @@
 Agent-RRM reads the whole transcript of an episode, never the right answer, and writes three blocks: <think> an analysis, <critique> a few
 words to the agent, <score> a number in [0, 1]. Three ways to use it:
 
- C  text only, nothing is trained: attempt, critique, second attempt with the critique in view; the second one counts.
+ C  text only, the agent is not trained: attempt, critique, second attempt with the critique in view; the second one counts.
  R  score only: GRPO with R = R_rule + lambda * score.
  U  both: G first attempts at a question are judged, each is attempted once more with its critique in view, the second ones are judged too,
     both get R, and advantages are normalised over the pool of all 2G. Each attempt's ratio is taken in its own context: the second stays
     conditioned on the first and its critique, whose tokens are not trained there. At test time: the first attempt alone.
- none  lambda = 0, first attempts only. R with --batch-size and --group-size twice as large is the control that the paper lacks: as many
-    attempts at as many questions as U.
+ none  lambda = 0, first attempts only.
+The control that the paper lacks is R with --batch-size and --group-size twice as large: as many attempts at as many questions as U.
 
 One run: 1. cold start of the agent on correct trajectories; 2. judged trajectories, half of players of different strength, half of the
 agent as it is then; 3. the judge learns them (SFT), then GRPO, paid for the closeness of its score to the reference and for its format;
-4. the agent's own learning.
+4. the agent's own learning. C does without 1 and 4, none without 2 and 3, as does any arm that is given a judge (--rrm).
 
 Departures from the paper, and why:
  1. The judgements that train the judge are written by a program that names flaws of the process (`annotate`); the paper's come from a
-    model of 120 billion parameters. Beyond the judge, only the warm-up of a tiny model sees what the annotator writes, of random flaws:
-    the agent meets the trained judge.
+    model of 120 billion parameters. The agent never meets them: it works with the trained judge. (The warm-up of a tiny model holds some of
+    random flaws, for their form.) Of the agent's own trajectories only first attempts are judged there.
  2. The reward of the judge's GRPO and the prompt of the second attempt are unpublished; those below are ours. A judgement that cannot be
     read is tried again at --temperature (paper's script: once more at 0). A second attempt is judged by itself, without the first.
  3. Cold-start trajectories, with thoughts, come from the world's expert, --cold-start of them (paper: 55.6 thousand of a stronger model).
@@ -29,7 +29,7 @@ Departures from the paper, and why:
  5. One --lr for all phases, SFT and GRPO (paper: 1e-5 and 5e-7), warmed up over 5 updates, gradients clipped to norm 1; evaluation without
     top-p; SFT at --temperature; as many turns as the world allows (paper: 13).
 
-    python reagent.py                                     # judge, cold start, variant U on search with the tiny model: see README
+    python reagent.py                                     # cold start, judge, variant U on search with the tiny model: see README
     python reagent.py --variant none --out-dir runs/none  # or C
     python reagent.py --rrm runs/reagent-search-s0/rrm --out-dir runs/U # a judge that is there already
     python reagent.py --variant R --batch-size 256 --group-size 16 --rrm runs/reagent-search-s0/rrm --out-dir runs/R # attempts as U
@@ -89,7 +89,7 @@ class Args:
     variant: str = common.flag("U", "how the judge is used", choices=["U", "R", "C", "none"])
     score_weight: float = common.flag(0.3, "lambda, of the judge's score beside the rule's reward (paper)")
     pool: str = common.flag("joint", "U: advantages over all 2G attempts (paper), or over each G", choices=["joint", "separate"])
-    rrm: str = common.flag("", "the judge: a local directory or a hub id; default: it is trained first")
+    rrm: str = common.flag("", "the judge: a local directory or a hub id; default: it is trained, after the cold start")
     judge_tokens: int = common.flag(40, "of one judgement (not in the paper)")
     judge_retries: int = common.flag(1, "of a judgement that cannot be read, then it is 0 and empty (its script)")
     judged: int = common.flag(3000, "trajectories for the judge's SFT, half of them the agent's own (paper: 28 thousand)")
@@ -116,8 +116,8 @@ AGAIN = "You have tried this before:\n{transcript}\nA reviewer says: {critique}\
 
 def parse_judgement(text):
     """The three blocks -> {"think", "critique", "score"}, or None where one is missing or the score is no number in [0, 1]."""
-    inside = r"((?:(?!</?(?:think|critique|score)>).)*)"  # without tags: exactly three blocks, after a thinking model's own thought
-    blocks = rf"(?:<think>{inside[1:-1]}</think>\s*)??<think>{inside}</think>\s*<critique>{inside}</critique>"
+    inside = r"(?:(?!</?(?:think|critique|score)>).)*"  # without tags: exactly three blocks, after a thinking model's own thought
+    blocks = rf"(?:<think>{inside}</think>\s*)??<think>({inside})</think>\s*<critique>({inside})</critique>"
     found = re.fullmatch(blocks + r"\s*<score>\s*([01](?:\.[0-9]{1,9})?)\s*</score>", text.strip(), re.DOTALL)
     score = found and float(found[3])
     return {"think": found[1].strip(), "critique": found[2].strip(), "score": score} if found and 0 <= score <= 1 else None
@@ -148,13 +148,15 @@ def judge_messages(world, history):
 
 # ------------------------------------------------------------------------------------------------------------------ rollout
 
+AT_ONCE = 256  # episodes that share a cache outside training: what bounds its memory
+
 
 @torch.no_grad()
-def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None, first=0):
+def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None, offset=0):
     """Plays an episode per seed, all at once. Returns dicts; `ids` and `mask` are for the loss.
 
     `before`: (history, critique) of an earlier attempt per episode, for second attempts. `stream` names the randomness: a row's depends on
-    (--seed, stream, row, turn) and on nothing else; rows count from `first`. What does not fit the context is not played.
+    (--seed, stream, row, turn) and on nothing else; rows count from `offset`. What does not fit the context is not played and scores 0.
     """
     worlds, episodes = [envs.make(args.env) for _ in seeds], []
     for world, seed in zip(worlds, seeds):
@@ -169,7 +171,7 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None
     live = list(range(len(episodes)))
     while live := [i for i in live if not episodes[i]["over"] and not episodes[i]["truncated"]]:
         replies = dialogues.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature, seeds=[
-            common.row_seed(args.seed, *stream, first + i, len(episodes[i]["history"])) for i in live])
+            common.row_seed(args.seed, *stream, offset + i, len(episodes[i]["history"])) for i in live])
         for i, reply in zip(live, replies):
             e = episodes[i]
             observation, _, terminated, truncated, info = worlds[i].step(reply)
@@ -190,9 +192,9 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None
 # --------------------------------------------------------------------------------------------------------------- Agent-RRM
 
 
-def judge(rrm, world, args, histories, stream, first=0):
+def judge(rrm, world, args, histories, stream, offset=0):
     """Agent-RRM on whole transcripts: a dict of think, critique, score and `parsed` each. Unreadable after the retries, too long to judge
-    or not played: 0 and empty. `stream` and `first` are those of `rollout`."""
+    or not played: 0 and empty. `stream` and `offset` are those of `rollout`."""
     model, chat = rrm
     room = model.config.max_position_embeddings - args.judge_tokens
     prompts = [chat.prompt(judge_messages(world, history)) for history in histories]
@@ -203,7 +205,7 @@ def judge(rrm, world, args, histories, stream, first=0):
             break
         replies = common.generate(model, chat, [prompts[i] for i in left], max_new_tokens=args.judge_tokens,
                                   temperature=args.temperature if attempt else 0.0,  # once more the same would help nobody
-                                  seeds=[common.row_seed(args.seed, *stream, "judge", attempt, first + i) for i in left])
+                                  seeds=[common.row_seed(args.seed, *stream, "judge", attempt, offset + i) for i in left])
         for i, text, ids in zip(left, replies.texts, replies.ids):
             found = parse_judgement(text)
             out[i] |= (found or {}) | {"parsed": found is not None, "tokens": out[i]["tokens"] + len(ids)}
@@ -225,14 +227,14 @@ def process_score(flaws):
 
 
 def annotate(flaws):
-    """The reference judgement for the flaws of a process: no outcome and no answer goes into it."""
+    """The reference judgement for the flaws of a process, which follow from the pages read: the right answer is not asked."""
     think = f"Flaws: {', '.join(flaws)}." if flaws else "No flaw."
     critique = " ".join(ADVICE[flaw] for flaw in flaws) or "Go on like this."
     return f"<think>{think}</think>\n<critique>{critique}</critique>\n<score>{process_score(flaws):.1f}</score>"
 
 
 def process_flaws(question, history, valid):
-    """The flaws of a process that have a cost; whether the answer was right is none of them."""
+    """The flaws of a process that have a cost, deduced from what was read, never from the right answer."""
     flaws = [flaw for flaw in envs.search_flaws(question, list(zip(history[1::2], history[2::2], valid))) if flaw in COSTS]
     return flaws if [envs.read_call(reply)[0] for reply in history[-2:-1]] == ["answer"] else [*flaws, "no answer"]
 
@@ -262,7 +264,7 @@ def judge_examples(state, split, seeds, name):
     own, found = [], [None] * len(seeds)
     for i in range(1, len(seeds), 2 * AT_ONCE):
         own += rollout(state.model, state.chat, state.args, split, seeds[i:i + 2 * AT_ONCE:2], temperature=state.args.temperature,
-                       stream=(name,), first=i)
+                       stream=(name,), offset=i)
     for e in own:
         state.world.reset(seed=e["seed"], options={"split": split})
         e |= {"who": "agent", "flaws": process_flaws(state.world.task, e["history"], e["valid"])}
@@ -393,8 +395,8 @@ def update(model, reference, chat, args, optimizer, episodes, advantages):
         part = range(start, start + share)
         for rows in micro_batches(episodes, part, args.micro_batch_size):
             logprobs, mask = sampled_logprobs(model, chat, [episodes[i] for i in rows], args.temperature)  # [B, T - 1]
-            before, scale = pad(old, rows), torch.tensor([advantages[i] for i in rows], device=logprobs.device)[:, None]
-            loss = surrogate(logprobs, before, scale, args.clip, args.clip_high)
+            logprobs_old, scale = pad(old, rows), torch.tensor([advantages[i] for i in rows], device=logprobs.device)[:, None]
+            loss = surrogate(logprobs, logprobs_old, scale, args.clip, args.clip_high)
             if args.kl:
                 kl = kl_estimate(logprobs, pad(ref, rows))
                 loss = loss + args.kl * kl
@@ -402,7 +404,7 @@ def update(model, reference, chat, args, optimizer, episodes, advantages):
             weights = token_weights(mask, len(part))
             (loss * weights).sum().backward()
             metrics["loss"] += (loss.detach() * weights).sum().item() / args.updates
-            ratio = (logprobs.detach() - before).exp()
+            ratio = (logprobs.detach() - logprobs_old).exp()
             metrics["clipped"] += ((ratio < 1 - args.clip) | (ratio > 1 + args.clip_high)).sum().item() / total
         metrics["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item() / args.updates
         optimizer.step()
@@ -528,7 +530,7 @@ def watch(episodes):
 
 
 def leaks(world, episodes, judgements):
-    """The share of critiques that name the right answer, which no prompt holds; asked of `search` for this count alone. None elsewhere,
+    """The share of critiques that name the right answer, which no prompt holds; `search` is asked for it here alone. None elsewhere,
     or where all answers are yes and no, which any critique may hold."""
     if not isinstance(world, envs.Search):
         return None
@@ -541,19 +543,16 @@ def leaks(world, episodes, judgements):
     return common.mean(found) if found else None
 
 
-AT_ONCE = 256  # episodes of an evaluation that share a cache: what bounds its memory
-
-
 def evaluate(state, split, episodes, second=False):
     """First attempts on fixed episodes of a split, without judge and critique; or the second ones after them, what variant C is about."""
     args, played = state.args, []
     for i in range(0, episodes, AT_ONCE):
         seeds = range(i, min(i + AT_ONCE, episodes))
-        some = rollout(state.model, state.chat, args, split, seeds, temperature=args.eval_temperature, stream=("evaluate",), first=i)
+        some = rollout(state.model, state.chat, args, split, seeds, temperature=args.eval_temperature, stream=("evaluate",), offset=i)
         if second:
-            judgements = judge(state.rrm, state.world, args, [e["history"] for e in some], ("evaluate", split), first=i)
+            judgements = judge(state.rrm, state.world, args, [e["history"] for e in some], ("evaluate", split), offset=i)
             some = rollout(state.model, state.chat, args, split, seeds, temperature=args.eval_temperature, stream=("evaluate", 2),
-                           first=i, before=[(e["history"], j["critique"]) for e, j in zip(some, judgements)])
+                           offset=i, before=[(e["history"], j["critique"]) for e, j in zip(some, judgements)])
         played += some
     return watch(played) | {"se": common.mean_se([float(e["won"]) for e in played])[1]}, played
 
@@ -697,7 +696,7 @@ def plan_of(args, correct, judged):
 
 
 def main():
-    """Judge, cold start, learning."""
+    """Cold start, judge, learning."""
     args = common.parse_args(Args)
     if args.quick:
         args = dataclasses.replace(args, steps=2, batch_size=8, micro_batch_size=4, group_size=4, eval_episodes=16, eval_every=1,

@@ -432,7 +432,7 @@ def test_attempts_do_not_depend_on_their_batch(tiny):
     texts = lambda episodes: [(e["history"], e["ids"], e["mask"]) for e in episodes]  # noqa: E731
     whole = play(tiny, [5, 5, 6, 6])
     assert texts(whole) == texts(play(tiny, [5, 5, 6, 6])) and texts(play(tiny, [5, 5, 6])) == texts(whole[:3])
-    assert texts(play(tiny, [6, 6], first=2)) == texts(whole[2:]) and texts(play(tiny, [5, 5, 6, 6], stream=("x",))) != texts(whole)
+    assert texts(play(tiny, [6, 6], offset=2)) == texts(whole[2:]) and texts(play(tiny, [5, 5, 6, 6], stream=("x",))) != texts(whole)
     assert whole[0]["history"] != whole[1]["history"] and whole[0]["history"][0] == whole[1]["history"][0] != whole[2]["history"][0]
 
 
@@ -634,8 +634,8 @@ def main_here(monkeypatch, run_here):
         seen.rollouts.append((split, list(seeds), rest, episodes))
         return episodes
 
-    def judging(rrm, world, args, histories, stream, first=0):
-        judged = real["judge"](rrm, world, args, histories, stream, first)
+    def judging(rrm, world, args, histories, stream, offset=0):
+        judged = real["judge"](rrm, world, args, histories, stream, offset)
         for i, j in enumerate(judged):
             j.update(score=i % 2 / 2 if stream[0] == "learn" else j["score"], critique="Go on like this.")
         seen.judged.append((stream, histories, judged))
@@ -839,7 +839,7 @@ def test_c_counts_the_second_attempt(tiny, monkeypatch):
 
     monkeypatch.setattr(ra, "rollout", won)
     judged = []
-    monkeypatch.setattr(ra, "judge", lambda rrm, world, args, histories, stream, first: [judged.append(first + i) or EMPTY for i in range(
+    monkeypatch.setattr(ra, "judge", lambda rrm, world, args, histories, stream, offset: [judged.append(offset + i) or EMPTY for i in range(
         len(histories))])
     for second in True, False:
         state = ra.State(ARGS, WORLD, tiny[1], tiny[0], tiny)
