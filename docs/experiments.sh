@@ -110,6 +110,7 @@ runs act-32x2-foreign   "0 1 2" act.py --model tiny:32x2 --pairs "$results/act-a
 runs reagent-U             "0 1 2 3 4" reagent.py
 runs reagent-none          "0 1 2 3 4" reagent.py --variant none
 runs reagent-R-2G          "0 1 2 3 4" reagent.py --variant R --batch-size 256 --group-size 16 --rrm "$results/reagent-U-s@/rrm"
+runs reagent-none-2G       "0 1 2" reagent.py --variant none --batch-size 256 --group-size 16
 runs reagent-R             "0 1 2" reagent.py --variant R --rrm "$results/reagent-U-s@/rrm"
 runs reagent-C             "0 1 2" reagent.py --variant C --rrm "$results/reagent-U-s@/rrm"
 for weight in 0 0.1 0.5; do

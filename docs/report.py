@@ -25,7 +25,7 @@ CLAIMS = (("zero", "grpo"), ("zero", "immediate"), ("act,il,rl", "il,rl"),
           *(("few-demos-act,il", f"few-demos-{other}") for other in ("il,il", "il", "sft-choice,il", "no-reasoning,il")),
           ("many-demos-act,il", "many-demos-il,il"), ("128x2-act,il", "128x2-il,il"), ("k4", "il,il"),
           ("32x2", "32x2-il,il"), ("32x2-foreign", "32x2-il,il"), ("32x2-foreign", "32x2"),
-          ("R-2G", "none"), ("R", "none"), ("U-lambda0", "none"), ("dapo", "grpo-dapo"))  # the papers find, or one hopes for, a plus
+          ("R-2G", "none-2G"), ("R-2G", "none"), ("none-2G", "none"), ("R", "none"), ("U-lambda0", "none"), ("dapo", "grpo-dapo"))  # the papers find, or one hopes for, a plus
 CURVES = ("nlac", "frozen-critic", "blind-critic", "ceiling", "mc-backup", "ppo", "self-distillation", "nlql", "grpo", "full", "zero",
           "immediate", "no-anneal", "inference", "none", "R-2G", "U")  # arms of the figure
 
