@@ -21,11 +21,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 METHODS = {"self-guide": "Self-Guide", "act": "ACT", "reagent": "Reagent"}  # by the beginning of a run's name; NLAC and rivals: no such
 MAIN = "nlac", "full", "act,il", "U"  # what the other arms of a table are compared with
-CLAIMS = (("zero", "grpo"), ("zero", "immediate"), ("act,il,rl", "il,rl"),
-          *(("few-demos-act,il", f"few-demos-{other}") for other in ("il,il", "il", "sft-choice,il", "no-reasoning,il")),
-          ("many-demos-act,il", "many-demos-il,il"), ("128x2-act,il", "128x2-il,il"), ("k4", "il,il"),
-          ("32x2", "32x2-il,il"), ("32x2-foreign", "32x2-il,il"), ("32x2-foreign", "32x2"),
-          ("R-2G", "none-2G"), ("R-2G", "none"), ("none-2G", "none"), ("R", "none"), ("U-lambda0", "none"), ("dapo", "grpo-dapo"))  # the papers find, or one hopes for, a plus
+CLAIMS = (  # pairs of which the papers find, or one hopes for, a plus
+    ("zero", "grpo"), ("zero", "immediate"), ("dapo", "grpo-dapo"), ("act,il,rl", "il,rl"),
+    *(("few-demos-act,il", f"few-demos-{other}") for other in ("il,il", "il", "sft-choice,il", "no-reasoning,il")),
+    ("many-demos-act,il", "many-demos-il,il"), ("128x2-act,il", "128x2-il,il"), ("k4", "il,il"),
+    ("32x2", "32x2-il,il"), ("32x2-foreign", "32x2-il,il"), ("32x2-foreign", "32x2"),
+    ("R", "none"), ("R-2G", "none-2G"), ("R-2G", "none"), ("none-2G", "none"), ("U-lambda0", "none"))
 CURVES = ("nlac", "frozen-critic", "blind-critic", "ceiling", "mc-backup", "ppo", "self-distillation", "nlql", "grpo", "full", "zero",
           "immediate", "no-anneal", "inference", "none", "R-2G", "U")  # arms of the figure
 
