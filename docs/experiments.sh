@@ -117,4 +117,7 @@ for weight in 0 0.1 0.5; do
     runs "reagent-U-lambda$weight" "0 1 2" reagent.py --score-weight "$weight" --rrm "$results/reagent-U-s@/rrm"
 done
 runs reagent-U-separate    "0 1 2" reagent.py --pool separate --rrm "$results/reagent-U-s@/rrm"
+for judging in annotator shuffled; do # the two ends between which the trained judge stands
+    runs "reagent-U-$judging" "0 1 2" docs/other_judge.py --judging "$judging" --rrm "$results/reagent-U-s@/rrm"
+done
 exit $failed

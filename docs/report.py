@@ -26,7 +26,8 @@ CLAIMS = (  # pairs of which the papers find, or one hopes for, a plus
     *(("few-demos-act,il", f"few-demos-{other}") for other in ("il,il", "il", "sft-choice,il", "no-reasoning,il")),
     ("many-demos-act,il", "many-demos-il,il"), ("128x2-act,il", "128x2-il,il"), ("k4", "il,il"),
     ("32x2", "32x2-il,il"), ("32x2-foreign", "32x2-il,il"), ("32x2-foreign", "32x2"),
-    ("R", "none"), ("R-2G", "none-2G"), ("R-2G", "none"), ("none-2G", "none"), ("U-lambda0", "none"))
+    ("R", "none"), ("R-2G", "none-2G"), ("R-2G", "none"), ("none-2G", "none"), ("U-lambda0", "none"),
+    ("U-annotator", "U-shuffled"), ("U-annotator", "R-2G"), ("U-shuffled", "none"))
 CURVES = ("nlac", "frozen-critic", "blind-critic", "ceiling", "mc-backup", "ppo", "self-distillation", "nlql", "grpo", "full", "zero",
           "immediate", "no-anneal", "inference", "none", "R-2G", "U")  # arms of the figure
 
@@ -40,11 +41,12 @@ def read_runs(results):
             print(f"{path.parent} is not named NAME-sSEED: skipped", file=sys.stderr)
             continue
         try:
-            settings, curve, rationale = (path.with_name(name) for name in ("args.json", "metrics.jsonl", "rationale.json"))
+            settings, curve = path.with_name("args.json"), path.with_name("metrics.jsonl")
+            beside = {name: path.with_name(f"{name}.json") for name in ("rationale", "second_attempts")}  # what other files of docs/ found
             arms[found[1]][int(found[2])] = {
                 "summary": json.loads(path.read_text(encoding="utf-8")),
                 "args": json.loads(settings.read_text(encoding="utf-8"))["args"] if settings.exists() else {},
-                "rationale": json.loads(rationale.read_text(encoding="utf-8")) if rationale.exists() else None,
+                **{name: json.loads(other.read_text(encoding="utf-8")) for name, other in beside.items() if other.exists()},
                 "metrics": read_jsonl(curve)}
         except (ValueError, KeyError) as error:
             print(f"{path.parent} cannot be read ({type(error).__name__}): skipped", file=sys.stderr)
@@ -197,6 +199,21 @@ def attempt_table(arms):
             "critiques that name the answer | repeated calls, first | second |", "|---|---|---|---|---|---|---|---|", *rows] if rows else []
 
 
+def second_attempt_table(arms):
+    """What docs/second_attempts.py found: how often second attempts win, by what they are told; means over seeds."""
+    rows = []
+    for name, runs in arms.items():
+        found = [run["second_attempts"] for run in runs.values() if run.get("second_attempts")]
+        for way in found[0] if found else ():
+            cells = [number(*mean_se([x[way][part]["success"] for x in found])) if part in found[0][way] else "-"
+                     for part in ("all", "lost", "won")]
+            if "minus_nothing" in found[0][way]:
+                cells.append(number(*mean_se([x[way]["minus_nothing"]["difference"] for x in found]), signed=True))
+            rows.append("| " + " | ".join([f"{name}, {way}", str(len(found)), *cells, *["-"] * (4 - len(cells))]) + " |")
+    return ["", "| arm after training, attempt | seeds | won | where the first was lost | where it was won | minus `nothing`, paired |",
+            "|---|---|---|---|---|---|", *rows] if rows else []
+
+
 def judge_table(arms):
     """Of judges trained in a run: their quality on trajectories of the test split, of players and of the agent; means over seeds."""
     rows = []
@@ -223,7 +240,7 @@ def tables(arms):
         blocks[method] += [
             f"**{env}** (success on {episodes} test episodes per run; mean ± standard error over seeds; {ends} player; {devices})", "",
             *result_table(chosen), "", *difference_table(chosen), *rating_table(chosen), *stage_table(chosen), *rationale_table(chosen),
-            *attempt_table(chosen), *judge_table(chosen), ""]
+            *attempt_table(chosen), *second_attempt_table(chosen), *judge_table(chosen), ""]
     return {method: "\n".join(lines).strip() for method, lines in blocks.items()}
 
 
@@ -289,12 +306,12 @@ def draw(arms, path):
 
 
 def keep(source, results, lines=60):
-    """Copies finished runs: summary.json, args.json, what docs/rationale.py and docs/judge.py found, and of metrics.jsonl the evaluations
-    and about `lines` more. Nothing else."""
+    """Copies finished runs: summary.json, args.json, what docs/rationale.py, docs/judge.py and docs/second_attempts.py found, and of
+    metrics.jsonl the evaluations and about `lines` more. Nothing else."""
     kept = []
     for path in sorted(Path(source).glob("*/summary.json")):
         target = Path(results, path.parent.name)
-        names = "summary.json", "args.json", "rationale.json", "judge.json"
+        names = "summary.json", "args.json", "rationale.json", "judge.json", "second_attempts.json"
         texts = {name: path.with_name(name).read_text(encoding="utf-8") for name in names if path.with_name(name).exists()}
         metrics = read_jsonl(path.with_name("metrics.jsonl"))
         every = max(1, len(metrics) // lines)

@@ -32,9 +32,11 @@ import ceiling  # noqa: E402
 import early_experience  # noqa: E402
 import judge  # noqa: E402
 import nlql  # noqa: E402
+import other_judge  # noqa: E402
 import ppo  # noqa: E402
 import rationale  # noqa: E402
 import report  # noqa: E402
+import second_attempts  # noqa: E402
 import self_distillation  # noqa: E402
 
 RIVALS = {"ppo": "ppo", "nlql": "nlql", "self_distillation": "self-distillation", "ceiling": "ceiling"}  # file: method
@@ -656,6 +658,91 @@ def test_judge_refuses_in_one_line(trained, tmp_path, monkeypatch, capsys, missi
         judge.main()
     out, err = capsys.readouterr()
     assert end.value.code == 2 and not out and re.fullmatch(r"error: [^\n]+\n", err) and words in err
+
+
+# ------------------------------------------------------------------------------- Reagent's second attempts, and other judges
+
+
+def test_second_attempts_by_hand():
+    again = {"judge": [True, True, False, True], "nothing": [True, False, False, False]}
+    rows = second_attempts.summary([True, False, False, False], again)
+    assert rows["first"]["all"] == {"success": 0.25, "se": pytest.approx(0.25), "n": 4}
+    assert rows["judge"]["all"]["success"] == 0.75 and rows["judge"]["won"]["n"] == 1
+    assert rows["judge"]["lost"] == {"success": pytest.approx(2 / 3), "se": pytest.approx(1 / 3), "n": 3}
+    assert rows["judge"]["minus_nothing"] == {"difference": 0.5, "se": pytest.approx(math.sqrt(1 / 12))}
+    assert rows["nothing"]["minus_nothing"] == {"difference": 0.0, "se": 0.0}
+
+
+def test_second_attempts_differ_in_the_critique_alone(trained, monkeypatch, capsys):
+    played, rollout, said = [], reagent.rollout, []
+    monkeypatch.setattr(reagent, "rollout", lambda *given, before=None, **rest: played.append(
+        (before, rest["stream"], rollout(*given, before=before, **rest))) or played[-1][2])
+    monkeypatch.setattr(reagent, "judge", lambda rrm, world, args, histories, stream, offset: said.append(
+        [{"critique": f"Number {offset + i}."} for i in range(len(histories))]) or said[-1])
+    monkeypatch.setattr(sys, "argv", ["second_attempts.py", str(trained), "--episodes", "6"])
+    second_attempts.main()
+    (none, _, first), *again = played
+    assert none is None is again[4][0] and len(again) == 5 and len({stream for _, stream, _ in again}) == 1  # the same random numbers
+    assert all([history for history, _ in before] == [e["history"] for e in first] for before, *_ in again[:4])
+    by_judge, by_annotator, other, nothing = ([critique for _, critique in before] for before, *_ in again[:4])
+    assert by_judge == [j["critique"] for j in said[0]] and other == by_judge[1:] + by_judge[:1] and nothing == [""] * 6
+    world = envs.make("search")
+    for e, critique in zip(first, by_annotator):
+        world.reset(seed=e["seed"], options={"split": "test"})
+        flaws = reagent.process_flaws(world.task, e["history"], e["valid"])
+        assert e["split"] == "test" and critique in reagent.annotate(flaws) and flaws
+    rows = json.loads((trained / "second_attempts.json").read_text())
+    assert set(rows) == {"first", *second_attempts.WAYS} and rows["judge"]["all"]["n"] == 6 and "annotator" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing, words", [("args.json", "no run of reagent.py"), ("rrm", "--rrm"), ("model", "no trained agent")])
+def test_second_attempts_refuse_in_one_line(trained, tmp_path, monkeypatch, capsys, missing, words):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / missing).rename(tmp_path / "away")
+    monkeypatch.setattr(sys, "argv", ["second_attempts.py", str(run)])
+    with pytest.raises(SystemExit) as end:
+        second_attempts.main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and not out and re.fullmatch(r"error: [^\n]+\n", err) and words in err
+
+
+@pytest.mark.parametrize("judging", ["annotator", "shuffled"])
+def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypatch, judging):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    for name in "Args", "judge", "rollout":  # so that they are put back
+        monkeypatch.setattr(reagent, name, getattr(reagent, name))
+    said, asked = [], reagent.judge
+
+    def numbered(rrm, world, args, histories, stream, offset=0):
+        judged = asked(rrm, world, args, histories, stream, offset)
+        said.append((stream, [j | {"score": i / 100, "critique": f"Number {i}."} for i, j in enumerate(judged)]))
+        return said[-1][1]
+
+    monkeypatch.setattr(other_judge, "TRAINED", numbered)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    flags = flags_of(model="tiny:32x1", examples=60, judge_tokens=60, max_new_tokens=12, steps=1, batch_size=8, group_size=4,
+                     micro_batch_size=4, eval_episodes=2, cold_start=4, cold_epochs=1, judged=4, rrm=trained / "rrm", judging=judging,
+                     out_dir=tmp_path / "run")  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["other_judge.py", *flags])
+    other_judge.main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    first, second = ([e for e in rollouts if e["attempt"] == n] for n in (1, 2))
+    assert len(first) == len(second) == 8 and json.loads((tmp_path / "run" / "args.json").read_text())["args"]["judging"] == judging
+    if judging == "shuffled":
+        learnt = [judged for stream, judged in said if stream[0] == "learn"]
+        for attempts, judged in zip((first, second), learnt, strict=True):
+            assert [e["judgement"] for e in attempts] == judged[4:] + judged[:4]  # of the other question
+        return
+    assert not any(stream[0] == "learn" for stream, _ in said)
+    world = envs.make("search")
+    for e in rollouts:
+        world.reset(seed=e["seed"], options={"split": "train"})
+        flaws = reagent.process_flaws(world.task, e["history"], e["valid"])
+        assert e["judgement"]["score"] == pytest.approx(reagent.process_score(flaws)) and e["judgement"]["parsed"]
+        assert e["return"] == pytest.approx(e["score"] + 0.3 * e["judgement"]["score"])
 
 
 # ------------------------------------------------------------------------------------------------------------------ refusals
