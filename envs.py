@@ -1428,8 +1428,10 @@ def draw_names(rng, kinds, split, parts, namesakes):
         every, common = search_names(kind, split, parts), set((ARTICLES[kind][0] or "").split())
         names[kind] = []
         for name in rng.sample(every, len(every)):
+            if len(names[kind]) == n:
+                break
             own = set(name.split()) - common
-            if len(names[kind]) < n and not own & used:
+            if not own & used:
                 names[kind].append(name)
                 used |= own
         if len(names[kind]) < n:
@@ -1483,6 +1485,7 @@ def tool_call(name, argument):
     return f"<tool_call>\n{call}\n</tool_call>"
 
 
+@functools.lru_cache(maxsize=4096)
 def read_call(text):
     """The first call in a text, or a JSON object without the tags -> (tool, argument, None), or (None, None, what is wrong)."""
     tagged = re.search(r"<tool_call>(.*?)(?:</tool_call>|$)", text, re.DOTALL)

@@ -1,4 +1,4 @@
-"""Reagent (Fan et al., arXiv 2601.22154): a reward model that explains itself, and an agent that learns from its words and its score.
+r"""Reagent (Fan et al., arXiv 2601.22154): a reward model that explains itself, and an agent that learns from its words and its score.
 
 Agent-RRM reads the whole transcript of an episode, never the right answer, and writes three blocks: <think> an analysis, <critique> a few
 words to the agent, <score> a number in [0, 1]. Three ways to use it:
@@ -12,28 +12,31 @@ words to the agent, <score> a number in [0, 1]. Three ways to use it:
 The control that the paper lacks is R with --batch-size and --group-size twice as large: as many attempts at as many questions as U.
 
 One run: 1. cold start of the agent on correct trajectories; 2. judged trajectories, half of players of different strength, half of the
-agent as it is then; 3. the judge learns them (SFT), then GRPO, paid for the closeness of its score to the reference and for its format;
-4. the agent's own learning. C does without 1 and 4, none without 2 and 3, as does any arm that is given a judge (--rrm).
+agent as it is then; 3. the judge learns them (SFT), then GRPO, paid for how close its score is to the reference, with nothing for what
+cannot be read; 4. the agent's own learning. C skips 1 and 4; none skips 2 and 3, and so does any arm that is given a judge (--rrm).
 
 Departures from the paper, and why:
  1. The judgements that train the judge are written by a program that names flaws of the process (`annotate`); the paper's come from a
-    model of 120 billion parameters. The agent never meets them: it works with the trained judge. (The warm-up of a tiny model holds some of
-    random flaws, for their form.) Of the agent's own trajectories only first attempts are judged there.
- 2. The reward of the judge's GRPO and the prompt of the second attempt are unpublished; those below are ours. A judgement that cannot be
-    read is tried again at --temperature (paper's script: once more at 0). A second attempt is judged by itself, without the first.
+    model of 120 billion parameters. The agent never meets them: it works with the trained judge. (The warm-up of a tiny model contains
+    judgements of random flaws, which teach the form only.) Of the agent's own trajectories only first attempts are judged there.
+ 2. The reward of the judge's GRPO and the prompt of the second attempt are unpublished; those below are ours, and the words of a critique
+    earn nothing. A judgement that cannot be read is tried again at --temperature (paper's script: once more at 0). A second attempt is
+    judged by itself, without the first. The judge is not shown the descriptions of the tools.
  3. Cold-start trajectories, with thoughts, come from the world's expert, --cold-start of them (paper: 55.6 thousand of a stronger model).
     Each is imitated twice, the second time below an attempt that one of the judge's players made at the same question, as a second attempt
     without a critique (paper: unstated); without that, a small model forgets the form of second attempts.
- 4. Transcripts lack native thoughts, and the last observation, in which our worlds say how the game ended: neither judge nor second attempt
-    may know.
- 5. One --lr for all phases, SFT and GRPO (paper: 1e-5 and 5e-7), warmed up over 5 updates, gradients clipped to norm 1; evaluation without
-    top-p; SFT at --temperature; as many turns as the world allows (paper: 13).
+ 4. Transcripts lack native thoughts (off without --thinking), and the last observation, in which our worlds say how the game ended:
+    neither judge nor second attempt may know. An attempt whose first prompt does not fit the context is a lost one.
+ 5. No KL term by default, as in the paper's script; --kl has the equation's. Learning rates rise over the first 5 steps of each phase,
+    gradients are clipped to norm 1; evaluation without top-p; SFT at --temperature, so that what imitates is the policy that samples; as
+    many turns as the world allows (paper: 13). R_rule is the world's own score: of `search`, the paper's rule.
 
     python reagent.py                                     # cold start, judge, variant U on search with the tiny model: see README
     python reagent.py --variant none --out-dir runs/none  # or C
-    python reagent.py --rrm runs/reagent-search-s0/rrm --out-dir runs/U # a judge that is there already
+    python reagent.py --rrm runs/reagent-search-s0/rrm --out-dir runs/U # with an existing judge
     python reagent.py --variant R --batch-size 256 --group-size 16 --rrm runs/reagent-search-s0/rrm --out-dir runs/R # attempts as U
-    python reagent.py --model Qwen/Qwen3-1.7B --env search-full --device cuda --lr 1e-6 --max-new-tokens 512 --judge-tokens 512
+    python reagent.py --model Qwen/Qwen3-1.7B --env search-full --device cuda --lr 5e-7 --sft-lr 1e-5 --micro-batch-size 2 \
+        --rollout-batch-size 32 --max-new-tokens 512 --judge-tokens 512 # not run by us yet; float32 weights, gradients, moments: 34 GB
     python reagent.py --quick --out-dir runs/quick        # the whole path in under a minute
 """
 
@@ -63,17 +66,18 @@ class Args:
     model: str = common.flag("tiny", "tiny, tiny:WIDTHxLAYERS, a local directory or a hub id")
     env: str = common.flag("search", "a world of envs.py")
     seed: int = common.flag(0, "of everything sampled; the tiny model is built with seed 0")
-    steps: int = common.flag(50, "updates of the agent (paper: 300)")
-    lr: float = common.flag(5e-4, "AdamW, of every phase, constant after 5 updates (paper: 5e-7, SFT 1e-5; its script: 5e-6)")
+    steps: int = common.flag(50, "of the agent's learning (paper: 300)")
+    lr: float = common.flag(5e-4, "AdamW, of GRPO, the agent's and the judge's (paper: 5e-7; its script: 5e-6)")
     batch_size: int = common.flag(128, "first attempts per step: questions x --group-size (paper: 32 questions, 64 in an appendix)")
     micro_batch_size: int = common.flag(16, "sequences per backward pass; changes memory and speed, not the gradient")
+    rollout_batch_size: int = common.flag(256, "episodes that are played side by side; changes memory and speed, not the episodes")
     max_new_tokens: int = common.flag(32, "of one reply of the agent (not in the paper)")
     temperature: float = common.flag(0.7, "while training, and of the log-probs (paper)")
     eval_temperature: float = common.flag(0.6, "in evaluation (paper, with top-p 0.95)")
-    eval_episodes: int = common.flag(500, "per split, of the first and the last evaluation; a fifth of them, of `test`, in between")
+    eval_episodes: int = common.flag(500, "per split, before, after the cold start and at the end; a fifth of them, of `test`, in between")
     eval_every: int = common.flag(20, "steps between evaluations")
     eval_only: bool = common.flag(False, "evaluate --model and stop; writes nothing")
-    save_every: int = common.flag(20, "updates of any phase between checkpoints")
+    save_every: int = common.flag(20, "steps of any phase between checkpoints")
     out_dir: str = common.flag("", "default: runs/reagent-ENV-sSEED")
     resume: bool = common.flag(False, "continue the run in --out-dir")
     device: str = common.flag("cpu", "cpu, cuda, cuda:1, mps")
@@ -94,21 +98,23 @@ class Args:
     judge_retries: int = common.flag(1, "of a judgement that cannot be read, then it is 0 and empty (its script)")
     judged: int = common.flag(3000, "trajectories for the judge's SFT, half of them the agent's own (paper: 28 thousand)")
     judge_epochs: int = common.flag(2, "of its SFT (paper)")
-    judge_steps: int = common.flag(20, "updates of its GRPO, on as many fresh trajectories as a step has questions (paper: 90 thousand)")
+    judge_steps: int = common.flag(20, "of its GRPO, on as many fresh trajectories as a step has questions (paper: 90 thousand)")
     cold_start: int = common.flag(2000, "correct trajectories of the expert that the agent imitates first; 0: none (paper: 55.6 thousand)")
     cold_epochs: int = common.flag(2, "of the cold start (paper)")
     sft_batch_size: int = common.flag(16, "trajectories per gradient step of judge SFT and cold start (paper: 32)")
+    sft_lr: float = common.flag(5e-4, "AdamW, of judge SFT and cold start (paper: 1e-5)")
+    thinking: bool = common.flag(False, "let a thinking model think natively before each reply (paper: unstated)")
     examples: int = common.flag(10000, "rounds of warm-up examples that make a tiny model")
 
 
 # ------------------------------------------------------------------------------------------------------ prompts and parsers
-# The rubric and the three blocks are the paper's; the wording is ours. The agent's system prompt is the world's.
+# The three blocks are the paper's, the rubric is its script's; the wording is ours. The agent's system prompt is the world's.
 
 JUDGE = """You judge how an agent worked on a task. Read the task and the whole transcript. Were tools called where they were needed? Was a
-call wrong, repeated or made up? Were the limits of the tools respected? Did it get better as it went on? Was the answer found, or guessed?
+call wrong or repeated? Were the limits of the tools respected? Did it get better as it went on? Was the answer found, guessed or made up?
 Reply with three blocks:
 <think>your analysis</think>
-<critique>what the agent should do otherwise, to the agent, without the answer or a hint to it</critique>
+<critique>what the agent should do differently, to the agent, without the answer or a hint to it</critique>
 <score>a number from 0, harmful, to 1, flawless</score>"""
 NEXT = "Write all the calls that take up what you see here."  # in the warm-up of a tiny model only
 AGAIN = "You have tried this before:\n{transcript}\nA reviewer says: {critique}\nTry again from the start."
@@ -117,16 +123,21 @@ AGAIN = "You have tried this before:\n{transcript}\nA reviewer says: {critique}\
 def parse_judgement(text):
     """The three blocks -> {"think", "critique", "score"}, or None where one is missing or the score is no number in [0, 1]."""
     inside = r"(?:(?!</?(?:think|critique|score)>).)*"  # without tags: exactly three blocks, after a thinking model's own thought
-    blocks = rf"(?:<think>{inside}</think>\s*)??<think>({inside})</think>\s*<critique>({inside})</critique>"
+    blocks = rf"(?:(?:<think>)?{inside}</think>\s*)??<think>({inside})</think>\s*<critique>({inside})</critique>"
     found = re.fullmatch(blocks + r"\s*<score>\s*([01](?:\.[0-9]{1,9})?)\s*</score>", text.strip(), re.DOTALL)
     score = found and float(found[3])
     return {"think": found[1].strip(), "critique": found[2].strip(), "score": score} if found and 0 <= score <= 1 else None
 
 
+def aloud(reply):
+    """A reply without native thoughts: whole ones, one that is cut off, and one that the chat template itself began."""
+    return re.sub(r"(?:<think>|\A)(?:(?!<think>).)*?</think>|<think>.*", "", reply, flags=re.DOTALL).strip()
+
+
 def transcript(history):
     """`history` is [observation, reply, observation, ..., observation]. Left out: native thoughts, and the last observation, which tells
     how the game ended: nobody who reads a transcript may know whether the answer was right."""
-    said = [re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL).strip() for reply in history[1::2]]
+    said = map(aloud, history[1::2])
     return "\n".join(f"> {reply}\n{observation}" for reply, observation in zip(said, [*history[2:-1:2], ""])).strip()
 
 
@@ -148,20 +159,27 @@ def judge_messages(world, history):
 
 # ------------------------------------------------------------------------------------------------------------------ rollout
 
-AT_ONCE = 256  # episodes that share a cache outside training: what bounds its memory
+
+def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None):
+    """Plays an episode per seed, --rollout-batch-size at once. Returns dicts; `ids` and `mask` are for the loss, `rule` is R_rule.
+
+    `before`: (history, critique) of an earlier attempt per episode, for second attempts. `stream` names the randomness: a row's depends on
+    (--seed, stream, row, turn) and on nothing else. What does not fit the context is not played and scores 0.
+    """
+    episodes, size = [], args.rollout_batch_size
+    for i in range(0, len(seeds), size):
+        streams = [(*stream, row) for row in range(i, min(i + size, len(seeds)))]
+        episodes += side_by_side(model, chat, args, split, seeds[i:i + size], streams, temperature, before[i:i + size] if before else None)
+    return episodes
 
 
 @torch.no_grad()
-def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None, offset=0):
-    """Plays an episode per seed, all at once. Returns dicts; `ids` and `mask` are for the loss.
-
-    `before`: (history, critique) of an earlier attempt per episode, for second attempts. `stream` names the randomness: a row's depends on
-    (--seed, stream, row, turn) and on nothing else; rows count from `offset`. What does not fit the context is not played and scores 0.
-    """
+def side_by_side(model, chat, args, split, seeds, streams, temperature, before):
+    """The `rollout` of episodes that share a cache, a stream for each."""
     worlds, episodes = [envs.make(args.env) for _ in seeds], []
     for world, seed in zip(worlds, seeds):
         observation, _ = world.reset(seed=seed, options={"split": split})
-        episodes.append({"split": split, "seed": seed, "history": [observation], "valid": [], "won": False, "score": 0.0,
+        episodes.append({"split": split, "seed": seed, "history": [observation], "valid": [], "won": False, "rule": 0.0,
                          "over": False, "truncated": False})
     dialogues = common.Dialogues(model, chat, [
         chat.dialogue(opening(w, e["history"][0], b)) for w, e, b in zip(worlds, episodes, before or [None] * len(episodes))])
@@ -171,13 +189,13 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None
     live = list(range(len(episodes)))
     while live := [i for i in live if not episodes[i]["over"] and not episodes[i]["truncated"]]:
         replies = dialogues.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature, seeds=[
-            common.row_seed(args.seed, *stream, offset + i, len(episodes[i]["history"])) for i in live])
+            common.row_seed(args.seed, *streams[i], len(episodes[i]["history"])) for i in live])
         for i, reply in zip(live, replies):
             e = episodes[i]
-            observation, _, terminated, truncated, info = worlds[i].step(reply)
+            observation, _, terminated, truncated, info = worlds[i].step(aloud(reply))
             e["history"] += [reply, observation]
             e["valid"].append(info["valid"])
-            e.update(won=info["won"], score=info["score"], over=terminated or truncated)
+            e.update(won=info["won"], rule=info["score"], over=terminated or truncated)
         live = [i for i in live if not episodes[i]["over"]]
         dialogues.extend(live, [episodes[i]["history"][-1] for i in live])
         for i in live:  # a full context ends the episode; old turns are never dropped
@@ -192,9 +210,9 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None
 # --------------------------------------------------------------------------------------------------------------- Agent-RRM
 
 
-def judge(rrm, world, args, histories, stream, offset=0):
+def judge(rrm, world, args, histories, stream):
     """Agent-RRM on whole transcripts: a dict of think, critique, score and `parsed` each. Unreadable after the retries, too long to judge
-    or not played: 0 and empty. `stream` and `offset` are those of `rollout`."""
+    or not played: 0 and empty. `stream` is that of `rollout`."""
     model, chat = rrm
     room = model.config.max_position_embeddings - args.judge_tokens
     prompts = [chat.prompt(judge_messages(world, history)) for history in histories]
@@ -204,8 +222,9 @@ def judge(rrm, world, args, histories, stream, offset=0):
         if not left:
             break
         replies = common.generate(model, chat, [prompts[i] for i in left], max_new_tokens=args.judge_tokens,
-                                  temperature=args.temperature if attempt else 0.0,  # once more the same would help nobody
-                                  seeds=[common.row_seed(args.seed, *stream, "judge", attempt, offset + i) for i in left])
+                                  temperature=args.temperature if attempt else 0.0,  # greedily it would only repeat itself
+                                  rows=min(64, args.rollout_batch_size),
+                                  seeds=[common.row_seed(args.seed, *stream, "judge", attempt, i) for i in left])
         for i, text, ids in zip(left, replies.texts, replies.ids):
             found = parse_judgement(text)
             out[i] |= (found or {}) | {"parsed": found is not None, "tokens": out[i]["tokens"] + len(ids)}
@@ -235,8 +254,10 @@ def annotate(flaws):
 
 def process_flaws(question, history, valid):
     """The flaws of a process that have a cost, deduced from what was read, never from the right answer."""
-    flaws = [flaw for flaw in envs.search_flaws(question, list(zip(history[1::2], history[2::2], valid))) if flaw in COSTS]
-    return flaws if [envs.read_call(reply)[0] for reply in history[-2:-1]] == ["answer"] else [*flaws, "no answer"]
+    said = [aloud(reply) for reply in history[1::2]]
+    flaws = [flaw for flaw in envs.search_flaws(question, list(zip(said, history[2::2], valid))) if flaw in COSTS]
+    answered = valid[-1:] == [True] and envs.read_call(said[-1])[0] == "answer"
+    return flaws if answered else [*flaws, "no answer"]
 
 
 def trajectories(args, split, seeds, name):
@@ -261,14 +282,12 @@ def trajectories(args, split, seeds, name):
 
 def judge_examples(state, split, seeds, name):
     """What a judge is trained and measured on, an episode per seed: by turns one of the players and one of the agent as it is now."""
-    own, found = [], [None] * len(seeds)
-    for i in range(1, len(seeds), 2 * AT_ONCE):
-        own += rollout(state.model, state.chat, state.args, split, seeds[i:i + 2 * AT_ONCE:2], temperature=state.args.temperature,
-                       stream=(name,), offset=i)
-    for e in own:
+    found = [None] * len(seeds)
+    found[::2] = trajectories(state.args, split, seeds[::2], name)
+    found[1::2] = rollout(state.model, state.chat, state.args, split, seeds[1::2], temperature=state.args.temperature, stream=(name,))
+    for e in found[1::2]:
         state.world.reset(seed=e["seed"], options={"split": split})
         e |= {"who": "agent", "flaws": process_flaws(state.world.task, e["history"], e["valid"])}
-    found[::2], found[1::2] = trajectories(state.args, split, seeds[::2], name), own
     return found
 
 
@@ -313,7 +332,7 @@ def watch_judge(rrm, world, args, episodes):
 
 def attempt_rewards(args, episodes, judgements):
     """R = R_rule + lambda * score, for attempts and their judgements (or None: lambda = 0)."""
-    return [e["score"] + (args.score_weight * j["score"] if j else 0.0) for e, j in zip(episodes, judgements or [None] * len(episodes))]
+    return [e["rule"] + (args.score_weight * j["score"] if j else 0.0) for e, j in zip(episodes, judgements or [None] * len(episodes))]
 
 
 def group_advantages(returns, group_size):
@@ -345,9 +364,8 @@ def without_spread(returns, group_size):
 def sampled_logprobs(model, chat, episodes, temperature):
     """log pi of the sampled tokens of some episodes, 0 at all others, and the mask that tells them apart: both [B, T - 1]."""
     ids = common.pad_rows([e["ids"] for e in episodes], chat.pad)  # [B, T]
-    real = common.pad_rows([[1] * len(e["ids"]) for e in episodes], 0)
     mask = common.pad_rows([e["mask"] for e in episodes], 0).to(model.device)[:, 1:]
-    return common.token_logprobs(model, ids, real, temperature) * mask, mask
+    return common.token_logprobs(model, ids, temperature) * mask, mask
 
 
 def micro_batches(episodes, rows, size):
@@ -367,9 +385,9 @@ def old_logprobs(model, chat, args, episodes):
     return out
 
 
-def token_weights(mask, episodes):
-    """The mean over trajectories of the mean over their tokens, as weights [B, T - 1]. `episodes`: how many the gradient step has."""
-    return mask / (episodes * mask.sum(1, keepdim=True).clamp(min=1))
+def token_weights(mask, count):
+    """The mean over trajectories of the mean over their tokens, as weights [B, T - 1]. `count`: trajectories of the gradient step."""
+    return mask / (count * mask.sum(1, keepdim=True).clamp(min=1))
 
 
 def surrogate(logprobs, old, advantages, low, high):
@@ -395,8 +413,8 @@ def update(model, reference, chat, args, optimizer, episodes, advantages):
         part = range(start, start + share)
         for rows in micro_batches(episodes, part, args.micro_batch_size):
             logprobs, mask = sampled_logprobs(model, chat, [episodes[i] for i in rows], args.temperature)  # [B, T - 1]
-            logprobs_old, scale = pad(old, rows), torch.tensor([advantages[i] for i in rows], device=logprobs.device)[:, None]
-            loss = surrogate(logprobs, logprobs_old, scale, args.clip, args.clip_high)
+            logprobs_old, A = pad(old, rows), torch.tensor([advantages[i] for i in rows], device=logprobs.device)[:, None]  # A: [B, 1]
+            loss = surrogate(logprobs, logprobs_old, A, args.clip, args.clip_high)
             if args.kl:
                 kl = kl_estimate(logprobs, pad(ref, rows))
                 loss = loss + args.kl * kl
@@ -410,7 +428,7 @@ def update(model, reference, chat, args, optimizer, episodes, advantages):
         optimizer.step()
         optimizer.zero_grad()
     gap = (sum(e["logprob"] for e in episodes) + entropy) / total  # of decoding to the training forward, per token
-    return dict(metrics) | {"entropy": entropy / total, "logprob_gap": gap}
+    return dict(metrics) | {"entropy": entropy / total, "logprob_gap": gap}  # the entropy is estimated from the samples
 
 
 def imitate(model, chat, args, optimizer, dialogues):
@@ -429,7 +447,7 @@ def imitate(model, chat, args, optimizer, dialogues):
 
 
 # ------------------------------------------------------------------------------------------------------------------- phases
-# An update of a phase is a function (run state, batch, stream) -> metrics that takes its gradient steps.
+# A step of a phase is a function (run state, batch, stream) -> metrics that takes its gradient steps.
 
 
 @dataclass
@@ -476,21 +494,23 @@ def learn(state, batch, stream):
     """First attempts, judgements, second attempts, judgements, one GRPO update. `batch`: a seed per question."""
     args, size = state.args, state.args.group_size
     seeds = [seed for seed in batch for _ in range(size)]
-    first = rollout(state.model, state.chat, args, "train", seeds, temperature=args.temperature, stream=(*stream, 1))
-    second, judgements, judgements_again = [], None, []
+    play = functools.partial(rollout, state.model, state.chat, args, "train", seeds, temperature=args.temperature)
+    review = functools.partial(judge, state.rrm, state.world, args)
+    first = play(stream=(*stream, 1))  # o1 ~ pi(. | q)
+    second, first_judged, second_judged = [], None, []
     if args.variant != "none":
-        judgements = judge(state.rrm, state.world, args, [e["history"] for e in first], (*stream, 1))
+        first_judged = review([e["history"] for e in first], (*stream, 1))  # critique, score ~ RRM(q, o1)
     if args.variant == "U":
-        second = rollout(state.model, state.chat, args, "train", seeds, temperature=args.temperature, stream=(*stream, 2),
-                         before=[(e["history"], j["critique"]) for e, j in zip(first, judgements)])
-        judgements_again = judge(state.rrm, state.world, args, [e["history"] for e in second], (*stream, 2))
-    rewards, again = attempt_rewards(args, first, judgements), attempt_rewards(args, second, judgements_again)
-    episodes, returns = interleaved(first, second, size), interleaved(rewards, again, size)
+        told = [(e["history"], j["critique"]) for e, j in zip(first, first_judged)]
+        second = play(stream=(*stream, 2), before=told)  # o2 ~ pi(. | q, o1, critique)
+        second_judged = review([e["history"] for e in second], (*stream, 2))
+    episodes = interleaved(first, second, size)
+    returns = interleaved(attempt_rewards(args, first, first_judged), attempt_rewards(args, second, second_judged), size)
     pool = 2 * size if second and args.pool == "joint" else size
     advantages = group_advantages(returns, pool)
     losses = update(state.model, state.reference, state.chat, args, state.optimizer, episodes, advantages)
-    both = [*(judgements or ()), *judgements_again]
-    metrics = losses | {"reward": common.mean(returns), "reward_rule": common.mean(e["score"] for e in episodes),
+    both = [*(first_judged or ()), *second_judged]
+    metrics = losses | {"reward": common.mean(returns), "reward_rule": common.mean(e["rule"] for e in episodes),
                         "groups_without_spread": without_spread(returns, pool), "groups": len(returns) // pool,
                         **watch(first), **spent(episodes)}
     if both:
@@ -498,10 +518,10 @@ def learn(state, batch, stream):
         metrics |= {"reward_model": common.mean(j["score"] for j in both),
                     "judge_parsed": common.mean(j["parsed"] for j in both),
                     "judge_auc": auc([j["score"] for j in both], [e["won"] for e in [*first, *second]]),
-                    "leaks": leaks(state.world, first, judgements)}
+                    "leaks": leaks(state.world, first, first_judged)}
     if second:
         metrics |= {f"second_{key}": value for key, value in watch(second).items()}
-    for attempt, some, given in (1, first, judgements or [None] * len(first)), (2, second, judgements_again):
+    for attempt, some, given in (1, first, first_judged or [None] * len(first)), (2, second, second_judged):
         for e, j in zip(some, given):
             e |= {"attempt": attempt, "judgement": j}
     for e, value, advantage in zip(episodes, returns, advantages):
@@ -521,40 +541,39 @@ def spent(episodes):
 def watch(episodes):
     """What can be counted over episodes."""
     turns = [(e, t) for e in episodes for t in range(len(e["valid"]))]
-    said = [(id(e), e["history"][2 * t + 1]) for e, t in turns]
+    said = [(id(e), aloud(e["history"][2 * t + 1])) for e, t in turns]
     calls = {(id_, reply[max(0, reply.find("<tool_call>")):]) for id_, reply in said}  # without the thought before them
-    return {"success": common.mean(e["won"] for e in episodes), "score": common.mean(e["score"] for e in episodes),
+    return {"success": common.mean(e["won"] for e in episodes), "rule": common.mean(e["rule"] for e in episodes),
             "calls": len(turns) / len(episodes), "repeated_calls": (len(said) - len(calls)) / len(episodes),
-            "invalid": common.mean(not e["valid"][t] for e, t in turns), "truncated": sum(e["truncated"] for e in episodes),
+            "invalid": common.mean(not e["valid"][t] for e, t in turns), "truncated": common.mean(e["truncated"] for e in episodes),
             "speaks_of_a_critique": common.mean("critique" in reply or "reviewer" in reply for _, reply in said)}
 
 
 def leaks(world, episodes, judgements):
-    """The share of critiques that name the right answer, which no prompt holds; `search` is asked for it here alone. None elsewhere,
-    or where all answers are yes and no, which any critique may hold."""
+    """The share of the readable critiques that contain the right answer. It is looked up here alone, and only `search` has one to look up;
+    yes and no, which any critique may contain, are skipped. None if nothing is left."""
     if not isinstance(world, envs.Search):
         return None
     found = []
     words = lambda text: f" {' '.join(envs.plain_words(text))} "  # noqa: E731
     for e, j in zip(episodes, judgements):
         world.reset(seed=e["seed"], options={"split": e["split"]})
-        if world.gold not in ("yes", "no"):
+        if j["parsed"] and world.gold not in ("yes", "no"):
             found.append(words(world.gold) in words(j["critique"]))
     return common.mean(found) if found else None
 
 
-def evaluate(state, split, episodes, second=False):
-    """First attempts on fixed episodes of a split, without judge and critique; or the second ones after them, what variant C is about."""
-    args, played = state.args, []
-    for i in range(0, episodes, AT_ONCE):
-        seeds = range(i, min(i + AT_ONCE, episodes))
-        some = rollout(state.model, state.chat, args, split, seeds, temperature=args.eval_temperature, stream=("evaluate",), offset=i)
-        if second:
-            judgements = judge(state.rrm, state.world, args, [e["history"] for e in some], ("evaluate", split), offset=i)
-            some = rollout(state.model, state.chat, args, split, seeds, temperature=args.eval_temperature, stream=("evaluate", 2),
-                           offset=i, before=[(e["history"], j["critique"]) for e, j in zip(some, judgements)])
-        played += some
-    return watch(played) | {"se": common.mean_se([float(e["won"]) for e in played])[1]}, played
+def evaluate(state, split, count, second=False):
+    """First attempts on fixed episodes of a split, without judge and critique; or the second ones after them, what variant C is about.
+    Returns numbers and the episodes."""
+    args, seeds, reviewed = state.args, range(count), {}
+    play = functools.partial(rollout, state.model, state.chat, args, split, seeds, temperature=args.eval_temperature)
+    played = play(stream=("evaluate",))
+    if second:
+        judged = judge(state.rrm, state.world, args, [e["history"] for e in played], ("evaluate", split))
+        reviewed = {"judge_parsed": common.mean(j["parsed"] for j in judged), "leaks": leaks(state.world, played, judged)}
+        played = play(stream=("evaluate", 2), before=[(e["history"], j["critique"]) for e, j in zip(played, judged)])
+    return watch(played) | {"se": common.mean_se([float(e["won"]) for e in played])[1]} | reviewed, played
 
 
 def record(episode):
@@ -634,9 +653,9 @@ def by_tool(calls):
 def check_args(args):
     """Everything that can be refused before a model is loaded. Returns the world."""
     common.check_common(args)
-    for name in "updates", "judge_tokens", "judged", "judge_epochs", "cold_epochs", "sft_batch_size", "examples":
+    for name in "updates", "rollout_batch_size", "judge_tokens", "judged", "judge_epochs", "cold_epochs", "sft_batch_size", "examples":
         common.check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in "clip", "clip_high", "kl", "score_weight", "judge_retries", "judge_steps", "cold_start":
+    for name in "clip", "clip_high", "kl", "score_weight", "judge_retries", "judge_steps", "cold_start", "sft_lr":
         common.check(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
     common.check(args.group_size > 1, "--group-size must be at least 2: an advantage is a difference within a group")
     common.check(args.batch_size % args.group_size == 0, f"--batch-size must be a multiple of --group-size, not {args.batch_size}")
@@ -666,17 +685,19 @@ def load(world, args):
     facts = [re.split(r"{\w}", relation.sentence)[1] for relation in envs.RELATIONS.values()]  # '" was written by "'
     constants = [world.system, JUDGE, NEXT, *calls, *facts, *re.split(r"{\w+}|\n", AGAIN), *ADVICE.values(),
                  "<think>", "</think>\n<critique>", "</critique>\n<score>", "</score>", *common.CHANGES_OF_SPEAKER]
-    return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype)
+    return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype,
+                       thinking=args.thinking)
 
 
 PHASES = {"cold-start": cold_start, "judge-sft": judge_sft, "judge-grpo": judge_grpo, "learn": learn}
+SUPERVISED = "cold-start", "judge-sft"
 
 
 def plan_of(args, correct, judged):
     """[(phase, update, how many, its batch)], the whole run: epochs over data for the first three phases, --steps for the last.
 
-    correct: trajectories to imitate; judged: how many the judge imitates. Its batches hold places in `judge_examples`, which the agent
-    plays after its cold start; its GRPO gets others than its SFT.
+    correct: trajectories to imitate; judged: how many the judge's SFT has. A batch of the judge holds indices into `judge_examples`, which
+    the agent plays after its cold start; SFT and GRPO have different ones.
     """
     plan, questions = [], args.batch_size // args.group_size
 
@@ -706,7 +727,9 @@ def main():
     out_dir = args.out_dir or f"runs/reagent-{args.env.replace(':', '-')}-s{args.seed}"
     run = None if args.eval_only else common.Run("reagent", args, out_dir)
     judging = args.variant == "C" if args.eval_only else args.variant != "none"  # at test time U and R need no judge
-    rrm = common.load(args.rrm, option="--rrm", device=args.device, dtype=args.dtype) if args.rrm and judging else None
+    rrm = None
+    if args.rrm and judging:
+        rrm = common.load(args.rrm, option="--rrm", device=args.device, dtype=args.dtype, thinking=args.thinking)
     model, chat = load(world, args)
     first = chat.dialogue(opening(world, world.reset(seed=0)[0]))
     common.check(len(first) + args.max_new_tokens <= model.config.max_position_embeddings,
@@ -732,7 +755,7 @@ def main():
         return evaluations(args.variant == "C")
     run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
     annotated = isinstance(world, envs.Search)
-    start = args.seed * 1_000_000_007  # of the seeds that `learn` plays; the other train seeds are far from there
+    start = args.seed * 1_000_000_007  # of the seeds that `learn` plays; the others are far from there (but the warm-up's, with --seed 0)
     seeds = lambda offset, count: range(start + offset, start + offset + count)  # noqa: E731
     correct = demonstrations(args, seeds(500_000_000, args.cold_start if args.variant != "C" else 0))  # C is frozen from the start
     plan = plan_of(args, correct, args.judged if judging and not args.rrm else 0)
@@ -742,7 +765,7 @@ def main():
 
     totals, seconds, done, judge_quality, cold_started = Counter(), Counter(), 0, {}, None
     # made when first asked for, by the agent after its cold start; after --resume, too, as it does not learn while the judge does
-    judged = functools.cache(lambda: judge_examples(
+    judge_data = functools.cache(lambda: judge_examples(
         state, "train", seeds(300_000_000, args.judged + args.judge_steps * args.batch_size // args.group_size), "judged"))
     held_out = functools.cache(lambda: judge_examples(state, "test", range(10_000, 10_000 + min(400, args.judged)), "held out"))
     quality = lambda: {who: watch_judge(rrm, world, args, [e for e in held_out() if e["who"] == who])  # noqa: E731
@@ -762,25 +785,26 @@ def main():
         clock = common.Clock(seconds)
         if phase != "cold-start" and judging and annotated and not judge_quality:
             judge_quality["before"] = quality()
+            clock.lap("watching")
         if phase.startswith("judge"):
-            batch = [judged()[i] for i in batch]
+            batch = [judge_data()[i] for i in batch]
         if (phase, step) == ("judge-sft", 1):
-            totals.update(spent([e for e in judged() if e["who"] == "agent"]))
+            totals.update(spent([e for e in judge_data() if e["who"] == "agent"]))
         clock.lap("trajectories")
         learner = rrm[0] if phase.startswith("judge") else model
         if step == 1 or state.optimizer is None:
             state.optimizer = torch.optim.AdamW(learner.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-            state.reference = copy.deepcopy(learner) if args.kl else None
+            state.reference = copy.deepcopy(learner) if args.kl and phase not in SUPERVISED else None
             if step > 1:  # resumed within a phase
                 state.optimizer.load_state_dict(saved["optimizer"])
-                if args.kl:
+                if state.reference:
                     state.reference.load_state_dict(saved["reference"])
         for group in state.optimizer.param_groups:
-            group["lr"] = args.lr * min(1, step / 5)
+            group["lr"] = (args.sft_lr if phase in SUPERVISED else args.lr) * min(1, step / 5)
         metrics = PHASES[phase](state, batch, (phase, step))
         played = metrics.pop("played", [])
         totals.update({key: metrics.pop(key, 0) for key in ("tokens", "env_steps", "episodes")})
-        totals["gradient_steps"] += 1 if phase in ("judge-sft", "cold-start") else args.updates
+        totals["gradient_steps"] += 1 if phase in SUPERVISED else args.updates
         clock.lap(phase)
         if step == steps and phase.startswith("judge"):
             judge_quality[phase] = quality()
@@ -810,10 +834,10 @@ def main():
     ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes, key="won") for name, player in
             (("random", envs.random_player), ("expert", envs.expert_player))}
     print(f"\nbefore\n{show(state, before_episode)}\n\nafter\n{show(state, after_episode)}\n")
-    score = lambda numbers: {"success": numbers["success"], "se": numbers["se"]}  # noqa: E731
+    headline = lambda numbers: {"success": numbers["success"], "se": numbers["se"]}  # noqa: E731
     run.finish({"script": "reagent", "method": "reagent", "arm": args.variant, "env": args.env, "model": args.model, "seed": args.seed,
-                "split": "test", "eval_episodes": args.eval_episodes, "before": score(before["test"]), "after": score(after["test"]),
-                **{f"{when}_{split}": score(found[split]) for split in splits[1:]
+                "split": "test", "eval_episodes": args.eval_episodes, "before": headline(before["test"]), "after": headline(after["test"]),
+                **{f"{when}_{split}": headline(found[split]) for split in splits[1:]
                    for when, found in (("before", before), ("after", after))},
                 **{name: {"success": value, "se": se} for name, (value, se) in ends.items()},
                 "watched": {"before": before, "cold_started": cold_started, "after": after}, "judge": judge_quality,

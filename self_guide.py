@@ -229,9 +229,8 @@ def without_spread(returns, group_size):
 def sampled_logprobs(model, chat, episodes, temperature):
     """log pi of the sampled tokens of some episodes, 0 at all others, and the mask that tells them apart: both [B, T - 1]."""
     ids = common.pad_rows([e["ids"] for e in episodes], chat.pad)  # [B, T]
-    real = common.pad_rows([[1] * len(e["ids"]) for e in episodes], 0)
     mask = common.pad_rows([e["mask"] for e in episodes], 0).to(model.device)[:, 1:]
-    return common.token_logprobs(model, ids, real, temperature) * mask, mask
+    return common.token_logprobs(model, ids, temperature) * mask, mask
 
 
 def micro_batches(episodes, rows, size):

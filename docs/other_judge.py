@@ -40,13 +40,13 @@ def rollout(model, chat, args, split, seeds, **rest):
     return episodes
 
 
-def judge(rrm, world, args, histories, stream, offset=0):
+def judge(rrm, world, args, histories, stream):
     """reagent.judge, with another judge where the agent learns."""
     if stream[0] != "learn":
-        return TRAINED(rrm, world, args, histories, stream, offset)
+        return TRAINED(rrm, world, args, histories, stream)
     if args.judging == "annotator":
         return [reagent.parse_judgement(reagent.annotate(FLAWS[tuple(history)])) | {"parsed": True, "tokens": 0} for history in histories]
-    said = TRAINED(rrm, world, args, histories, stream, offset)
+    said = TRAINED(rrm, world, args, histories, stream)
     return said[args.group_size:] + said[:args.group_size]  # a group is one question
 
 

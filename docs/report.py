@@ -19,7 +19,9 @@ from collections import defaultdict
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-METHODS = {"self-guide": "Self-Guide", "act": "ACT", "reagent": "Reagent"}  # by the beginning of a run's name; NLAC and rivals: no such
+METHODS = {  # by the beginning of a run's name; NLAC and rivals: no such
+    "self-guide": "Self-Guide", "act": "ACT", "reagent": "Reagent",
+    "other-base-reagent": "Reagent, another base"}  # the same arms from another tiny model: they are not averaged with the rest
 MAIN = "nlac", "full", "act,il", "U"  # what the other arms of a table are compared with
 CLAIMS = (  # pairs of which the papers find, or one hopes for, a plus
     ("zero", "grpo"), ("zero", "immediate"), ("dapo", "grpo-dapo"), ("act,il,rl", "il,rl"),
@@ -72,7 +74,7 @@ def number(mean, se, signed=False):
 
 
 def label(name):
-    return re.sub(r"^(20q(-full)?|self-guide|act|reagent)-", "", name)
+    return re.sub(r"^(20q(-full)?|self-guide|act|(other-base-)?reagent)-", "", name)
 
 
 def order(name):

@@ -31,14 +31,13 @@ def attempts(state, split, seeds):
     args, world = state.args, state.world
 
     def play(stream, before=None):
-        return reagent.rollout(state.model, state.chat, args, split, seeds, temperature=args.eval_temperature, stream=stream, before=before,
-                               offset=seeds[0])
+        return reagent.rollout(state.model, state.chat, args, split, seeds, temperature=args.eval_temperature, stream=stream, before=before)
 
     def critiqued(critiques):
         return play(("second attempts", 2), [(e["history"], critique) for e, critique in zip(first, critiques)])
 
     first = play(("second attempts", 1))
-    said = [j["critique"] for j in reagent.judge(state.rrm, world, args, [e["history"] for e in first], ("second attempts",), seeds[0])]
+    said = [j["critique"] for j in reagent.judge(state.rrm, world, args, [e["history"] for e in first], ("second attempts",))]
     right = []
     for e in first:
         world.reset(seed=e["seed"], options={"split": split})
@@ -86,13 +85,7 @@ def main():
     parser.add_argument("--episodes", type=int, default=500)
     given = parser.parse_args()
     for run in given.run:
-        state, first, again = load(run), [], {way: [] for way in WAYS}
-        for i in range(0, given.episodes, reagent.AT_ONCE):
-            won, second = attempts(state, "test", range(30_000 + i, 30_000 + min(i + reagent.AT_ONCE, given.episodes)))
-            first += won
-            for way in WAYS:
-                again[way] += second[way]
-        rows = summary(first, again)
+        rows = summary(*attempts(load(run), "test", range(30_000, 30_000 + given.episodes)))
         (run / "second_attempts.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         print(f"{run}\n{'':10}{'all':>7}{'lost':>7}{'won':>7}{'minus nothing':>16}")
         for way, row in rows.items():

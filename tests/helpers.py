@@ -115,7 +115,7 @@ class Bigram(torch.nn.Module):
         super().__init__()
         self.table = torch.nn.Parameter(torch.tensor(table, dtype=torch.float32))
 
-    def forward(self, input_ids, attention_mask, position_ids, use_cache, logits_to_keep=0):
+    def forward(self, input_ids, use_cache, attention_mask=None, position_ids=None, logits_to_keep=0):
         return SimpleNamespace(logits=self.table[input_ids][:, -logits_to_keep:])
 
 

@@ -276,17 +276,14 @@ def test_pad_rows():
     assert common.pad_rows([[], []], 9).dtype == torch.long
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_token_logprobs_with_padding(model, side):
+def test_token_logprobs_with_padding(model):
     rows = ragged(5)
-    ids = common.pad_rows(rows, 0, side)
-    mask = common.pad_rows([[1] * len(row) for row in rows], 0, side)
-    logprobs = common.token_logprobs(model, ids, mask, temperature=0.8)
+    ids = common.pad_rows(rows, 0)
+    logprobs = common.token_logprobs(model, ids, temperature=0.8)
     assert logprobs.dtype == torch.float32 and logprobs.shape == (5, ids.shape[1] - 1)
     for row, line in zip(rows, logprobs, strict=True):
-        line = line[-len(row) + 1 :] if side == "left" else line[: len(row) - 1]
         if len(row) > 1:
-            torch.testing.assert_close(line, forward_logprobs(model, row, 0.8), atol=1e-4, rtol=0)
+            torch.testing.assert_close(line[: len(row) - 1], forward_logprobs(model, row, 0.8), atol=1e-4, rtol=0)
 
 
 def test_target_logprobs_equal_token_logprobs(model, chat):
@@ -309,7 +306,7 @@ def test_gradient_of_target_logprobs(chat):
     model.zero_grad()
     for prompt, target in zip(prompts, targets, strict=True):  # the same, row by row and without padding
         ids = torch.tensor([prompt + target])
-        common.token_logprobs(model, ids, torch.ones_like(ids))[0, len(prompt) - 1 :].sum().backward()
+        common.token_logprobs(model, ids)[0, len(prompt) - 1 :].sum().backward()
     torch.testing.assert_close(model.lm_head.weight.grad, gradient, atol=1e-3, rtol=1e-3)
 
 

@@ -677,8 +677,8 @@ def test_second_attempts_differ_in_the_critique_alone(trained, monkeypatch, caps
     played, rollout, said = [], reagent.rollout, []
     monkeypatch.setattr(reagent, "rollout", lambda *given, before=None, **rest: played.append(
         (before, rest["stream"], rollout(*given, before=before, **rest))) or played[-1][2])
-    monkeypatch.setattr(reagent, "judge", lambda rrm, world, args, histories, stream, offset: said.append(
-        [{"critique": f"Number {offset + i}."} for i in range(len(histories))]) or said[-1])
+    monkeypatch.setattr(reagent, "judge", lambda rrm, world, args, histories, stream: said.append(
+        [{"critique": f"Number {i}."} for i in range(len(histories))]) or said[-1])
     monkeypatch.setattr(sys, "argv", ["second_attempts.py", str(trained), "--episodes", "6"])
     second_attempts.main()
     (none, _, first), *again = played
@@ -714,8 +714,8 @@ def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypat
         monkeypatch.setattr(reagent, name, getattr(reagent, name))
     said, asked = [], reagent.judge
 
-    def numbered(rrm, world, args, histories, stream, offset=0):
-        judged = asked(rrm, world, args, histories, stream, offset)
+    def numbered(rrm, world, args, histories, stream):
+        judged = asked(rrm, world, args, histories, stream)
         said.append((stream, [j | {"score": i / 100, "critique": f"Number {i}."} for i, j in enumerate(judged)]))
         return said[-1][1]
 
@@ -742,7 +742,7 @@ def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypat
         world.reset(seed=e["seed"], options={"split": "train"})
         flaws = reagent.process_flaws(world.task, e["history"], e["valid"])
         assert e["judgement"]["score"] == pytest.approx(reagent.process_score(flaws)) and e["judgement"]["parsed"]
-        assert e["return"] == pytest.approx(e["score"] + 0.3 * e["judgement"]["score"])
+        assert e["return"] == pytest.approx(e["rule"] + 0.3 * e["judgement"]["score"])
 
 
 # ------------------------------------------------------------------------------------------------------------------ refusals
@@ -806,15 +806,23 @@ def test_report_tables_of_one_method(tmp_path):
             {"stage": "1-act", "free": 0.7 + 0.1 * seed, "removed": 0.5, "wrong": 0.4}))
         numbers = {"parsed": 1.0, "auc_outcome": 0.8, "auc_process": 0.9 - 0.1 * seed, "error": None}
         made_up(tmp_path, "reagent-U", seed, 0.6, env="search", judge={"before": {"agent": numbers}, "judge-sft": {"players": numbers}})
+    made_up(tmp_path, "other-base-reagent-U", 0, 0.9, env="search")
+    made_up(tmp_path, "other-base-reagent-R", 0, 0.7, env="search")
+    second = {"first": {"all": {"success": 0.5}}, "judge": {"all": {"success": 0.6}, "lost": {"success": 0.2}, "won": {"success": 1.0},
+                                                            "minus_nothing": {"difference": 0.1}}}  # fmt: skip
+    (tmp_path / "reagent-U-s1" / "second_attempts.json").write_text(json.dumps(second))
     attempts = [{"phase": "learn", "success": n / 10, "second_success": 0.5, "leaks": None if n < 9 else 0.1} for n in range(1, 10)]
     (tmp_path / "reagent-U-s0" / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in [{"phase": "judge-sft"}, *attempts]))
     texts = report.tables(report.read_runs(tmp_path))
-    assert list(texts) == ["ACT", "Reagent"] and "reagent" not in texts["ACT"]
+    assert list(texts) == ["ACT", "Reagent", "Reagent, another base"] and "reagent" not in texts["ACT"]
+    other = texts.pop("Reagent, another base")  # neither averaged nor paired with the rest
+    assert "| other-base-reagent-U | 1 | 0.100 | **0.900** |" in other and "| other-base-reagent-R | 1 | +0.200 | one seed |" in other
     text = "\n".join(texts.values())
     assert "| act-act,il | 0.600 ± 0.100 | 0.600 ± 0.000 | 0.700 ± 0.000 | nan |" in text
     assert "| act-act,il | 1-act | 0.750 ± 0.050 | 0.500 ± 0.000 | 0.400 ± 0.000 |" in text
     assert "| act-il,il | 2 | +0.050 ± 0.050 | no |" in text
     assert "| reagent-U | 0.800 | 0.500 | - | - | 0.100 | - | - |" in text
+    assert "| reagent-U, first | 1 | 0.500 | - | - | - |" in text and "| reagent-U, judge | 1 | 0.600 | 0.200 | 1.000 | +0.100 |" in text
     for row in "judge-sft, on players", "before, on agent":
         assert f"| reagent-U, {row} | 1.000 ± 0.000 | 0.800 ± 0.000 | 0.850 ± 0.050 | nan |" in text
     assert "judge-grpo" not in text and "before, on players" not in text

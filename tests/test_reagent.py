@@ -54,6 +54,8 @@ def blocks(score, think="t", critique="c"):
     ("Well. " + GOOD, None), (GOOD + GOOD, None), (blocks("0.5", critique="a</critique><critique>b"), None),
     (blocks("0.5", critique="a <score>1</score>"), None), (GOOD.replace("score", "Score"), None),
     ("<score>1</score><think>t</think><critique>c</critique>", None), (f"<think>a thinking model's own</think>\n\n{GOOD}", 0.5),
+    (f"one that its template began</think>\n\n{GOOD}", 0.5), (f"</think>{GOOD}", 0.5), (f"a</think>b</think>{GOOD}", None),
+    (f"<think>a</think>b{GOOD}", None),
 ])  # fmt: skip
 def test_parse_judgement(text, score):
     found = ra.parse_judgement(text)
@@ -92,6 +94,7 @@ def test_megabytes_take_bounded_time(unit):
     text, start = unit * (500_000 // len(unit)), time.process_time()
     for long in text, "<think>" + text, "<think>a</think><critique>" + text, GOOD.replace("</score>", text):
         ra.parse_judgement(long)
+        ra.aloud(long)
     assert time.process_time() - start < 5
 
 
@@ -99,6 +102,8 @@ def test_transcript_by_hand():
     history = ["Who? 8 turns left.", "<think>hm</think>go", "A. 7 turns left.", " stop ", "That is it. You win after 2 turns."]
     assert ra.transcript(history) == "> go\nA. 7 turns left.\n> stop"  # how it ended is not in it
     assert ra.transcript(history[:3]) == "> go" and ra.transcript(history[:1]) == ""
+    assert ra.transcript(["Who?", "<think>a</think>go<think>cut\noff", "A.", "<think>cut off", "B."]) == "> go\nA.\n>"
+    assert ra.transcript(["Who?", "the template began this\n</think>\ngo", "A."]) == "> go"
     system, user = ra.judge_messages(WORLD, history)
     assert user["content"] == "Who? 8 turns left.\n> go\nA. 7 turns left.\n> stop" and ra.JUDGE in system["content"]
 
@@ -160,6 +165,19 @@ def test_judge_examples_are_of_players_and_of_the_agent(tiny):
     assert any(e["flaws"] for e in own) and ra.process_flaws(WORLD.task, ["Who? 8 turns left."], []) == ["no answer"]
 
 
+def test_flaws_are_of_what_was_said_aloud():
+    e = envs.run_episode(WORLD, envs.expert_player, 3)
+    history = [text for turn in itertools.zip_longest(e["observations"], e["actions"]) for text in turn if text is not None]
+    valid = [True] * len(e["actions"])
+    thought = f"<think>or {envs.tool_call('answer', 'Nobody')}</think>\n"
+    thinking = [thought + text if i % 2 else text for i, text in enumerate(history)]
+    assert e["won"] and ra.process_flaws(WORLD.task, history, valid) == [] == ra.process_flaws(WORLD.task, thinking, valid)
+    cut = [*history[:-2], thought + "<think>" + history[-2], "."]
+    assert "no answer" in ra.process_flaws(WORLD.task, cut, valid)
+    refused = ra.process_flaws(WORLD.task, history, [*valid[:-1], False])
+    assert "no answer" in refused and "wrong tool" in refused
+
+
 def test_judge_reward_by_hand():
     assert ra.judge_reward(blocks("0.3"), 0.5) == pytest.approx(0.8) and ra.judge_reward(blocks("0.5", "x", "y"), 0.5) == 1
     assert ra.judge_reward(blocks("1"), 0.0) == 0 == ra.judge_reward("garbage", 0.5) == ra.judge_reward(blocks("nan"), 0.5)
@@ -217,7 +235,7 @@ def test_pools_against_another_derivation(size, questions, data):
 
 
 def test_rewards_by_hand():
-    episodes, judged = [{"score": 1.0}, {"score": 0.4}, {"score": 0.0}], [{"score": 0.5}, {"score": 1.0}, {"score": 0.0}]
+    episodes, judged = [{"rule": 1.0}, {"rule": 0.4}, {"rule": 0.0}], [{"score": 0.5}, {"score": 1.0}, {"score": 0.0}]
     assert ra.attempt_rewards(ra.Args(), episodes, judged) == pytest.approx([1.15, 0.7, 0.0])  # not a mix: 1 + 0.3 * 0.5
     assert ra.attempt_rewards(ra.Args(), episodes, None) == [1.0, 0.4, 0.0] and ra.attempt_rewards(ra.Args(), [], []) == []
     nothing = dataclasses.replace(ra.Args(), score_weight=0.0)
@@ -432,8 +450,27 @@ def test_attempts_do_not_depend_on_their_batch(tiny):
     texts = lambda episodes: [(e["history"], e["ids"], e["mask"]) for e in episodes]  # noqa: E731
     whole = play(tiny, [5, 5, 6, 6])
     assert texts(whole) == texts(play(tiny, [5, 5, 6, 6])) and texts(play(tiny, [5, 5, 6])) == texts(whole[:3])
-    assert texts(play(tiny, [6, 6], offset=2)) == texts(whole[2:]) and texts(play(tiny, [5, 5, 6, 6], stream=("x",))) != texts(whole)
+    for size in 1, 3:
+        assert texts(play(tiny, [5, 5, 6, 6], args=dataclasses.replace(ARGS, rollout_batch_size=size))) == texts(whole)
+    assert texts(play(tiny, [5, 5, 6, 6], stream=("x",))) != texts(whole)
     assert whole[0]["history"] != whole[1]["history"] and whole[0]["history"][0] == whole[1]["history"][0] != whole[2]["history"][0]
+
+
+def test_a_thought_is_not_acted_on(tiny, monkeypatch):
+    """The world gets what is said aloud, the dialogue keeps what was sampled."""
+    call = envs.tool_call("search", "Anything")
+    text = f"<think>{envs.tool_call('answer', 'Nobody')}</think>{call}"
+
+    def reply(dialogues, rows, *, max_new_tokens, temperature, seeds):
+        for row in rows:
+            dialogues._append(row, tiny[1].reply(text), 1)
+        return [text] * len(rows)
+
+    monkeypatch.setattr(common.Dialogues, "reply", reply)
+    [e] = play(tiny, [0])
+    assert len(e["valid"]) == WORLD.max_turns and all(e["valid"]) and set(e["history"][1::2]) == {text}
+    assert ra.transcript(e["history"]).count(call) == WORLD.max_turns and "Nobody" not in ra.transcript(e["history"])
+    assert tiny[1].decode([id for id, sampled in zip(e["ids"], e["mask"]) if sampled]) == text * WORLD.max_turns
 
 
 def test_no_room_for_a_second_attempt(tiny, attempts):
@@ -443,7 +480,7 @@ def test_no_room_for_a_second_attempt(tiny, attempts):
     second = play((model, tiny[1]), [0] * 4 + [1] * 4, [(e["history"], "x") for e in first])
     for e, length in zip(second, prompts):
         assert len(e["ids"]) >= length and (length == min(prompts) or e["truncated"] and len(e["history"]) == 1 and not any(e["mask"]))
-    assert ra.watch(second)["truncated"] >= 6
+    assert ra.watch(second)["truncated"] >= 6 / 8
     weights, metrics = trained(tiny, second[:-1] + first[:1], ADVANTAGES[:8])  # what has no tokens has no gradient
     assert math.isfinite(metrics["loss"]) and not torch.isnan(weights).any()
 
@@ -536,10 +573,10 @@ def test_no_prompt_depends_on_the_right_answer(tiny, monkeypatch, env):
 
 def test_watch_by_hand():
     go, stop = (f"<tool_call>{name}</tool_call>" for name in ("go", "stop"))
-    one = {"history": ["Q", go, "o", f"A thought.\n{go}", "o", stop, "o"], "valid": [True, False, True], "won": True, "score": 1.0}
-    two = {"history": ["Q", "The critique says so.", "o"], "valid": [True], "won": False, "score": 0.5}
+    one = {"history": ["Q", go, "o", f"A thought.\n{go}", "o", stop, "o"], "valid": [True, False, True], "won": True, "rule": 1.0}
+    two = {"history": ["Q", "The critique says so.", "o"], "valid": [True], "won": False, "rule": 0.5}
     counted = ra.watch([one | {"truncated": False}, two | {"truncated": True}])
-    assert counted == {"success": 0.5, "score": 0.75, "calls": 2, "repeated_calls": 0.5, "invalid": 0.25, "truncated": 1,
+    assert counted == {"success": 0.5, "rule": 0.75, "calls": 2, "repeated_calls": 0.5, "invalid": 0.25, "truncated": 0.5,
                        "speaks_of_a_critique": 0.25}  # fmt: skip
 
 
@@ -547,9 +584,10 @@ def test_leaks_counts_critiques_that_name_the_answer():
     WORLD.reset(seed=3, options={"split": "train"})
     gold = WORLD.gold
     episodes = [{"seed": 3, "split": "train"}] * 4
-    critiques = [f"It is {gold.upper()}.", "Go on like this.", "", f"x{gold}x"]
-    assert ra.leaks(WORLD, episodes, [{"critique": c} for c in critiques]) == 1 / 4
-    assert ra.leaks(envs.make("repair"), episodes, [{"critique": c} for c in critiques]) is None
+    judged = [{"critique": c, "parsed": True} for c in (f"It is {gold.upper()}.", "Go on like this.", "", f"x{gold}x")]
+    assert ra.leaks(WORLD, episodes, judged) == 1 / 4 and ra.leaks(envs.make("repair"), episodes, judged) is None
+    judged[2]["parsed"] = judged[3]["parsed"] = False
+    assert ra.leaks(WORLD, episodes, judged) == 1 / 2 and ra.leaks(WORLD, episodes[2:], judged[2:]) is None
 
 
 # -------------------------------------------------------------------------------------------------------------- warm-up
@@ -630,12 +668,12 @@ def main_here(monkeypatch, run_here):
         episodes = real["rollout"](model, chat, args, split, seeds, **rest)
         for i, e in enumerate(episodes):
             if rest["stream"][0] == "learn":
-                e["score"] = float((i + rest["stream"][2]) % 3 == 0)
+                e["rule"] = float((i + rest["stream"][2]) % 3 == 0)
         seen.rollouts.append((split, list(seeds), rest, episodes))
         return episodes
 
-    def judging(rrm, world, args, histories, stream, offset=0):
-        judged = real["judge"](rrm, world, args, histories, stream, offset)
+    def judging(rrm, world, args, histories, stream):
+        judged = real["judge"](rrm, world, args, histories, stream)
         for i, j in enumerate(judged):
             j.update(score=i % 2 / 2 if stream[0] == "learn" else j["score"], critique="Go on like this.")
         seen.judged.append((stream, histories, judged))
@@ -696,11 +734,11 @@ def test_phases_come_in_order_and_episodes_are_kept_whole(whole, tiny):
         assert len(episodes) == 16 and all(len({e["seed"] for e in episodes[i : i + 8]}) == 1 for i in (0, 8))
         assert row["success"] == sum(e["won"] for e in first) / 8 and row["second_success"] == sum(e["won"] for e in second) / 8
         assert row["judge_parsed"] == sum(e["judgement"]["parsed"] for e in episodes) / 16
-        assert row["reward_rule"] == pytest.approx(sum(e["score"] for e in episodes) / 16) and row["groups"] == 2
-        assert row["reward"] == pytest.approx(sum(e["score"] + 0.3 * e["judgement"]["score"] for e in episodes) / 16)
+        assert row["reward_rule"] == pytest.approx(sum(e["rule"] for e in episodes) / 16) and row["groups"] == 2
+        assert row["reward"] == pytest.approx(sum(e["rule"] + 0.3 * e["judgement"]["score"] for e in episodes) / 16)
         assert abs(row["logprob_gap"]) < 1e-4 and row["entropy"] > 0 and {"judge_auc", "leaks", "second_calls", "kl"} <= set(row)
     assert len({e["seed"] for e in rollouts}) == 4 and {e["split"] for e in rollouts} == {"train"}  # no question twice
-    assert all({"history", "valid", "score", "won", "judgement"} <= set(e) and not {"ids", "mask", "gold"} & set(e) for e in rollouts)
+    assert all({"history", "valid", "rule", "won", "judgement"} <= set(e) and not {"ids", "mask", "gold"} & set(e) for e in rollouts)
     assert [e["attempt"] for e in rollouts] == ([1] * 4 + [2] * 4) * 4
     judged = [sum(e["judgement"]["tokens"] for e in rollouts if e["step"] == step) for step in (6, 7)]
     assert all(n > 16 for n in judged) and all(metrics[i]["tokens"] - metrics[i - 1]["tokens"] > n for i, n in zip((5, 6), judged))
@@ -724,6 +762,15 @@ def test_the_judge_is_frozen_while_the_agent_learns_and_the_other_way_round(main
     assert len(agent) == 2 and agent[0][0] not in (start, judge[1]) and agent[1][0] == agent[0][1]
     assert agent[1][1] == common.fingerprint(common.load(str(tmp_path / "run" / "model"))[0])
     assert len(judge[2]) == 8 and all(set(e["mask"]) == {0, 1} and e["mask"] == sorted(e["mask"]) for e in judge[2])
+
+
+def test_learning_rates_of_the_phases(main_here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ra, "PHASES", {name: lambda state, *given, name=name, phase=phase: seen.append(
+        (name, state.optimizer.param_groups[0]["lr"])) or phase(state, *given) for name, phase in ra.PHASES.items()})
+    main_here(f"{SMALL} --lr 0.001 --sft-lr 0.005 --eval-episodes 1 --out-dir run")
+    rates = {"cold-start": 0.005, "judge-sft": 0.005, "judge-grpo": 0.001, "learn": 0.001}
+    assert seen == [(name, pytest.approx(rates[name] * step / 5)) for name, step in zip(STEPS, [1, 2, 1, 2, 1, 1, 2])]
 
 
 def test_eval_only_writes_nothing(run_script, whole, tmp_path):
@@ -788,7 +835,7 @@ def test_r_has_no_second_attempts(main_here, whole, tmp_path):
     assert histories == [e["history"] for e in episodes] and [e["judgement"] for e in rollouts] == judged
     assert all(e["attempt"] == 1 for e in rollouts)
     assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["tokens"] == tokens(episodes) + sum(j["tokens"] for j in judged)
-    by_hand = [e["score"] + 0.3 * j["score"] for e, j in zip(episodes, judged)]
+    by_hand = [e["rule"] + 0.3 * j["score"] for e, j in zip(episodes, judged)]
     assert advantages == ra.group_advantages(by_hand, 4) and len(set(by_hand)) == 4
     assert [row["phase"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == AGENT[:3]
 
@@ -802,7 +849,7 @@ def test_u_has_both_and_doubles_the_batch(main_here, whole, tmp_path, pool):
     assert len(first) == len(second) == 8 and len(episodes) == len(advantages) == 16 and seeds == again and one.get("before") is None
     assert two["before"] == [(e["history"], j["critique"]) for e, j in zip(first, judged)]
     assert [e is f for e, f in zip(episodes, [*first[:4], *second[:4], *first[4:], *second[4:]])] == [True] * 16
-    r1, r2 = ([e["score"] + 0.3 * j["score"] for e, j in zip(*pair)] for pair in ((first, judged), (second, judged_again)))
+    r1, r2 = ([e["rule"] + 0.3 * j["score"] for e, j in zip(*pair)] for pair in ((first, judged), (second, judged_again)))
     pools = [r1[:4] + r2[:4], r1[4:] + r2[4:]] if pool == "joint" else [r1[:4], r2[:4], r1[4:], r2[4:]]
     assert advantages == [a for group in pools for a in ra.group_advantages(group, len(group))]
     kept, verdicts = lines(tmp_path / "run" / "rollouts.jsonl"), [*judged[:4], *judged_again[:4], *judged[4:], *judged_again[4:]]
@@ -835,17 +882,20 @@ def test_c_trains_nothing_and_counts_second_attempts(main_here, whole, tiny, tmp
 
 def test_c_counts_the_second_attempt(tiny, monkeypatch):
     def won(model, chat, args, split, seeds, *, before=None, **rest):
-        return [{"won": before is not None, "score": 0.0, "valid": [True], "history": ["", "", ""], "truncated": False} for _ in seeds]
+        return [{"split": split, "seed": seed, "won": before is not None, "rule": 0.0, "valid": [True], "history": ["", "", ""],
+                 "truncated": False} for seed in seeds]  # fmt: skip
 
+    def names_the_answer(rrm, world, args, histories, stream):  # of seed 0, and unreadably of seed 299
+        return [EMPTY | {"parsed": i < 4, "critique": answers.get(i, "")} for i in range(len(histories))]
+
+    answers = {seed: [WORLD.reset(seed=seed, options={"split": "test"}), f"It is {WORLD.gold}."][1] for seed in (0, 299)}
     monkeypatch.setattr(ra, "rollout", won)
-    judged = []
-    monkeypatch.setattr(ra, "judge", lambda rrm, world, args, histories, stream, offset: [judged.append(offset + i) or EMPTY for i in range(
-        len(histories))])
+    monkeypatch.setattr(ra, "judge", names_the_answer)
+    state = ra.State(ARGS, WORLD, tiny[1], tiny[0], tiny)
     for second in True, False:
-        state = ra.State(ARGS, WORLD, tiny[1], tiny[0], tiny)
-        numbers, counted = ra.evaluate(state, "test", 300, second)  # in two parts
-        assert numbers["success"] == second
-        assert len(counted) == 300 and judged == list(range(300))
+        numbers, counted = ra.evaluate(state, "test", 300, second)
+        assert numbers["success"] == second and [e["seed"] for e in counted] == list(range(300))
+        assert numbers.get("leaks") == (0.25 if second else None) and numbers.get("judge_parsed") == (4 / 300 if second else None)
 
 
 def test_a_judge_of_another_run_is_used_as_it_is(main_here, whole, tmp_path):
@@ -921,12 +971,12 @@ def bad_models(llama, tmp_path_factory):
 
 
 BAD_VALUES = {
-    "steps": "0", "lr": "nan -1 inf", "batch-size": "0", "micro-batch-size": "0 5", "max-new-tokens": "0", "temperature": "0 nan",
-    "eval-temperature": "-1", "eval-episodes": "0", "eval-every": "0", "save-every": "-1", "seed": "-1", "group-size": "0 1 -4 3",
-    "updates": "0 3 16", "clip": "-0.1 nan", "clip-high": "-1 inf", "kl": "-1 nan", "variant": "V u", "score-weight": "-1 nan inf",
-    "pool": "both", "judge-tokens": "0", "judge-retries": "-1", "judged": "0", "judge-epochs": "0", "judge-steps": "-1",
-    "cold-start": "-1", "cold-epochs": "0", "sft-batch-size": "0 -1 1.5",
-    "examples": "0", "device": "warp", "dtype": "float16", "rrm": "tiny tiny:16x1",
+    "steps": "0", "lr": "nan -1 inf", "sft-lr": "nan -1", "batch-size": "0", "micro-batch-size": "0 5", "rollout-batch-size": "0",
+    "max-new-tokens": "0", "temperature": "0 nan", "eval-temperature": "-1", "eval-episodes": "0", "eval-every": "0", "save-every": "-1",
+    "seed": "-1", "group-size": "0 1 -4 3", "updates": "0 3 16", "clip": "-0.1 nan", "clip-high": "-1 inf", "kl": "-1 nan",
+    "variant": "V u", "score-weight": "-1 nan inf", "pool": "both", "judge-tokens": "0", "judge-retries": "-1", "judged": "0",
+    "judge-epochs": "0", "judge-steps": "-1", "cold-start": "-1", "cold-epochs": "0", "sft-batch-size": "0 -1 1.5", "examples": "0",
+    "device": "warp", "dtype": "float16", "rrm": "tiny tiny:16x1", "thinking": "maybe",
 }  # fmt: skip
 
 
