@@ -432,7 +432,7 @@ CONTROL = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 CHANGES_OF_SPEAKER = "\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # constants that shorten long dialogues of tiny models
-TINY_VERSION = 4  # part of a tiny model's name in the cache: raise it when build_tiny changes what it builds
+TINY_VERSION = 5  # part of a tiny model's name in the cache: raise it when build_tiny changes what it builds
 
 
 def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto", cache_dir=None, thinking=False,
@@ -512,29 +512,30 @@ def build_tiny(directory, examples, constants, width, layers, seed, device):
         num_attention_heads=width // 16, num_key_value_heads=width // 16, tie_word_embeddings=True, max_position_embeddings=4096,
         initializer_range=width**-0.5,  # the default, 0.02, suits wide models: at this width it hardly learns at all
         pad_token_id=chat.pad, eos_token_id=chat.eos[0], bos_token_id=None)
-    rows = []  # (prompt, what follows, 1 where it is learnt)
+    rows = []  # (ids, 1 where they are learnt)
     for example, messages in zip(examples, dialogues):
         ids, mask = chat.dialogue_and_mask(messages)
-        start = mask.index(1) if isinstance(example, list) else len(ids) - len(chat.reply(example[1]))
-        rows.append((ids[:start], ids[start:], mask[start:]))
+        start = 0 if isinstance(example, list) else len(mask) - mask[::-1].index(0)  # the last reply alone
+        rows.append((ids, [0] * start + mask[start:]))
     with torch.random.fork_rng(devices=[]):  # a run must not depend on whether its tiny model was cached
         torch.manual_seed(seed)
         model = transformers.Qwen3ForCausalLM(config).to(device)
         order = torch.randperm(len(rows)).tolist()
-    size = max(8, min(32, 500 * len(rows) // sum(sum(learnt) for *_, learnt in rows)))  # fewer of whole dialogues
+    size = max(8, min(32, 500 * len(rows) // sum(sum(mask) for _, mask in rows)))  # fewer of whole dialogues
     batches = [order[i:i + size] for i in range(0, len(order), size)]  # every batch mixes all parts: sorting by length would separate them
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.01)
     warmup = 1 + min(50, len(batches) // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # linear warm-up, then half a cosine to 0
         optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / len(batches))))
     for batch in tqdm(batches, desc=f"tiny {width}x{layers} model", leave=False):
-        batch.sort(key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-        total = sum(sum(rows[i][2]) for i in batch)
-        for micro in (batch[:size // 2], batch[size // 2:]):  # two halves of similar lengths save padding
-            if micro:
-                logprobs, _ = target_logprobs(model, chat, [rows[i][0] for i in micro], [rows[i][1] for i in micro])
-                loss = -(logprobs * pad_rows([rows[i][2] for i in micro], 0).to(device)).sum() / total
-                loss.backward()
+        batch.sort(key=lambda i: len(rows[i][0]))
+        total, quarter = sum(sum(rows[i][1]) for i in batch), -(-len(batch) // 4)
+        for start in range(0, len(batch), quarter):  # quarters of similar lengths need little padding
+            ids, learnt = (pad_rows([rows[i][part] for i in batch[start:start + quarter]], 0).to(device) for part in (0, 1))  # [B, T]
+            learnt = learnt[:, 1:].bool()
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][learnt]  # [N, width]
+            loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][learnt], reduction="sum") / total
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
