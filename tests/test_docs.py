@@ -907,5 +907,5 @@ def test_experiments_names_every_run_once_and_skips_what_is_finished(results, tm
         script, *flags = line.split()[2:]
         module = {"nlac.py": nlac, "docs/ppo.py": ppo, "docs/nlql.py": nlql, "docs/ceiling.py": ceiling,
                   "docs/self_distillation.py": self_distillation, "self_guide.py": self_guide, "act.py": act,
-                  "docs/early_experience.py": act, "reagent.py": reagent}[script]
+                  "docs/early_experience.py": act, "reagent.py": reagent, "docs/other_judge.py": other_judge}[script]
         assert dataclasses.is_dataclass(common.parse_args(module.Args, flags))
