@@ -107,7 +107,7 @@ runs act-32x2-il,il     "0 1 2" act.py --model tiny:32x2 --pipeline il,il
 runs act-32x2-foreign   "0 1 2" act.py --model tiny:32x2 --pairs "$results/act-act,il-s@/pairs.jsonl"
 
 # Reagent: U trains the judge that the other arms of its seed use. Where a tiny model is built on another CPU, other rounding makes it
-# another one: docs/results/other-base-reagent-* are runs of these lines from such a model, renamed. Seeds are compared within a base.
+# another one: docs/results/other-base-* are runs of these lines (and of nlac's) from such models, renamed. Seeds are compared within a base.
 runs reagent-U             "0 1 2 3 4" reagent.py
 runs reagent-none          "0 1 2 3 4" reagent.py --variant none
 runs reagent-R-2G          "0 1 2 3 4" reagent.py --variant R --batch-size 256 --group-size 16 --rrm "$results/reagent-U-s@/rrm"
