@@ -471,7 +471,7 @@ def judge_sft(state, batch, stream):
 
 
 def judge_grpo(state, batch, stream):
-    """The judge's own judgements, paid for form and for closeness to the annotator's score."""
+    """The judge's own judgements, paid for how close the score is to the annotator's, with nothing for what cannot be read."""
     args, (rrm, chat) = state.args, state.rrm
     prompts = [chat.prompt(judge_messages(state.world, e["history"])) for e in batch]
     replies = common.generate(rrm, chat, prompts, max_new_tokens=args.judge_tokens, temperature=args.temperature, samples=args.group_size,
