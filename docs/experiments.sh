@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Every experiment behind README's tables, a line per arm: NAME, its seeds, the command. Each run leaves docs/results/NAME-sSEED.
+# Every experiment behind the tables, a line per arm: NAME, its seeds, the command.
 #
 #   bash docs/experiments.sh                 all of it, a day on two cores
 #   bash docs/experiments.sh '^nlac-s0$'     the runs whose NAME-sSEED matches (a bash regular expression)
 #   DRY=1 bash docs/experiments.sh           only says what it would run
 #
-# The checkpoints, models and whole rollouts of the runs are not for git. RESULTS=elsewhere puts all of it elsewhere, and
-# `python docs/report.py keep elsewhere` brings the small files to docs/results.
-# Finished runs (summary.json) are skipped, unfinished ones are named and left alone: remove them, or continue nlac.py's with --resume.
-# @ in a command stands for the seed. --match makes a rival stop at the environment steps of the nlac run of that seed, which comes first.
+# Each run leaves runs/NAME-sSEED (RESULTS=elsewhere), which is not for git; `docs/report.py add` keeps its line in
+# docs/results.jsonl and its curve in docs/curves.csv (KEPT=elsewhere). Kept runs are skipped; unfinished ones are named
+# and left alone: remove them, or continue them with --resume.
+# @ in a command stands for the seed. --match makes a rival stop at the environment steps of the nlac run of that seed,
+# which comes first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python} results=${RESULTS:-docs/results} pattern=${1:-} failed=0
+python=${PYTHON:-python} results=${RESULTS:-runs} kept=${KEPT:-docs} pattern=${1:-} failed=0
 
 runs() { # NAME "SEEDS" SCRIPT [FLAGS...]
     local name=$1 seeds=$2 seed out
@@ -19,15 +20,16 @@ runs() { # NAME "SEEDS" SCRIPT [FLAGS...]
     for seed in $seeds; do
         out=$results/$name-s$seed
         [[ $name-s$seed =~ $pattern ]] || continue
+        if grep -qsF "{\"design\":2,\"name\":\"$name-s$seed\"," "$kept/results.jsonl"; then continue; fi
         if [[ -f $out/summary.json ]]; then continue; fi
         if [[ -e $out ]]; then echo "$out is unfinished: skipped" >&2; continue; fi
         echo "== $python ${*//@/$seed} --seed $seed --out-dir $out"
-        [[ -n ${DRY:-} ]] || "$python" "${@//@/$seed}" --seed "$seed" --out-dir "$out" || failed=1
+        [[ -n ${DRY:-} ]] || { "$python" "${@//@/$seed}" --seed "$seed" --out-dir "$out" && "$python" docs/report.py --results "$kept" add "$out"; } || failed=1
     done
 }
-best() { "$python" docs/report.py --results "$results" best "$1" 2>/dev/null || true; } # the flags of the best arm NAME...; before the search: none
+best() { "$python" docs/report.py --results "$kept" --design 2 best "$1" 2>/dev/null || true; } # the flags of the best arm NAME...; before the search: none
 
-tokens() { "$python" docs/report.py --results "$results" tokens "$1" 2>/dev/null || echo 1; } # what a finished run sampled
+tokens() { "$python" docs/report.py --results "$kept" --design 2 tokens "$1" 2>/dev/null || echo 1; } # what a finished run sampled
 
 # the claim: the learned language critic does it
 runs nlac               "0 1 2 3 4" nlac.py
@@ -107,7 +109,7 @@ runs act-32x2-il,il     "0 1 2" act.py --model tiny:32x2 --pipeline il,il
 runs act-32x2-foreign   "0 1 2" act.py --model tiny:32x2 --pairs "$results/act-act,il-s@/pairs.jsonl"
 
 # Reagent: U trains the judge that the other arms of its seed use. Where a tiny model is built on another CPU, other rounding makes it
-# another one: docs/results/other-base-* are runs of these lines (and of nlac's) from such models, renamed. Seeds are compared within a base.
+# another one: the other-base-* lines of results.jsonl are runs of these lines (and of nlac's) from such models, renamed. Seeds are compared within a base.
 runs reagent-U             "0 1 2 3 4" reagent.py
 runs reagent-none          "0 1 2 3 4" reagent.py --variant none
 runs reagent-R-2G          "0 1 2 3 4" reagent.py --variant R --batch-size 256 --group-size 16 --rrm "$results/reagent-U-s@/rrm"

@@ -1,4 +1,4 @@
-"""docs/: every rival and the ceiling run, their formulas by hand numbers, ACT's baseline and its rationale test, made-up results."""
+"""docs/: every rival and the ceiling run, their formulas by hand numbers, ACT's baseline and its rationale test."""
 
 import copy
 import dataclasses
@@ -22,7 +22,6 @@ import common
 import envs
 import nlac
 import reagent
-import self_guide
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
@@ -35,7 +34,6 @@ import nlql  # noqa: E402
 import other_judge  # noqa: E402
 import ppo  # noqa: E402
 import rationale  # noqa: E402
-import report  # noqa: E402
 import second_attempts  # noqa: E402
 import self_distillation  # noqa: E402
 
@@ -754,158 +752,3 @@ def test_early_experience_refuses_in_one_line(tmp_path, monkeypatch, capsys, fla
     with pytest.raises(SystemExit) as end:
         early_experience.main()
     assert end.value.code == 2 and re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err) and not any(tmp_path.iterdir())
-
-
-# ----------------------------------------------------------------------------------------------------------------- report
-
-
-def made_up(results, name, seed, after, env="repair", **more):
-    out = results / f"{name}-s{seed}"
-    out.mkdir(parents=True)
-    ends = {who: {"success": value, "se": 0.0} for who, value in (("before", 0.1), ("after", after), ("random", 0.125), ("expert", 1.0))}
-    summary = {"method": name, "env": env, "seed": seed, "eval_episodes": 500, "env_steps": 20000, "generated_tokens": 3000000,
-               "gradient_steps": 600, "seconds": 300.0, "device": "cpu"} | ends | more
-    (out / "summary.json").write_text(json.dumps(summary))
-    (out / "args.json").write_text(json.dumps({"args": {"lr": more.get("lr", 1e-3)}}))
-    metrics = [{"step": i, "env_steps": 100 * i} | ({"eval_success": after * i / 200} if i % 25 == 0 else {}) for i in range(1, 201)]
-    (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-    (out / "rollouts.jsonl").write_text("{}\n")
-
-
-@pytest.fixture
-def results(tmp_path):
-    results = tmp_path / "results"
-    for seed, (ours, blind) in enumerate([(0.8, 0.1), (0.9, 0.1), (0.7, 0.2)]):
-        made_up(results, "nlac", seed, ours)
-        made_up(results, "blind-critic", seed, blind)
-    made_up(results, "ceiling", 0, 0.95, simulation_steps=123456)
-    made_up(results, "20q-nlac", 0, 0.5, env="20q")
-    (results / "ppo-s0").mkdir()  # unfinished
-    (results / "nlql-s0").mkdir()
-    (results / "nlql-s0" / "summary.json").write_text("{")  # broken
-    return results
-
-
-def test_report_tables(results, capsys):
-    text = report.tables(report.read_runs(results))["NLAC"]
-    assert "nlql-s0 cannot be read" in capsys.readouterr().err
-    assert "| nlac | 3 | 0.100 ± 0.000 | **0.800 ± 0.058** | 80% | 20,000 | 3,000,000 | 600 | 5.0 |" in text
-    assert "20,000 + 123,456 simulated" in text
-    assert "| its base | 3 | +0.700 ± 0.058 | yes |" in text
-    assert "| blind-critic | 3 | +0.667 ± 0.088 | yes |" in text
-    assert "| ceiling | 1 | -0.150 | one seed |" in text
-    assert text.index("**repair**") < text.index("**20q**") and "ppo" not in text
-
-
-def test_report_tables_of_one_method(tmp_path):
-    stage = {"next_action": 0.5, "choice": 0.6, "choice_first": 0.7, "choice_second": None}
-    for seed in 0, 1:
-        made_up(tmp_path, "act-act,il", seed, 0.5, env="household", stages=[{}, stage | {"next_action": 0.5 + 0.2 * seed}])
-        made_up(tmp_path, "act-il,il", seed, 0.4 + 0.1 * seed, env="household")
-        (tmp_path / f"act-act,il-s{seed}" / "rationale.json").write_text(json.dumps(
-            {"stage": "1-act", "free": 0.7 + 0.1 * seed, "removed": 0.5, "wrong": 0.4}))
-        numbers = {"parsed": 1.0, "auc_outcome": 0.8, "auc_process": 0.9 - 0.1 * seed, "error": None}
-        made_up(tmp_path, "reagent-U", seed, 0.6, env="search", judge={"before": {"agent": numbers}, "judge-sft": {"players": numbers}})
-    made_up(tmp_path, "other-base-reagent-U", 0, 0.9, env="search")
-    made_up(tmp_path, "other-base-reagent-R", 0, 0.7, env="search")
-    second = {"first": {"all": {"success": 0.5}}, "judge": {"all": {"success": 0.6}, "lost": {"success": 0.2}, "won": {"success": 1.0},
-                                                            "minus_nothing": {"difference": 0.1}}}  # fmt: skip
-    (tmp_path / "reagent-U-s1" / "second_attempts.json").write_text(json.dumps(second))
-    attempts = [{"phase": "learn", "success": n / 10, "second_success": 0.5, "leaks": None if n < 9 else 0.1} for n in range(1, 10)]
-    (tmp_path / "reagent-U-s0" / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in [{"phase": "judge-sft"}, *attempts]))
-    texts = report.tables(report.read_runs(tmp_path))
-    assert list(texts) == ["ACT", "Reagent", "Reagent, another base"] and "reagent" not in texts["ACT"]
-    other = texts.pop("Reagent, another base")  # neither averaged nor paired with the rest
-    assert "| other-base-reagent-U | 1 | 0.100 | **0.900** |" in other and "| other-base-reagent-R | 1 | +0.200 | one seed |" in other
-    text = "\n".join(texts.values())
-    assert "| act-act,il | 0.600 ± 0.100 | 0.600 ± 0.000 | 0.700 ± 0.000 | nan |" in text
-    assert "| act-act,il | 1-act | 0.750 ± 0.050 | 0.500 ± 0.000 | 0.400 ± 0.000 |" in text
-    assert "| act-il,il | 2 | +0.050 ± 0.050 | no |" in text
-    assert "| reagent-U | 0.800 | 0.500 | - | - | 0.100 | - | - |" in text
-    assert "| reagent-U, first | 1 | 0.500 | - | - | - |" in text and "| reagent-U, judge | 1 | 0.600 | 0.200 | 1.000 | +0.100 |" in text
-    for row in "judge-sft, on players", "before, on agent":
-        assert f"| reagent-U, {row} | 1.000 ± 0.000 | 0.800 ± 0.000 | 0.850 ± 0.050 | nan |" in text
-    assert "judge-grpo" not in text and "before, on players" not in text
-
-
-def test_report_numbers():
-    mean, se = report.mean_se([0.7, 0.8, 0.5])
-    assert mean == pytest.approx(2 / 3) and se == pytest.approx(math.sqrt(((1 / 30) ** 2 + (2 / 15) ** 2 + (1 / 6) ** 2) / 2 / 3))
-    assert math.isnan(report.mean_se([1.0])[1])
-    runs = {seed: {"summary": {"before": {"success": 0.0}}, "metrics": [{"env_steps": x, "eval_success": y} for x, y in points]}
-            for seed, points in enumerate([[(10, 0.2), (20, 0.4)], [(20, 0.8), (40, 1.0)]])}
-    assert [(x, round(y, 6)) for x, y, _ in report.curve(runs)] == [(0, 0.0), (10, 0.3), (20, 0.6)]
-
-
-def test_report_writes_between_the_marks_and_draws(results, tmp_path):
-    pytest.importorskip("matplotlib")
-    page = tmp_path / "README.md"
-    other = "<!-- results: Reagent -->\nnot of these runs\n<!-- /results -->\n"
-    page.write_text(f"head\n{other}<!-- results: NLAC -->\nold\n<!-- /results -->\ntail\n")
-    figure = tmp_path / "curves.png"
-    for _ in range(2):  # writing again changes nothing
-        report.main(["--results", str(results), "--figure", str(figure), "--write", str(page)])
-        text = page.read_text()
-        assert text.startswith(f"head\n{other}<!-- results: NLAC -->\n**repair**") and text.endswith("<!-- /results -->\ntail\n")
-        assert "old" not in text
-    assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    page.write_text("no marks")
-    with pytest.raises(SystemExit):
-        report.main(["--results", str(results), "--figure", str(figure), "--write", str(page)])
-    assert page.read_text() == "no marks"
-
-
-def test_report_without_matplotlib_or_results(results, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    report.main(["--results", str(results), "--figure", str(tmp_path / "x.png")])
-    assert "pip install" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
-    with pytest.raises(SystemExit) as end:
-        report.main(["--results", str(tmp_path / "nothing")])
-    assert end.value.code == 2
-
-
-def test_report_keep_and_best(results, tmp_path, capsys):
-    for name, seed, after, lr in ("ppo-lr1e-4", 100, 0.3, 1e-4), ("ppo-lr3e-4", 100, 0.6, 3e-4), ("ppo", 0, 0.9, 1.0):
-        made_up(tmp_path / "runs", name, seed, after, lr=lr)
-    (tmp_path / "runs" / "unfinished-s0").mkdir()
-    made_up(tmp_path / "runs", "untrained", 0, 0.1)
-    (tmp_path / "runs" / "untrained-s0" / "metrics.jsonl").unlink()
-    kept = tmp_path / "kept"
-    report.main(["--results", str(kept), "keep", str(tmp_path / "runs")])
-    assert {path.name for path in kept.iterdir()} == {"ppo-lr1e-4-s100", "ppo-lr3e-4-s100", "ppo-s0", "untrained-s0"}
-    assert {path.name for path in (kept / "ppo-s0").iterdir()} == {"summary.json", "args.json", "metrics.jsonl"}
-    thinned = lines(kept / "ppo-s0" / "metrics.jsonl")
-    assert len(thinned) < 90 and [m["step"] for m in thinned if "eval_success" in m] == list(range(25, 201, 25))
-    report.main(["--results", str(kept), "keep", str(kept)])  # onto itself
-    assert [m["step"] for m in lines(kept / "ppo-s0" / "metrics.jsonl") if "eval_success" in m] == list(range(25, 201, 25))
-    capsys.readouterr()
-    report.main(["--results", str(kept), "best", "ppo-lr"])
-    assert capsys.readouterr().out == "--lr 0.0003\n"
-
-
-def test_experiments_names_every_run_once_and_skips_what_is_finished(results, tmp_path):
-    made_up(results, "ppo-search-lr1e-4", 100, 0.4, lr=1e-4)
-    made_up(results, "ppo-search-lr3e-3", 100, 0.2, lr=3e-3)
-
-    def dry(*pattern):
-        done = subprocess.run(["bash", str(ROOT / "docs" / "experiments.sh"), *pattern], capture_output=True, text=True, timeout=60,
-                              env=os.environ | {"DRY": "1", "RESULTS": str(results), "PYTHON": sys.executable})
-        assert done.returncode == 0, done.stderr
-        return [line for line in done.stdout.splitlines() if line.startswith("==")], done.stderr
-
-    told, errors = dry()
-    outs = [line.split()[-1] for line in told]
-    assert len(set(outs)) == len(outs) > 60 and "ppo-s0 is unfinished" in errors
-    names = {Path(out).name for out in outs}
-    assert {"nlac-s3", "nlac-s4", "frozen-critic-s4", "ppo-s1", "self-distillation-s2", "ceiling-s2", "m4-s0", "no-ema-s0"} <= names
-    assert "nlac-s0" not in names and "ppo-s0" not in names  # finished, unfinished
-    assert [line for line in told if line.endswith("nlql-s1")][0].split()[2:] == [
-        "docs/nlql.py", "--match", f"{results}/nlac-s1", "--seed", "1", "--out-dir", f"{results}/nlql-s1"]
-    assert [line for line in told if line.endswith("/ppo-s1")][0].split()[2:5] == ["docs/ppo.py", "--lr", "0.0001"]
-    assert [line.split()[-1] for line in dry("^k1-")[0]] == [f"{results}/k1-s{s}" for s in range(3)]
-    for line in told:  # every command can be parsed
-        script, *flags = line.split()[2:]
-        module = {"nlac.py": nlac, "docs/ppo.py": ppo, "docs/nlql.py": nlql, "docs/ceiling.py": ceiling,
-                  "docs/self_distillation.py": self_distillation, "self_guide.py": self_guide, "act.py": act,
-                  "docs/early_experience.py": act, "reagent.py": reagent, "docs/other_judge.py": other_judge}[script]
-        assert dataclasses.is_dataclass(common.parse_args(module.Args, flags))
