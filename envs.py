@@ -2,20 +2,31 @@
 
     python envs.py                          list the worlds with random and expert scores
     python envs.py play 20q [--split test] [--seed 3]
-    python envs.py play twx:coin            a game of textworld-express, where that is installed
+    python envs.py play path/to/file.py:Class
 
-A world is a class below `World`; `WORLDS` names them, `make(name)` builds one. The contract, for every world:
+`make` builds a world from its name, which is one of
 
-- `reset(seed=, options={"split": ...})` -> (observation, info); (split, seed) fixes the episode, splits are disjoint;
-- `step(text)` -> (observation, reward, terminated, truncated, info). Any string is legal: a bad one costs a turn, sets
-  `info["valid"]` to False and is answered with what was wrong;
-- `info` on every call: task, admissible, valid, won, score, tools. What is hidden is never in it;
+- `WORLDS`, the classes of this file, or `ALIASES`, short names of others;
+- `path/to/file.py:Class`, a class of your own;
+- `NAME` or `NAME:ARGUMENT`, the file worlds/NAME.py beside this one, whose function
+  `make(argument="", **settings)` builds the world. worlds/twenty_questions.py is an example.
+
+A world is a class below `World` with `begin` and `act`. The contract, for every world:
+
+- `reset(seed=, options={"split": ...})` -> (observation, info); (split, seed) fixes the episode,
+  splits are disjoint;
+- `step(reply)` -> (observation, reward, terminated, truncated, info). Any string is legal. The
+  action in it is what `read(reply)` finds; a bad one costs a turn, sets `info["valid"]` to False
+  and is answered with what was wrong;
+- `info` on every call: task, action (what was read, "" after reset), admissible, valid, won, score,
+  tools. What is hidden is never in it;
 - `expert()` is the best action now, computed only when asked for.
+
+Thoughts (`<think>`) are for the caller to remove; a world meets what was said aloud.
 """
 
 import argparse
 import ast
-import atexit
 import collections
 import functools
 import hashlib
@@ -27,13 +38,14 @@ import operator
 import os
 import random
 import re
-import shutil
 import sys
-import weakref
+from pathlib import Path
 
 # --------------------------------------------------------------------------------------------------------------- ground
 
-MAX_CHARACTERS = 4000  # longer actions are refused unread, so that a turn's time is bounded whatever a model writes
+# longer actions are refused, so that a turn's time is bounded; the prose around one may be longer
+MAX_CHARACTERS = 4000
+LISTING = "\nPossible actions:\n"  # before the list that `show_actions` puts into observations
 
 
 class World:
@@ -49,14 +61,26 @@ class World:
     max_turns = 20
     splits = ("train", "test")
     tools = None
+    show_actions = False  # whether observations end in the list of what can be done (see `make`)
     observation = None  # the latest one
+    action = ""  # what was read in the latest reply
 
     def begin(self, rng, split):
         """Sets up an episode from a private `random.Random`; returns the opening words."""
         raise NotImplementedError
 
+    def read(self, reply):
+        """The action in a reply: the first line after the last "Action:", without markdown.
+
+        Every text is legal, and reading what was read changes nothing.
+        """
+        return settled(first_line, reply)
+
     def act(self, text):
-        """One turn. Sets `self.won` (or `self.over`) when it ends the game; returns (reply, valid)."""
+        """One turn with an action as `read` gives it; returns (reply, valid).
+
+        Sets `self.won` (or `self.over`) when it ends the game.
+        """
         raise NotImplementedError
 
     def admissible(self):
@@ -86,30 +110,39 @@ class World:
             raise ValueError(f"world {self.name} has no split {split!r}; it has {', '.join(self.splits)}")
         if seed is None:
             seed = random.SystemRandom().getrandbits(32)
-        self.turns, self.won, self.over = 0, False, False
+        self.turns, self.won, self.over, self.action = 0, False, False, ""
         # a string seed is hashed with SHA-512: the same episode in every process and on every machine
         opening = self.begin(random.Random(f"{self.name} {split} {int(seed)}"), split)
-        self.observation = f"{opening} {self.closing()}"
+        self.observation = self.observe(opening)
         return self.observation, self.info(valid=True)
 
-    def step(self, action):
+    def step(self, text):
         if self.observation is None:
             raise RuntimeError("call reset before step")
         if self.over:  # nothing moves any more
             return self.observation, 0.0, True, False, self.info(valid=False)
         before = self.score()
         self.turns += 1
-        if len(action) > MAX_CHARACTERS:
+        self.action = self.read(text)
+        if len(self.action) > MAX_CHARACTERS:
             reply, valid = f"That was too long; use at most {MAX_CHARACTERS} characters.", False
         else:
-            reply, valid = self.act(action)
+            reply, valid = self.act(self.action)
         self.over = self.over or self.won or self.turns >= self.max_turns
-        self.observation = f"{reply} {self.closing()}"
+        self.observation = self.observe(reply)
         return self.observation, self.score() - before, self.over, False, self.info(valid)
+
+    def observe(self, words):
+        """An observation: the words, how the game stands, and what can be done if that is shown."""
+        text = f"{words} {self.closing()}"
+        if self.show_actions and not self.over and (actions := self.admissible()):
+            text += LISTING + "\n".join(map(one_line, actions))
+        return text
 
     def info(self, valid):
         return {
             "task": self.task,
+            "action": self.action,
             "admissible": self.admissible(),
             "valid": valid,
             "won": self.won,
@@ -126,6 +159,16 @@ def count(n, noun):
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
+def one_line(action):
+    """An action as a list shows it. Said back, it means the same."""
+    return " ".join(action.splitlines())
+
+
+def bare(observation):
+    """An observation without the list of possible actions at its end."""
+    return observation.rpartition(LISTING)[0] if LISTING in observation else observation
+
+
 def replay(env, seed, actions, split="train"):
     """Restores a state: a fresh episode, then `actions`. Returns what the last call would have as a step."""
     observation, info = env.reset(seed=seed, options={"split": split})
@@ -135,23 +178,73 @@ def replay(env, seed, actions, split="train"):
     return last
 
 
+# ---------------------------------------------------------------------------- the action in a reply
+
+# "Action:" with markdown around it, anywhere; where there is none, a line "Action" counts
+MARKER = re.compile(r"(?<![^\W_])action[ \t*_`]*[:\uff1a][*_`]*", re.IGNORECASE)
+HEADING = re.compile(r"^[ \t>#*_`-]*action[ \t\r*_`]*$", re.IGNORECASE | re.MULTILINE)
+
+FENCE = re.compile(r"(?:`{3,}|~{3,}) *\w*|-{3,}")  # a line that opens or closes code, or is a rule
+# an asterisk between two blanks or two letters may mean something ("2 * 3"); others are emphasis
+ASTERISKS = re.compile(r"(?<=\s)\*+(?=\s)|(?<=\w)\*+(?=\w)|(\*+)")
+BULLETS = re.compile(r"(?:>\s*|#{1,6}\s+|[-+\u2022]\s+|\d{1,3}[.)]\s+)+(?=\S)")
+QUOTES = '""', "''", "\u201c\u201d", "\u2018\u2019"
+QUOTED = re.compile("|".join(f"{a}([^{a}{b}]*){b}[.]?" for a, b in QUOTES))
+
+
+def after_marker(reply):
+    """What stands after the last "Action:" of a reply; all of it where there is none."""
+    for marker in MARKER, HEADING:
+        ends = [found.end() for found in marker.finditer(reply)]
+        if ends:
+            return reply[ends[-1] :]
+    return reply
+
+
+def without_markdown(line):
+    """A line as it was meant: no emphasis, no bullets before it, no quotes around it."""
+    line = line.strip()
+    if len(line) > MAX_CHARACTERS:  # will be refused: no work for it
+        return line
+    if FENCE.fullmatch(line):
+        return ""
+    line = ASTERISKS.sub(lambda found: "" if found[1] else found[0], line.replace("`", "")).strip()
+    if found := BULLETS.match(line):
+        line = line[found.end() :]
+    if found := QUOTED.fullmatch(line):
+        line = found[found.lastindex].strip()
+    if line.count('"') == 1:  # the other one stood before the marker
+        line = line.strip('"').strip()
+    return line
+
+
+def first_line(reply):
+    """The first line after the last "Action:" in which something is left without its markdown."""
+    for line in after_marker(reply).splitlines():
+        if action := without_markdown(line):
+            return action
+    return ""
+
+
+def settled(read, text):
+    """Reads, and reads what was read, until that changes nothing. `read` must only leave out."""
+    while (found := read(text)) != text:
+        text = found
+    return text
+
+
 # -------------------------------------------------------------------------------------------------------------- players
 # A player is a function (env, info, rng) -> action, with its own random.Random.
 
 
 def random_player(env, info, rng):
-    """Any admissible action, uniformly."""
-    return rng.choice(info["admissible"])
+    """Any admissible action, uniformly; says nothing in a world that lists none."""
+    return rng.choice(info["admissible"] or [""])
 
 
 def expert_player(env, info, rng):
     """What the world's expert does."""
     return env.expert()
-
-
-def linear_player(env, info, rng):
-    """Twenty Questions only: guesses the things one by one, in random order, and never asks."""
-    return env.guess(rng.choice(env.consistent()))
 
 
 def run_episode(env, player, seed, split="train"):
@@ -183,502 +276,17 @@ def mean_score(env, player, episodes, split="test", key="score"):
     return mean, math.sqrt(variance / episodes)
 
 
-# --------------------------------------------------------------------------------------- twenty questions: what is true
-
-# key: canonical question | other ways to ask it. [a|b] stands for either. All are compared after `plain`, which drops
-# case, articles, "usually" and the like, and brings "can you ... it", "is it something that ..." to one form. What is
-# near ("Is it big?") or opposite ("Is it natural?") may stand here too: the host says which question he answers.
-PROPERTIES = {
-    "alive": "Is it alive? | is it [living|a living thing|a living being|a living creature|an organism] | does it live",
-    "animal": "Is it an animal? | is it [a creature|a beast|a living animal]",
-    "plant": "Is it a plant or part of a plant? | is it [a plant|part of a plant|a fruit|a vegetable]"
-    " | is it a fruit or vegetable | does it [grow on a plant|come from a plant|grow on a tree|grow on trees|grow in the ground]",
-    "made": "Is it made by people? | is it [man made|manmade|human made|artificial|manufactured|built by people]"
-    " | is it [a man made|an artificial|a manufactured] [thing|object] | do people [make|build|manufacture] it"
-    " | is it [natural|a natural thing|found in nature]",
-    "food": "Is it something people eat or drink? | is it [edible|food|a food|a drink|food or drink|eaten]"
-    " | is it eaten by people | do people [eat|drink|eat and drink|consume] it | can it be [eaten|eaten or drunk]",
-    "fly": "Can it fly? | is it a flying [thing|object|animal] | does it fly [in|through] the air | is it able to fly",
-    "water": "Does it spend much time in water? | does it live in [water|the water|the sea|the ocean] | is it aquatic"
-    " | is it [found|seen] in [water|the water|the sea|the ocean]",
-    "legs": "Does it have legs? | does it have [a leg|feet] | does it [stand|walk] on legs",
-    "fur": "Is it covered in fur or hair? | is it [furry|hairy|covered in fur|covered in hair] | does it have [fur|fur or hair]",
-    "eggs": "Does it lay eggs? | does it lay an egg | is it an egg laying animal",
-    "tail": "Does it have a tail?",
-    "meat": "Does it eat other animals? | does it eat [animals|meat|insects]",
-    "pet": "Is it a common pet? | is it [a pet|kept as a pet|a house pet] | do people [keep|have] it as a pet",
-    "climb": "Can it climb trees? | does it climb [a tree|up trees] | is it a [good|tree] climber | can it climb",
-    "big": "Is it bigger than a person? | is it [bigger|larger|taller|heavier] than [a person|a human being|me|people]"
-    " | is it smaller than [a person|me] | is it [big|large]",
-    "huge": "Is it bigger than a house? | is it [larger|taller] than a house | is it [huge|enormous|gigantic]",
-    "small": "Does it fit in a shoebox? | does it fit [into|inside] a shoebox | does it fit in a shoe box"
-    " | is it [smaller than|small enough for] a [shoebox|shoe box] | is it small"
-    " | is it [bigger|larger] than a [shoebox|shoe box]",
-    "tiny": "Is it smaller than an egg? | is it [bigger|larger] than an egg | is it tiny",
-    "metal": "Is it mostly made of metal? | is it [metal|metallic|of metal|made from metal|made of steel|made of iron]",
-    "wood": "Is it mostly made of wood? | is it [wood|wooden|of wood|made from wood]",
-    "cloth": "Is it mostly made of cloth? | is it [cloth|fabric|textile|of cloth|made from cloth] | is it made [of|from] fabric",
-    "wheels": "Does it have wheels? | does it have a wheel | is it on wheels | does it [roll|run|drive|move] on wheels",
-    "electric": "Does it use electricity? | does it [need|run on|require|work with] [electricity|power]"
-    " | is it [electric|electrical|electronic|powered by electricity] | is it an [electric|electronic|electrical] [device|thing|machine]",
-    "wear": "Is it something people wear? | is it [worn|clothing|clothes|a piece of clothing|wearable]"
-    " | is it an item of clothing | can it be worn | do people put it on",
-    "carry": "Can it carry people? | does it transport [people|a person] | is it [a vehicle|a means of transport]"
-    " | is it used for [transport|transportation] | do people [ride|ride on|ride in|travel in|drive] it",
-    "kitchen": "Is it usually found in a kitchen? | is it [kept|used|seen] in a kitchen | is it in a kitchen"
-    " | do people [find|keep|use] it in a kitchen",
-    "sweet": "Does it taste sweet? | is it sweet | does it have a sweet taste",
-    "music": "Can it make music? | does it play music | is it [a musical instrument|an instrument|used to make music]"
-    " | do people [play|make] music [with|on] it",
-    "round": "Is it round? | is it [circular|a circle|a sphere|spherical|ball shaped|round in shape]"
-    " | is it shaped like a [ball|circle] | does it have a round shape",
-    "read": "Is it used for reading or writing? | is it used [for reading|for writing|to read|to write]"
-    " | is it used to read or write | do people [read|read or write with|write with] it",
-    "toy": "Is it a toy? | is it [a plaything|a toy for children|a childrens toy] | do [people|children|kids] play with it",
-    "hot": "Does it get very hot? | is it hot | does it become hot",
-    "light": "Does it give light? | does it [give off|make|emit|produce] light | does it [shine|glow] | is it [a light"
-    " source|a source of light]",
-    "hold": "Is it used to hold other things? | is it [a container|used for storage|used for holding things]"
-    " | is it used to [hold|store|carry|contain] things | do people [put|keep|store] things in it",
-    "clean": "Is it used for cleaning or washing? | is it used [for cleaning|for washing|to clean|to wash]"
-    " | is it used to clean or wash | do people [clean|wash|clean things|clean or wash] with it",
-    "sharp": "Is it sharp? | is it [pointed|pointy|sharp or pointed] | does it have [a blade|a sharp point]",
-    "green": "Is it usually green? | is its color green | is it [green in color|colored green]",
-    "yellow": "Is it usually yellow? | is its color yellow | is it [yellow in color|colored yellow]",
-    "liquid": "Is it a liquid? | is it [fluid|a fluid|something liquid] | does it flow",
-}
-
-# One line per thing: what is true of it, then after "?" what the host can't tell (borderline, or "it depends"); all
-# else is false. A line "* ..." gives what is true of (or unclear for) every thing below it. "(...)" is how the thing
-# is said when "a" or "an" before its name would be wrong; "=" starts other names that a guess may use.
-THINGS = """
-* alive animal
-cat: legs fur tail meat pet climb = kitty
-dog: legs fur tail meat pet = puppy
-rabbit: legs fur tail food pet ? small = bunny, hare
-mouse: legs fur tail climb small ? meat pet
-horse: legs fur tail big carry ? food = pony
-cow: legs fur tail food big = bull
-pig: legs tail food meat ? big fur = hog
-sheep: legs fur tail food = lamb
-elephant: legs tail big carry
-lion: legs fur tail meat big ? climb
-giraffe: legs fur tail big
-monkey: legs fur tail climb ? meat
-whale: water tail meat big ? food huge
-chicken: legs eggs tail food meat ? fly = hen
-duck: legs eggs tail food meat fly water
-eagle: legs eggs tail meat fly
-parrot: legs eggs tail pet fly ? climb small green
-penguin: legs eggs tail meat water
-turtle: legs eggs tail pet water ? meat small green = tortoise
-crocodile: legs eggs tail meat water big ? food green = alligator
-frog: legs eggs meat water small green ? climb food pet tiny = toad
-snake: eggs meat climb ? tail pet small green
-goldfish: eggs tail pet water small ? meat
-salmon: eggs tail food meat water
-octopus: eggs food meat water ? legs
-crab: legs eggs food meat water small
-snail: eggs climb small tiny ? food
-butterfly: legs eggs fly small ? tiny
-spider: legs eggs meat climb small tiny ? fur pet
-
-* alive plant
-tree: wood big ? green huge
-rose: ? small sharp = flower
-grass (grass): green ? small tiny = lawn
-cactus: green sharp ? small big
-
-* plant food kitchen ? alive
-apple: sweet round small ? green
-banana: sweet yellow small
-grape: sweet round small tiny ? green
-strawberry: sweet small tiny
-watermelon: sweet round green
-lemon: yellow small ? round
-carrot: small ? sweet
-onion: round small
-cucumber: green small
-peanut: small tiny
-pumpkin: round ? sweet
-
-* food kitchen
-egg: small ? alive round
-milk (a glass of milk): liquid small ? sweet
-
-* made food kitchen
-coffee (a cup of coffee): liquid hot small
-bread (a loaf of bread): small = loaf
-cake: sweet ? round
-pizza: round hot
-cheese (a piece of cheese): yellow small
-chocolate (a bar of chocolate): sweet small = chocolate bar
-cookie: sweet round small ? tiny = biscuit
-
-*
-sun (the sun): round big huge hot light yellow
-moon (the moon): round big huge ? light yellow
-mountain: big huge = hill
-sea (the sea): liquid big huge ? water = ocean
-rain (rain): liquid ? big
-
-* made wear
-coat: cloth = jacket
-sock: cloth small
-shoe: small
-ring: metal round small tiny
-glasses (a pair of glasses): read small ? metal = eyeglasses, spectacles
-helmet: ? round
-crown: metal round ? small
-
-* made kitchen
-knife: metal sharp small
-spoon: metal small
-cup: hold small ? round = mug
-plate: round ? hold = dish
-pot: metal hold hot ? round = saucepan, cooking pot
-refrigerator: electric hold ? metal big = fridge
-toaster: electric hot ? metal
-
-* made electric
-lamp: light ? hot metal
-flashlight: light small ? metal = torch
-television: light music = tv, tv set, television set
-phone: light music read small = telephone, mobile phone, cell phone, cellphone, smartphone
-computer: light music read = pc
-radio: music ? small
-washing machine: clean ? metal hold = washer
-vacuum cleaner: clean wheels ? hold = vacuum, hoover
-elevator: carry metal big = lift
-house: big ? wood = home
-
-* made carry
-car: wheels electric metal big ? light = automobile
-train: wheels electric metal big huge ? hold light
-bicycle: wheels metal ? big = bike
-skateboard: wheels wood ? toy
-airplane: fly wheels tail electric metal big huge ? light = plane, aeroplane
-helicopter: fly tail electric metal big ? wheels light = chopper
-rocket: fly hot light electric metal big huge = spaceship
-boat: water big ? wood metal electric
-ship: water electric metal big huge ? hold light
-
-* made
-candle: hot light small ? round
-clock: round ? electric small
-soap (a bar of soap): clean small = bar of soap
-towel: cloth clean
-broom: clean ? wood
-bucket: hold ? metal clean round = pail
-wallet: hold small ? cloth = purse
-backpack: hold cloth ? wear = rucksack
-chair: legs wood ? kitchen
-table: legs wood hold ? big kitchen = desk
-bed: legs big ? wood cloth
-door: wood ? big
-pillow: cloth = cushion
-tent: cloth big
-castle: big huge
-teddy bear: toy cloth legs fur ? small tail = teddy
-doll: toy legs ? small
-kite: toy fly ? cloth tail
-ball: toy round ? small
-balloon: toy round fly
-piano: music legs wood big
-guitar: music wood ? electric
-drum: music round ? wood
-trumpet: music metal
-book: read small
-pencil: read wood small ? sharp
-saw: metal sharp
-needle: metal sharp small tiny
-key: metal small tiny
-coin: metal round small tiny
-hammer: metal small
-"""
-
-
-def read_table(text):
-    """The table above -> ({thing: {property: "yes" | "no" | "unclear"}}, {thing: phrase}, {thing: [other names]})."""
-    facts, phrases, names = {}, {}, {}
-    for line in filter(None, map(str.strip, text.splitlines())):
-        if line.startswith("*"):
-            shared_true, _, shared_unclear = line[1:].partition("?")
-            continue
-        head, _, rest = line.partition(":")
-        rest, _, others = rest.partition("=")
-        true, _, unclear = rest.partition("?")
-        thing, _, phrase = head.rstrip(")").partition(" (")
-        true, unclear = f"{shared_true} {true}".split(), f"{shared_unclear} {unclear}".split()
-        assert set(true + unclear) <= set(PROPERTIES) and len(set(true + unclear)) == len(true + unclear), line
-        facts[thing] = {key: "yes" if key in true else "unclear" if key in unclear else "no" for key in PROPERTIES}
-        phrases[thing] = phrase or ("an " if thing[0] in "aeiou" else "a ") + thing
-        names[thing] = [name.strip() for name in others.split(",") if name.strip()]
-    return facts, phrases, names
-
-
-FACTS, PHRASES, OTHER_NAMES = read_table(THINGS)
-QUESTIONS = {key: ways.partition("|")[0].strip() for key, ways in PROPERTIES.items()}
-
-
-def statement(key, value):
-    """What the answer says of a thing: statement("fly", "no") -> "cannot fly"."""
-    verb, _, rest = QUESTIONS[key].rstrip("?").partition(" it ")
-    if verb == "Is":
-        return ("is " if value == "yes" else "is not ") + rest
-    if verb == "Can":
-        return ("can " if value == "yes" else "cannot ") + rest
-    if value == "no":
-        return "does not " + rest
-    verb, _, rest = rest.partition(" ")
-    return ("has" if verb == "have" else verb + "s") + " " + rest
-
-
-# --------------------------------------------------------------------------------- twenty questions: what is understood
-
-FILLERS = set(
-    "a an the some any usually mostly mainly normally often generally typically commonly really actually ever perhaps"
-    " maybe also very just".split()
-)
-SAME_WORD = dict.fromkeys("you we i me one someone somebody human humans man person persons".split(), "people")
-SAME_WORD |= dict.fromkeys("can could do did would will may might must".split(), "does")
-SAME_WORD |= dict.fromkeys("was are were".split(), "is") | {"colour": "color", "coloured": "colored"}
-
-PEOPLE = "(?:you|we|one|i|people|humans|someone|a person)"
-SOMETHING = "^is it (?:something|anything|a thing|an object|one)"
-REWRITES = [  # in this order, on lower-case words joined by single spaces
-    (r"\b(it|that) s\b", r"\1 is"),
-    (r"\b(?:kind|type|sort|form|piece|pair) of\b", ""),
-    # what may stand before a question or a guess, and after it
-    (r"\b(?:the|this|that|your)(?: secret| hidden)? (?:thing|object|item|answer|word)\b", "it"),
-    (
-        r"^(?:(?:q\d*|question|turn|number|action|answer|final answer|\d+|ok|okay|well|so|then|now|hmm|and|please"
-        r"|let me ask|tell me|if|my (?:next |first |last )?question is|do you think|would you say|is it true|that) )+",
-        "",
-    ),
-    (r" (?:please|then|or not|right|though|by any chance)$", ""),
-    (r"^i (?:would |will )?(?:guess|think|say|believe|bet)(?: that)? ", ""),
-    (r"^(?:my )?(?:final |next |first )?guess(?: is)?(?: that)? ", ""),
-    # the order of words
-    (r"^(is|are|does|do|can|could|has) (?:this|that|they|he|she)\b", r"\1 it"),
-    (r"^it (is|can|could|may|might|must|has|does)\b", r"\1 it"),
-    (r"^has it (?:got )?", "does it have "),
-    (r"^is it (?:able to|capable of)\b", "does it"),
-    # "is it something (that) you can eat" -> "does you can eat it"; "is it something that flies" -> "does it fly"
-    (rf"{SOMETHING} (?:that |which )?({PEOPLE} .*)", r"does \1 it"),
-    (rf"{SOMETHING} (?:that|which) is ", "is it "),
-    (rf"{SOMETHING} (?:that|which) (?:can|does|will) ", "does it "),
-    (rf"{SOMETHING} (?:that|which) has ", "does it have "),
-    (rf"{SOMETHING} (?:that|which) (\w+)ies\b", r"does it \1y"),
-    (rf"{SOMETHING} (?:that|which) (\w+)s\b", r"does it \1"),
-]
-REWRITES = [(re.compile(pattern), new) for pattern, new in REWRITES]
-
-
-@functools.lru_cache(maxsize=4096)
-def plain(text):
-    """One form for the many ways to say the same: "Q3: Could you eat it, please?" -> "does people eat it"."""
-    text = " ".join(re.findall(r"[a-z0-9]+", text.lower()))
-    for pattern, new in REWRITES:
-        text = pattern.sub(new, text)
-    text = " ".join(SAME_WORD.get(word, word) for word in text.split() if word not in FILLERS)
-    return text.replace("people does ", "people ")  # "does people does eat it"
-
-
-def expand(ways):
-    """ "is it [big|large] | is it huge" -> every single way."""
-    for way in ways.split(" | "):
-        parts = [part.strip("[]").split("|") for part in re.findall(r"\[[^]]*\]|[^\[]+", way)]
-        yield from map("".join, itertools.product(*parts))
-
-
-# plain words -> ("ask", property) or ("guess", thing)
-UNDERSTOOD = {plain(way): ("ask", key) for key, ways in PROPERTIES.items() for way in expand(ways)}
-UNDERSTOOD |= {plain(f"is it {name}"): ("guess", thing) for thing in FACTS for name in [thing, PHRASES[thing], *OTHER_NAMES[thing]]}
-
-
-def understand(text):
-    """What a player's words mean: ("ask", property), ("guess", thing), ("several", None) or (None, None).
-
-    The whole text is tried first, then its sentences (those with a question mark, if any): a player may think aloud
-    before asking, but asks one thing a turn.
-    """
-    sentences = re.split(r"(?<=[.?!\n])", text)
-    questions = [sentence for sentence in sentences if "?" in sentence]
-    for parts in [text], questions or sentences:
-        moves = set()
-        for form in map(plain, parts):
-            # "cat" alone is a guess; "could it be a cat" comes here as "does it be cat"
-            forms = form, f"is it {form}", form.replace("does it be ", "is it ")
-            moves.add(next((UNDERSTOOD[form] for form in forms if form in UNDERSTOOD), None))
-        moves.discard(None)
-        if moves:
-            return moves.pop() if len(moves) == 1 else ("several", None)
-    return None, None
-
-
-# ------------------------------------------------------------------------------------------- twenty questions: the game
-
-
-class TwentyQuestions(World):
-    """The host has one everyday thing in mind; the player asks yes/no questions and guesses. 1 for the thing, else 0.
-
-    This is the small world: 24 things, 12 properties, and 8 turns, in which the best-split expert always wins;
-    `TwentyQuestionsFull` has the whole table. What `train` hides `test` never hides, and the tally counts both, as the
-    player cannot know the split.
-    """
-
-    name = "20q"
-    max_turns = 8
-    things = (
-        "cat", "cow", "lion", "duck", "eagle", "goldfish", "butterfly", "spider", "tree", "apple", "carrot", "pizza",
-        "cheese", "coat", "sock", "ring", "knife", "lamp", "car", "chair", "piano", "key", "coin", "drum",
-    )  # fmt: skip
-    properties = (
-        "animal", "made", "food", "legs", "eggs", "fly", "big", "small", "metal", "round", "kitchen", "wear",
-    )  # fmt: skip
-    task = "Find the hidden thing with yes/no questions and guesses."
-
-    def __init__(self, things=None, properties=None, max_turns=None, tally=True):
-        """Subsets of the table, the number of turns, and whether the host says how many things are still possible."""
-        self.things = tuple(self.things if things is None else things)
-        self.properties = tuple(self.properties if properties is None else properties)
-        self.max_turns = self.max_turns if max_turns is None else max_turns
-        self.tally = tally
-        for kind, chosen, known in ("thing", self.things, FACTS), ("property", self.properties, QUESTIONS):
-            unknown = [name for name in chosen if name not in known]
-            if unknown:
-                raise ValueError(f"no such {kind} in the table: {unknown[0]!r}")
-            if len(set(chosen)) < len(chosen):
-                raise ValueError(f"a {kind} is listed twice")
-        if len(self.things) < 2 or not self.properties:
-            raise ValueError("Twenty Questions needs at least 2 things and 1 property")
-        if not isinstance(self.max_turns, int) or self.max_turns < 1:
-            raise ValueError(f"max_turns must be a positive whole number, not {self.max_turns!r}")
-        # a quarter of the things is kept for test; a hash puts them in an order that has nothing to do with the table's
-        mixed = sorted(self.things, key=lambda thing: hashlib.sha256(thing.encode()).digest())
-        held_out = max(1, len(mixed) // 4)
-        self.hidden_in = {"test": sorted(mixed[:held_out]), "train": sorted(mixed[held_out:])}
-        # the list never changes during a game: what is offered says nothing about the answer
-        self.moves = [QUESTIONS[key] for key in self.properties] + [self.guess(thing) for thing in self.things]
-        self.system = (
-            f"You are playing Twenty Questions. I am thinking of one of {len(self.things)} everyday things, and you"
-            f" have {count(self.max_turns, 'turn')} to find out which. Each turn, ask one yes/no question about it, such as"
-            f' "{QUESTIONS[self.properties[0]]}", or guess it, such as "{self.guess(self.things[0])}". You win when you'
-            " guess it. Reply with one short question and nothing else."
-        )
-
-    def guess(self, thing):
-        return f"Is it {PHRASES[thing]}?"
-
-    def admissible(self):
-        return list(self.moves)
-
-    # -- the host
-
-    def begin(self, rng, split):
-        self.hidden = rng.choice(self.hidden_in[split])
-        self.possible = list(self.things)
-        return f"I am thinking of one of {len(self.things)} things."
-
-    def closing(self):
-        if self.won or not self.tally:
-            return super().closing()
-        possible = len(self.possible)
-        return f"{count(possible, 'thing')} {'is' if possible == 1 else 'are'} still possible. {super().closing()}"
-
-    def act(self, text):
-        kind, what = understand(text)
-        if kind == "ask" and what in self.properties:
-            value = FACTS[self.hidden][what]
-            # "I can't tell" rules out what can be told, so that the tally is exactly what the dialogue allows
-            self.possible = [thing for thing in self.possible if FACTS[thing][what] == value]
-            reply = {"yes": "Yes.", "no": "No.", "unclear": "I can't tell."}[value]
-            question = QUESTIONS[what]
-            return (reply if plain(text) == plain(question) else f"{reply} (You asked: {question})"), True
-        if kind == "guess" and what in self.things:
-            if what == self.hidden:
-                self.won, self.possible = True, [what]
-                return f"Yes, it is {PHRASES[what]}!", True
-            self.possible = [thing for thing in self.possible if thing != what]
-            return f"No, it is not {PHRASES[what]}.", True
-        if kind == "ask":
-            return "I don't answer that question in this game.", False
-        if kind == "guess":
-            return f"{PHRASES[what].capitalize()} is not one of my {len(self.things)} things.", False
-        if kind == "several":
-            return "Please ask one question at a time.", False
-        if not text.strip():
-            return "You did not say anything.", False
-        return "I don't understand that question.", False
-
-    # -- what a player can work out
-
-    def consistent(self):
-        """The things that the dialogue so far allows. For simulators; never part of a prompt."""
-        return list(self.possible)
-
-    def resample(self, rng):
-        """Puts any consistent thing in the hidden one's place, uniformly: the dialogue would have been the same."""
-        self.hidden = rng.choice(self.possible)
-
-    def best_move(self, possible, turns_left):
-        """("ask", property) with the most even split, or ("guess", thing) for the last turn or two candidates."""
-        if turns_left > 1 and len(possible) > 2:
-            splits = {key: self.split(possible, key) for key in self.properties}
-            # the expected number of candidates left is the sum of squares / n; ties go to the first property
-            key = min(splits, key=lambda key: sum(len(part) ** 2 for part in splits[key].values()))
-            if len(splits[key]) > 1:
-                return "ask", key
-        return "guess", possible[0]
-
-    def split(self, possible, key):
-        parts = {}
-        for thing in possible:
-            parts.setdefault(FACTS[thing][key], []).append(thing)
-        return parts
-
-    def expert(self):
-        kind, what = self.best_move(self.possible, self.max_turns - self.turns)
-        return QUESTIONS[what] if kind == "ask" else self.guess(what)
-
-    def facts(self):
-        """What is true in this world, as sentences: "A cat is alive." "A cat cannot fly." For a corpus of facts."""
-        sentences = []
-        for thing, key in itertools.product(self.things, self.properties):
-            value, subject = FACTS[thing][key], PHRASES[thing]
-            if value == "unclear":
-                sentences.append(f"I can't tell whether {subject} {statement(key, 'yes')}.")
-            else:
-                sentences.append(f"{subject[0].upper()}{subject[1:]} {statement(key, value)}.")
-        return sentences
-
-
-class TwentyQuestionsFull(TwentyQuestions):
-    """The whole table, 20 turns."""
-
-    name = "20q-full"
-    max_turns = 20
-    things = tuple(FACTS)
-    properties = tuple(QUESTIONS)
-
-
-def expert_success(env, split=None):
-    """The best-split expert's exact chance to win, by walking its decision tree: no sampling.
-
-    Over all things of the world, or over those that `split` can hide. It is the optimum where it is 1.
-    """
-    counted = set(env.things if split is None else env.hidden_in[split])
-
-    def wins(possible, turns_left):
-        if not turns_left or not counted.intersection(possible):
-            return 0
-        kind, what = env.best_move(possible, turns_left)
-        if kind == "ask":
-            return sum(wins(part, turns_left - 1) for part in env.split(possible, what).values())
-        return (what in counted) + wins([thing for thing in possible if thing != what], turns_left - 1)
-
-    return wins(list(env.things), env.max_turns) / len(counted)
+def ends(name, episodes) -> dict:
+    """What bounds a result table on test: player -> (success, se). A world without an expert has no upper end."""
+    found = {}
+    for player in (random_player, expert_player):
+        env = make(name)
+        try:
+            found[player.__name__.partition("_")[0]] = mean_score(env, player, episodes, key="won")
+        except NotImplementedError:
+            pass
+        env.close()
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------- repair shop
@@ -881,8 +489,8 @@ class Household(World):
     offered = ("go", "open", "take", "put", "clean", "heat", "cool", "use")  # verbs in `admissible`; all are understood
     task = "Do a household chore."
     system = (
-        "You are in a room of a house and have one task. Each turn, reply with one action and nothing else. The actions, with O an"
-        " object such as mug 1 and R a receptacle such as cabinet 2:\n"
+        "You are in a room of a house and have one task. Each turn takes one action. The actions,"
+        " with O an object such as mug 1 and R a receptacle such as cabinet 2:\n"
         "go to R, open R, close R, take O from R, put O in/on R, clean O with R, heat O with R, cool O with R, use desklamp 1,"
         " examine R, examine O, look, inventory.\n"
         "You reach only what is where you are, you carry one object at a time, and what is closed must be opened. To clean, heat or cool"
@@ -924,6 +532,7 @@ class Household(World):
         things = numbered(words + ["desklamp"] * bool(self.homes("desklamp")))
         self.at = {thing: rng.choice(self.homes(thing)) for thing in things}  # a place, or "hand"
         self.here, self.seen, self.states = None, [], []  # seen: the places whose inside is known; states: ("mug 1", "hot")
+        self.wrong_object = False  # whether a thing was taken that the chore does not ask for
         self.closed = [place for place in self.places if word(place) in CLOSED]
         state = TREATMENTS[self.goal][1] + " " if self.goal in TREATMENTS else ""
         where = f"{'in' if self.target in HOLLOW else 'on'} {self.target}"
@@ -943,6 +552,25 @@ class Household(World):
         for thing, place in self.at.items():
             if place != "hand" and place not in self.seen:
                 self.at[thing] = rng.choice([home for home in self.homes(thing) if home not in self.seen])
+
+    # -- for simulators: optional methods of a world, nothing of them stands in a prompt
+
+    def snapshot(self):
+        """What decides how the game goes on, turns apart: hashable."""
+        return self.here, tuple(self.at.items()), tuple(sorted(self.closed)), tuple(sorted(self.states))
+
+    def restore(self, snapshot):
+        """Back to a `snapshot` of this episode; turns, and what was seen, stay."""
+        self.here, at, closed, states = snapshot
+        self.at, self.closed, self.states, self.won = dict(at), list(closed), list(states), False
+
+    def possibilities(self):
+        """Every `snapshot` that fits what was seen: what was not may be at any of its homes, each alike."""
+        unseen = [thing for thing, place in self.at.items() if place != "hand" and place not in self.seen]
+        homes = [[home for home in self.homes(thing) if home not in self.seen] for thing in unseen]
+        here, at, closed, states = self.snapshot()
+        return [(here, tuple((dict(at) | dict(zip(unseen, places))).items()), closed, states)
+                for places in itertools.product(*homes)]
 
     def held(self):
         return next((thing for thing, place in self.at.items() if place == "hand"), None)
@@ -1004,6 +632,7 @@ class Household(World):
             (self.closed.remove if verb == "open" else self.closed.append)(place)
         elif verb in ("take", "put"):
             self.at[thing] = "hand" if verb == "take" else place
+            self.wrong_object |= verb == "take" and word(thing) != self.wanted
         elif verb in TREATMENTS:  # what gets hot is no longer cool, and stays clean
             kept = [(name, state) for name, state in self.states if name != thing or (state == "clean") != (verb == "clean")]
             self.states = [*kept, (thing, TREATMENTS[verb][1])]
@@ -1087,227 +716,6 @@ class HouseholdFull(Household):
     objects = (4, 8)
     tasks = TASKS
     offered = (*Household.offered, "close", "examine", "look", "inventory")
-
-
-# ---------------------------------------------------------------------------------------------------- textworld-express
-
-
-class Java:
-    """The one Java process behind all `twx:` worlds of this Python process. A game is an object in it, some milliseconds to make.
-
-    It ends with the last `close()`, and with Python however that ends, SIGKILL included: it reads the pipe that Python holds.
-    """
-
-    running = None
-
-    @classmethod
-    def get(cls):
-        if cls.running is None or cls.running.pid != os.getpid() or cls.running.process.poll() is not None:
-            cls.running = cls()  # the first, or a forked child, which must not use its parent's sockets, or Java has died
-        return cls.running
-
-    def __init__(self):
-        """ValueError, in one line, if Java is missing or does not start."""
-        from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
-        from py4j.protocol import Py4JError
-        from textworld_express.constants import BASEPATH, JAR_PATH
-
-        self.pid = os.getpid()
-        if shutil.which("java") is None:
-            raise ValueError("textworld-express needs Java, and there is no java on the PATH (apt install default-jre-headless, say)")
-        try:
-            # a process group of its own: Ctrl-C is for Python, which may want to finish its step
-            port, token, self.process = launch_gateway(
-                classpath=JAR_PATH, cwd=BASEPATH, die_on_exit=True, create_new_process_group=True, enable_auth=True, return_proc=True,
-                javaopts=["-Xmx1g", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"])  # fmt: skip
-        except (OSError, ValueError, Py4JError) as error:
-            raise ValueError(f"textworld-express needs Java, and java did not start: {error}") from error
-        # without memory management: what is made is kept for reuse, and no finalizer talks to Java at a time of its own choosing
-        parameters = GatewayParameters(port=port, auth_token=token, auto_convert=True, enable_memory_management=False)
-        self.gateway = JavaGateway(gateway_parameters=parameters)
-        self.free, self.seeds, self.owners, self.worlds = {}, {}, {}, weakref.WeakSet()
-        atexit.register(self.stop)
-
-    def take(self, game, parameters):
-        """A player's end of `game`, to be put back into `self.free`. ValueError for what the game does not know."""
-        free = self.free.setdefault((game, parameters), [])
-        if free:
-            return free.pop()
-        interface = self.gateway.jvm.textworldexpress.runtime.PythonInterface()
-        if message := interface.load(game, parameters):
-            raise ValueError(f"twx:{game}: {' '.join(message.removeprefix('ERROR: ').split())}")
-        for split in "train", "dev", "test":
-            if (game, split) not in self.seeds:
-                self.seeds[game, split] = list(getattr(interface, f"getSeeds{split.capitalize()}")())
-        return interface
-
-    def stop(self):
-        if self.pid == os.getpid():
-            atexit.unregister(self.stop)
-            self.gateway.close()
-            self.process.kill()  # it has nothing to save
-            self.process.wait()
-
-
-class TextWorldExpress(World):
-    """`twx:GAME`: the games of textworld-express (Jansen and Cote, 2022), if `pip install textworld-express` and Java are there.
-
-    `twx:coin,numLocations=3,includeDoors=0` sets parameters of the game, `max_turns` among them. Splits are its folds; seeds beyond
-    a fold (1000 games) begin again at its first game. What it understands is exactly the list of admissible actions, so that
-    nothing else is sent to Java; capitals, spaces and a final period do not matter.
-    """
-
-    max_turns = 50
-    splits = ("train", "dev", "test")
-    commands = {  # what can be said, beyond "look around" and "inventory"
-        "cookingworld": "read cookbook, move north, open door to west, open fridge, examine counter, take carrot, put carrot in fridge,"
-        " chop carrot, slice carrot, dice carrot, cook carrot in stove (it fries; the oven roasts, the barbeque grills), prepare meal,"
-        " eat meal",
-        "coin": "move north, open door to west, close door to west, take coin",
-        "twc": "move north, take brown sneakers, open shoe cabinet, close shoe cabinet, put brown sneakers in shoe cabinet",
-        "mapreader": "task, read map, move north, take coin, put coin in box",
-        "arithmetic": "take math problem, read math problem, take 12 apples, put 12 apples in box",
-        "sorting": "take 12ml of water, put 12ml of water in box",
-        "peckingorder": "read instructions book, take apple",
-    }
-    walkers = {"coin": "CoinGoldAgent", "twc": "TWCGoldAgent"}  # gold paths that differ each time they are asked for
-    opposite = {"open": "close", "close": "open", "north": "south", "south": "north", "east": "west", "west": "east"}
-
-    def __init__(self, name, max_turns=None):
-        """`name` is twx:GAME or twx:GAME,PARAMETER=NUMBER,...; ValueError, in one line, if it cannot be played."""
-        if not importlib.util.find_spec("textworld_express"):
-            raise ValueError(f"{name!r} is played with another package: pip install textworld-express (it needs Java as well)")
-        from textworld_express.constants import GAME_NAMES
-
-        self.name, (self.game, *settings) = name, name.removeprefix("twx:").split(",")
-        if self.game not in GAME_NAMES:
-            raise ValueError(f"unknown game {name!r}; textworld-express has: {', '.join(f'twx:{game}' for game in GAME_NAMES)}")
-        for setting in settings:
-            if not re.fullmatch(r"\w+=[0-9]{1,6}", setting):  # Java would take silence for an answer
-                raise ValueError(f"{name!r}: a parameter is written as numLocations=3, not {setting!r}")
-        turns = [int(setting.split("=")[1]) for setting in settings if setting.startswith("max_turns=")]
-        self.max_turns = max_turns if max_turns is not None else (turns or [self.max_turns])[-1]
-        if not isinstance(self.max_turns, int) or self.max_turns < 1:
-            raise ValueError(f"max_turns must be a positive whole number, not {self.max_turns!r}")
-        self.parameters = ",".join(setting for setting in settings if not setting.startswith("max_turns="))
-        says = "the command that Simon says, word for word"
-        if self.game != "simonsays":
-            says = f"a command such as: look around, inventory, {self.commands.get(self.game, 'move north, take coin, put coin in box')}"
-        self.system = f"You are playing a text game, {self.game}. It tells you your task and what you see.\nEach turn, reply with {says}."
-        self.java = self.interface = self.release = None
-        self.connect()
-
-    def connect(self):
-        """Takes part in the shared Java process. Its interface goes back there with `close()` or when nothing refers to this world."""
-        java = Java.get()
-        java.worlds.add(self)
-        if self.java is not java or self.interface is None:
-            self.java, self.interface = java, java.take(self.game, self.parameters)
-            self.release = weakref.finalize(self, java.free[self.game, self.parameters].append, self.interface)
-            self.release.atexit = False
-
-    def close(self):
-        """The last one to close ends Java. A closed world may be reset again."""
-        if self.interface is not None:
-            self.release()
-            self.interface = self.observation = None
-            self.java.worlds.discard(self)
-            if not self.java.worlds:
-                self.java.stop()
-
-    def reset(self, *, seed=None, options=None):
-        self.seed = random.SystemRandom().getrandbits(32) if seed is None else int(seed)
-        return super().reset(seed=self.seed, options=options)
-
-    def begin(self, rng, split):
-        self.connect()
-        numbers = self.java.seeds[self.game, split]
-        self.episode = numbers[self.seed % len(numbers)], split
-        self.gold, self.played = None, []  # played: (action, what was possible, did it change the room)
-        self.state = self.generate()
-        self.task = readable(self.interface.getTaskDescription())
-        return f"{self.task}\n{readable(self.state['observation'])}"
-
-    def generate(self):
-        self.java.owners[self.game, self.episode] = self.played
-        return json.loads(self.interface.generateNewGameJSON(*self.episode, False), strict=False)
-
-    def admissible(self):
-        return sorted(set(self.state["validActions"]))
-
-    def score(self):
-        return min(max(float(self.state["score"]), 0.0), 1.0)  # it counts a lost game as -1
-
-    def act(self, text):
-        action = " ".join(text.lower().split()).rstrip(".")
-        # names keep their capitals ("TV stand")
-        action = next((known for known in self.state["validActions"] if known.lower() == action), None)
-        if action is None:
-            return "That is not possible here. (look around and inventory say what is.)" if self.state["look"] else "What?", False
-        # a bug of 1.1.0: in sorting, all games of one seed share their objects, so that whoever made one last has them
-        if self.game == "sorting" and self.java.owners[self.game, self.episode] is not self.played:
-            self.generate()
-            for done, *_ in self.played:
-                self.interface.stepJSON(done)
-        before, self.state = self.state, json.loads(self.interface.stepJSON(action), strict=False)
-        self.played.append((action, before["validActions"], before["look"] != self.state["look"]))
-        self.won, self.over = bool(self.state["tasksuccess"]), bool(self.state["taskfailure"])
-        return readable(self.state["observation"]), True
-
-    def gold_path(self):
-        """Made by a second game. Where the package's walker draws from a clock's seed, it is called with one of this episode."""
-        interface, jvm = self.java.take(self.game, self.parameters), self.java.gateway.jvm
-        self.java.owners[self.game, self.episode] = None
-        if self.game not in self.walkers:
-            interface.generateNewGameJSON(*self.episode, True)
-            path = list(interface.getGoldActionSequence())
-        else:
-            walker, rng, path = getattr(jvm.textworldexpress.goldagent, self.walkers[self.game]), jvm.scala.util.Random(self.episode[0]), []
-            for _ in range(50):  # it may lose its way
-                interface.generateNewGameJSON(*self.episode, False)
-                found = walker(interface.game()).mkGoldPath(rng)
-                if found.productElement(0):
-                    path = list(found.productElement(1))
-                    break
-        self.java.free[self.game, self.parameters].append(interface)
-        return path
-
-    def expert(self):
-        """The next action of the game's own gold path: that of a walker who looks around, so it wins, but not by the shortest way.
-
-        Off the path it goes back to where it left (moves, doors, lids and what was put somewhere are undone), then on, without what
-        was done early. RuntimeError when the path has nothing more to offer, or the game is over.
-        """
-        if self.gold is None:
-            self.gold = self.gold_path()
-        done, back = 0, []
-        for action, possible, changed in [*self.played, ("", self.state["validActions"], False)]:
-            while back and back[-1] not in possible:  # undone already, by another action
-                back.pop()
-            if not back:
-                done = next((i for i in range(done, len(self.gold)) if self.gold[i] in possible), len(self.gold))
-                if self.gold[done : done + 1] == [action]:
-                    done += 1
-                    continue
-            verb, _, rest = action.partition(" ")
-            if back and action == back[-1]:
-                back.pop()
-            elif changed and verb in ("open", "close"):
-                back.append(f"{self.opposite[verb]} {rest}")
-            elif changed and verb == "move":
-                back.append(f"move {self.opposite[rest]}")
-            elif changed and verb == "put":
-                back.append(f"take {rest.rpartition(' in ')[0]}")
-        plan = back[::-1] + self.gold[done:]
-        if self.over or not plan:
-            raise RuntimeError(f"{self.name}: the gold path says nothing more from here")
-        return plan[0]
-
-
-def readable(text):
-    """Without the blanks at the ends of lines and the empty lines, and with a period at the end, as lists and recipes lack it."""
-    text = "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
-    return text if not text or text[-1] in ".!?" else f"{text}."
 
 
 # --------------------------------------------------------------------------------------------- search: what is written
@@ -1485,13 +893,58 @@ def tool_call(name, argument):
     return f"<tool_call>\n{call}\n</tool_call>"
 
 
+def json_objects(text):
+    """The outermost {...} of a text, in order, by their braces alone: in one pass."""
+    starts, spans, quoted = [], [], False
+    for token in re.finditer(r'\\.|["{}\n]', text, re.DOTALL):
+        mark = token[0]
+        if mark == '"':
+            quoted = bool(starts) and not quoted  # quotes in prose do not matter
+        elif mark == "\n":
+            quoted = False  # no string of JSON has one: a quote was left open
+        elif mark == "{" and not quoted:
+            starts.append(token.start())
+        elif mark == "}" and not quoted and starts:
+            start = starts.pop()
+            while spans and spans[-1][0] > start:
+                spans.pop()
+            spans.append((start, token.end()))
+    return [text[start:end] for start, end in spans]
+
+
+def is_call(text):
+    """Whether the text is a JSON object with a name."""
+    try:
+        return '"name"' in text and "name" in json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+
+
+def last_call(reply):
+    """The text of the last tool call of a reply, its JSON between tags as `tool_call` writes it.
+
+    A call may stand between <tool_call> and </tool_call> (or the end of the reply) or be a bare
+    JSON object with a name, which stays bare. The reply, stripped, where there is no call.
+    """
+    tagged = re.split("<tool_call>", reply, flags=re.IGNORECASE)[1:]
+    for part in reversed(tagged):
+        body = re.split("</tool_call>", part, maxsplit=1, flags=re.IGNORECASE)[0]
+        if "{" in body:  # around the braces may stand a code fence or words
+            body = body[body.index("{") :].rstrip()
+            return f"<tool_call>\n{body[: body.rfind('}') + 1] or body}\n</tool_call>"
+    bare_calls = (text for text in reversed(json_objects(reply)) if is_call(text))
+    return next(bare_calls, reply.strip())
+
+
 @functools.lru_cache(maxsize=4096)
 def read_call(text):
-    """The first call in a text, or a JSON object without the tags -> (tool, argument, None), or (None, None, what is wrong)."""
-    tagged = re.search(r"<tool_call>(.*?)(?:</tool_call>|$)", text, re.DOTALL)
-    body = tagged[1] if tagged else text
+    """The last call in a text -> (tool, argument, None), or (None, None, what is wrong)."""
+    body = last_call(text)
     if "{" not in body:
-        return None, None, 'That is not a tool call. Write {"name": TOOL, "arguments": {...}} between <tool_call> and </tool_call>.'
+        return None, None, (
+            'That is not a tool call. Write {"name": TOOL, "arguments": {...}} between <tool_call>'
+            " and </tool_call>."
+        )
     try:
         call = json.JSONDecoder().raw_decode(body, body.index("{"))[0]
         arguments = call.get("arguments")
@@ -1581,7 +1034,7 @@ def read_record(steps):
     """From (action, observation, valid) of each turn: what was called, listed, opened, read, calculated and answered."""
     record = Record([], [], [], {}, {}, [], [])  # vain: searches for an open page that list nothing new
     for action, observation, valid in steps:
-        tool, argument, _ = read_call(action[:MAX_CHARACTERS]) if valid else (None, None, None)
+        tool, argument, _ = read_call(action) if valid else (None, None, None)
         if tool:
             record.calls.append((tool, argument.casefold()))
         if tool == "search":
@@ -1700,7 +1153,8 @@ class Search(World):
         for name, (argument, meaning, what) in TOOLS.items()
     ]  # fmt: skip
     system = (
-        "Answer the question from the pages of an encyclopedia. Each turn, think as long as you need, then make one tool call, such as\n"
+        "Answer the question from the pages of an encyclopedia."
+        " Each turn takes one tool call, such as\n"
         '<tool_call>\n{"name": "search", "arguments": {"query": "Mira Velden"}}\n</tool_call>\n'
         "The tools:\n" + "\n".join(f"{name}, with {argument} ({meaning}): {what}" for name, (argument, meaning, what) in TOOLS.items())
     )  # fmt: skip
@@ -1775,6 +1229,10 @@ class Search(World):
         calls = [("search", name) for name in names] + [("open", title) for title in self.listed] + [("answer", value) for value in answers]
         calls += [("calculate", f"{b} - {a}") for a, b in itertools.combinations(numbers, 2)]
         return sorted({tool_call(*call) for call in calls})
+
+    def read(self, reply):
+        """The last tool call of a reply, whole; the reply where there is none."""
+        return last_call(reply)
 
     def act(self, text):
         tool, argument, problem = read_call(text)
@@ -1867,29 +1325,95 @@ def muddled_player(env, info, rng):
 
 # --------------------------------------------------------------------------------------------------------- command line
 
-WORLDS = {"repair": RepairShop, "20q": TwentyQuestions, "20q-full": TwentyQuestionsFull, "household": Household,
-          "household-full": HouseholdFull, "search": Search, "search-full": SearchFull}  # fmt: skip
+WORLDS = {"repair": RepairShop, "household": Household, "household-full": HouseholdFull,
+          "search": Search, "search-full": SearchFull}  # fmt: skip
+ALIASES = {"20q": "twenty_questions", "20q-full": "twenty_questions:full"}
+FOLDER = Path(__file__).resolve().parent / "worlds"
 
 
-def make(name, **settings):
-    """A world by name; `settings` go to its constructor. `twx:GAME` is a game of textworld-express."""
-    if name.startswith("twx:"):
-        return TextWorldExpress(name, **settings)
-    if name not in WORLDS:
-        raise ValueError(f"unknown world {name!r}; there are: {', '.join(WORLDS)}, and twx:GAME with textworld-express")
-    return WORLDS[name](**settings)
+def make(name, *, show_actions=False, **settings):
+    """A world by name, in one of the forms above; `settings` go to its constructor.
+
+    With `show_actions` its observations end in the list of what can be done. ValueError, in one
+    line, for a name that stands for nothing or a world that cannot be built.
+    """
+    stem, _, argument = ALIASES.get(name, name).partition(":")
+    if name in WORLDS:
+        build = WORLDS[name]
+    elif ".py:" in name:
+        build = class_in_file(name)
+    elif stem in further_worlds():
+        module = load(FOLDER / f"{stem}.py", f"worlds.{stem}")
+        if not callable(getattr(module, "make", None)):
+            raise ValueError(f"worlds/{stem}.py has no function make")
+        build = functools.partial(module.make, argument)
+    else:
+        known = ", ".join([*WORLDS, *ALIASES, *further_worlds(), "path/to/file.py:Class"])
+        raise ValueError(f"unknown world {name!r}; there are: {known}")
+    try:
+        world = build(**settings)
+    except Exception as error:
+        raise ValueError(f"world {name!r}: {in_words(error)}") from error
+    world.show_actions = show_actions
+    return world
+
+
+def further_worlds():
+    """The names of the files in worlds/."""
+    return sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
+
+
+def class_in_file(name):
+    """The class that path/to/file.py:Class names. ValueError, in one line, if there is none."""
+    stem, _, class_name = name.rpartition(".py:")
+    path = Path(f"{stem}.py").resolve()
+    if not path.is_file():
+        raise ValueError(f"world {name!r}: there is no file {path}")
+    # a private name, so that the file cannot get in the way of another module
+    module = load(path, f"_world_{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}")
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        own = [key for key, value in vars(module).items()
+               if isinstance(value, type) and value.__module__ == module.__name__]  # fmt: skip
+        raise ValueError(f"world {name!r}: no such class; the file has {', '.join(own) or 'none'}")
+    if not getattr(found, "name", "known"):
+        found.name = class_name  # seeds are drawn by it
+    return found
+
+
+def load(path, name):
+    """The module in a file, executed once per process. ValueError, in one line, if that fails."""
+    sys.modules.setdefault("envs", sys.modules[__name__])  # this file may run as a script
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            del sys.modules[name]
+            raise ValueError(f"{path} cannot be imported: {in_words(error, kind=True)}") from error
+    return sys.modules[name]
+
+
+def in_words(error, kind=False):
+    """An error in one line, with its type unless it is a ValueError that says enough."""
+    text = " ".join(str(error).split())
+    enough = type(error) is ValueError and text and not kind
+    return text if enough else f"{type(error).__name__}: {text}"
 
 
 def list_worlds(episodes=200):
-    """A line per world: the two ends of every result table, as mean and standard error over test episodes."""
+    """A line per world: the two ends of every result table, over test episodes.
+
+    Files of worlds/ without an alias are named only: they may need packages that are not there.
+    """
     print(f"score over {episodes} test episodes: mean (standard error)")
     print(f"{'world':<16}{'turns':>6}{'random':>18}{'expert':>18}")
-    for name in WORLDS:
+    for name in [*WORLDS, *ALIASES]:
         env = make(name)
         scores = ["%.3f (%.3f)" % mean_score(env, player, episodes) for player in (random_player, expert_player)]
         print(f"{name:<16}{env.max_turns:>6}{scores[0]:>18}{scores[1]:>18}")
-    installed = "is installed" if importlib.util.find_spec("textworld_express") else "is not installed"
-    print(f"textworld-express {installed}: its games are worlds named twx:GAME (twx:coin, say)")
+    print(f"in worlds/: {', '.join(further_worlds())}; a class of your own: path/to/file.py:Class")
     print("play one: python envs.py play 20q")
 
 
@@ -1900,7 +1424,7 @@ def play(env, split, seed, lines):
     print("> ", end="", flush=True)
     for line in lines:
         if line.strip() == "?" and info["admissible"]:
-            print("\n".join(info["admissible"]))
+            print("\n".join(map(one_line, info["admissible"])))
         else:
             observation, _, terminated, truncated, info = env.step(line)
             print(observation)
@@ -1922,7 +1446,8 @@ def main(argv=None):
     parser = OneLineParser(description="Text worlds: list them, or play one.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command")
     player = commands.add_parser("play", help="play a world at the terminal", allow_abbrev=False)
-    player.add_argument("world", help=", ".join([*WORLDS, "twx:GAME"]))
+    names = [*WORLDS, *ALIASES, *further_worlds(), "path/to/file.py:Class"]
+    player.add_argument("world", help=", ".join(names))
     player.add_argument("--split", default="train")
     player.add_argument("--seed", type=int, default=None, help="the episode (default: any)")
     args = parser.parse_args(argv)

@@ -70,7 +70,7 @@ def run_as_user(environment, script):
 # Importing torch takes seconds: one process does it and forks a child per run. PREPARE is code that it executes before the first one,
 # `fault` is code that the child executes first.
 SERVER = """
-import importlib, json, os, signal, sys, traceback
+import importlib, json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 import common
@@ -92,8 +92,8 @@ for line in sys.stdin:
             status = 0
         except SystemExit as end:
             status = end.code or 0
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
         finally:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(status)
