@@ -179,7 +179,8 @@ class Chat:
         # turn appends starts right behind it.
         ends = [source.eos_token_id for source in (tokenizer, getattr(model, "generation_config", None)) if source]
         ends = [id for end in ends if end is not None for id in (end if isinstance(end, list) else [end])]
-        known = set(tokenizer.added_tokens_decoder) | set(ends)
+        added = tokenizer.added_tokens_decoder.items()
+        known = {id for id, token in added if token.content.strip()} | set(ends)  # Gemma's hold "\n"
         end = next((id for id in self._encode_rendered(between) if id in known), None)
         if end is not None:
             ends.insert(0, end)
@@ -206,7 +207,7 @@ class Chat:
             opening = text.replace("</", "<")
             return bool(re.fullmatch(r"</?\w+>", text)) and {opening, opening.replace("<", "</")} <= every - ends
 
-        marks = {text for text in every  # strip: line breaks are tokens of their own in Gemma
+        marks = {text for text in every  # strip: or Gemma would lose its "\n"
                  if text in ends or text in dialogue and text.strip() and not is_tag(text)}
         self._dropped = {id for id, text in added.items() if text in marks} | set(self.eos)
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
@@ -895,6 +896,8 @@ class Run:
 
     def _on_exception(self, kind, error, trace):
         """NotFinite ends a run in one line (and, as any exception does, with status 1); its batch is kept."""
+        if self.clock:
+            self._bar.close()  # or its line would run into ours
         if not isinstance(error, NotFinite):
             return sys.__excepthook__(kind, error, trace)
         path = self.dir / "not_finite.pt"

