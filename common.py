@@ -29,7 +29,8 @@ import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, HfArgumentParser, PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicLayer
 
 # ---------------------------------------------------------------------------------------------------------- command line
 
@@ -384,18 +385,63 @@ def compute(model):
     return torch.autocast(model.device.type, dtype) if dtype else contextlib.nullcontext()
 
 
+class _Layer(DynamicLayer):
+    """Keys and values in buffers with room to grow, in the dtype that the values are computed in.
+
+    The library's layer copies everything at every token, and keeps keys in float32 under autocast, where
+    RoPE promotes them. `keys` and `values` are views; whoever replaces them begins new buffers.
+    """
+
+    ROOM = 64  # tokens, at least
+
+    def update(self, keys, values, *args, **kwargs):
+        keys = keys.to(values.dtype)
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.views = None
+        start = self.get_seq_length()
+        end = start + keys.shape[2]
+        if self.views is None or self.views[0] is not self.keys or self.buffers[0].shape[2] < end:
+            room = end + max(self.ROOM, end // 8)
+            self.buffers = [torch.empty(*new.shape[:2], room, new.shape[3], dtype=new.dtype, device=new.device)
+                            for new in (keys, values)]
+            if start:
+                for buffer, old in zip(self.buffers, (self.keys, self.values)):
+                    buffer[:, :, :start] = old
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[:, :, start:end] = new
+        self.views = [buffer[:, :, :end] for buffer in self.buffers]
+        self.keys, self.values = self.views
+        return self.keys, self.values
+
+
+def _new_cache():
+    return Cache(layer_class_to_replicate=_Layer)
+
+
+SHARED = 16  # tokens of a common beginning that are worth a forward of their own
+
+
 def _advance(model, cache, mask, new):
     """Adds keys and values of the ragged ids `new` to `cache` in one forward; returns the mask [B, T] of the cache.
 
     New ids are padded on the right for the forward, so that no row has a hole between its old and its new tokens (a sliding window
-    counts columns, holes included); afterwards every row is moved back to the right edge.
+    counts columns, holes included); afterwards every row is moved back to the right edge. What all rows of an empty cache
+    begin with (a system prompt, worked examples) is encoded once.
     """
+    shared = os.path.commonprefix(new) if len(new) > 1 and not mask.shape[1] else []
+    if len(shared) >= SHARED:
+        mask = _advance(model, cache, mask[:1], [shared]).expand(len(new), -1)
+        cache.batch_select_indices(torch.zeros(len(new), dtype=torch.long, device=mask.device))
+        new = [ids[len(shared):] for ids in new]
     ids = pad_rows(new, 0).to(mask.device)  # [B, N]
     if not ids.numel():
         return mask
     mask = torch.cat([mask, _real(new).to(mask.device)], 1)
     model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask)[:, -ids.shape[1]:], past_key_values=cache, use_cache=True,
           logits_to_keep=1)
+    if bool(mask.all()):  # nothing to move
+        return mask
     columns = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()):]  # padding first, then the tokens in their order
     for layer in cache.layers:
         if layer.keys is not None:  # layers that share another layer's cache have none
@@ -456,7 +502,7 @@ def generate(model, chat, prompts, *, max_new_tokens, temperature, seeds, sample
             chunk = order[start:start + rows]
             unique = {}  # each distinct prompt is encoded once, however many replies it gets
             index = [unique.setdefault(tuple(prompts[i // samples]), len(unique)) for i in chunk]
-            cache, mask = DynamicCache(), torch.zeros(len(unique), 0, dtype=torch.long, device=model.device)
+            cache, mask = _new_cache(), torch.zeros(len(unique), 0, dtype=torch.long, device=model.device)
             mask = _advance(model, cache, mask, [prompt[:-1] for prompt in unique])
             if len(unique) < len(chunk):
                 cache.batch_select_indices(torch.tensor(index, device=model.device))
@@ -500,7 +546,7 @@ class Dialogues:
             for row in rows:
                 self._append(row, self.chat.encode(prefill), 0)
         if not set(rows) <= set(self._cached):
-            self._cache, self._seen = DynamicCache(), dict.fromkeys(rows, 0)
+            self._cache, self._seen = _new_cache(), dict.fromkeys(rows, 0)
             self._attention = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
         elif rows != self._cached:
             keep = torch.tensor([self._cached.index(row) for row in rows], device=device)

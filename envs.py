@@ -184,6 +184,7 @@ def replay(env, seed, actions, split="train"):
 MARKER = re.compile(r"(?<![^\W_])action[ \t*_`]*[:\uff1a][*_`]*", re.IGNORECASE)
 HEADING = re.compile(r"^[ \t>#*_`-]*action[ \t\r*_`]*$", re.IGNORECASE | re.MULTILINE)
 
+TAGS = re.compile(r"</?action\s{0,9}>", re.IGNORECASE)  # as act.py's policy writes an action
 FENCE = re.compile(r"(?:`{3,}|~{3,}) *\w*|-{3,}")  # a line that opens or closes code, or is a rule
 # an asterisk between two blanks or two letters may mean something ("2 * 3"); others are emphasis
 ASTERISKS = re.compile(r"(?<=\s)\*+(?=\s)|(?<=\w)\*+(?=\w)|(\*+)")
@@ -208,6 +209,7 @@ def without_markdown(line):
         return line
     if FENCE.fullmatch(line):
         return ""
+    line = TAGS.sub("", line)
     line = ASTERISKS.sub(lambda found: "" if found[1] else found[0], line.replace("`", "")).strip()
     if found := BULLETS.match(line):
         line = line[found.end() :]

@@ -32,6 +32,7 @@ DAPO runs), the scale of R_env (1 as written; a public script has 10), gradient 
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import random
@@ -118,6 +119,7 @@ Your rating is a hint for your next action: go on after a positive one, try some
 RATE = "Rate your last step. Reason: one sentence. Label: positive, neutral or negative."
 ACT = "Now your next action."
 LABELS = ["negative", "neutral", "positive"]
+FORCED = 16  # tokens, room for the words of --prefill and the end of a reply that was cut
 
 
 def written(action) -> str:
@@ -145,29 +147,32 @@ def opening(world, args, guided) -> list[dict]:
     """The messages that a dialogue starts with; the first turn has no step to rate."""
     system = "\n".join([world.system, POLICY, GUIDED] if guided else [world.system, POLICY])
     first = {"role": "user", "content": world.observation}
-    return [{"role": "system", "content": system}, *worked_examples(args, guided), first]
+    shots = worked_examples(args.env, args.shots, args.show_actions, guided)
+    return [{"role": "system", "content": system}, *shots, first]
 
 
-def worked_examples(args, guided) -> list[dict]:
+@functools.lru_cache(maxsize=8)
+def worked_examples(env, count, show_actions, guided) -> list[dict]:
     """--shots: what a random player met and did on train; with guidance also how a step is rated.
 
-    Every other rated step is one that cannot be done there, so that both labels are seen.
+    Every other rated step cannot be done, so that both labels are seen; none of them ends a game.
     """
-    world, messages, elsewhere = envs.make(args.env, show_actions=args.show_actions), [], []
-    for seed in range(10**6, 10**6 + args.shots):  # far from the seeds that are learnt from
+    world, messages = envs.make(env, show_actions=show_actions), []
+    for seed in range(10**6, 10**6 + count):  # far from the seeds that are learnt from
         rng = random.Random(seed)
-        observation, info = world.reset(seed=seed, options={"split": "train"})
-        step = envs.random_player(world, info, rng)
+        for _ in range(20):
+            observation, info = world.reset(seed=seed, options={"split": "train"})
+            wasted = guided and seed % 2 == 1
+            step = "sing a song" if wasted else envs.random_player(world, info, rng)
+            seen, _, over, _, info = world.step(step)
+            if not over:  # the last step is never rated
+                break
         said = [observation, written(step)]
-        if guided:
-            wasted = [action for action in elsewhere if action not in info["admissible"]]
-            elsewhere += info["admissible"]
-            step = wasted[-1] if wasted else step
-            seen, *_, info = world.step(step)
-            reason = "It changed nothing." if wasted else f"I have learnt this: {event(seen)}"
-            rating = f"Reason: {reason}\nLabel: {'negative' if wasted else 'positive'}"
+        if guided and not over:
+            reason = f"I have learnt this: {event(seen)}" if info["valid"] else "It changed nothing."
+            rating = f"Reason: {reason}\nLabel: {'positive' if info['valid'] else 'negative'}"
             action = envs.random_player(world, info, rng)
-            said = [observation, written(step), to_rate(seen), rating, to_act(seen), written(action)]
+            said += [to_rate(seen), rating, to_act(seen), written(action)]
         for role, text in zip(itertools.cycle(["user", "assistant"]), said):
             messages.append({"role": role, "content": text, "shot": True})
     world.close()
@@ -192,7 +197,7 @@ class Episode:
     actions: list[str] = field(default_factory=list)  # as the world read them
     labels: list[int | None] = field(default_factory=list)  # of all steps but the last
     valid: list[bool] = field(default_factory=list)
-    cut: Counter = field(default_factory=Counter)  # part -> replies that the limit cut off
+    cut: dict = field(default_factory=lambda: {"act": 0, "rate": 0})  # replies that the limit cut off
     won: bool = False
     score: float = 0.0
     over: bool = False
@@ -249,7 +254,7 @@ def side_by_side(model, chat, args, split, seeds, first, *, guided, temperature,
         if turn:
             tell([to_rate(worlds[i].observation) if guided else worlds[i].observation for i in live])
         for i in live:  # a full context ends the episode; no turn is ever dropped
-            room = args.max_new_tokens + (args.rate_tokens if rating else 0)
+            room = FORCED + args.max_new_tokens + (args.rate_tokens if rating else 0)
             room += len(chat.turn(to_act(worlds[i].observation))) if rating else 0
             episodes[i].truncated = len(actors.ids[i]) + room > model.max_context
         live = [i for i in live if not episodes[i].truncated]
@@ -510,11 +515,11 @@ def errors(episode) -> list[str]:
     return found + ["wrong_object"] * episode.wrong
 
 
-def evaluate(model, chat, args, splits, count, guided):
+def evaluate(model, chat, args, splits, count, guided, rater=None):
     """The policy on `count` fixed episodes of each split -> ({split: metrics}, an episode of the first)."""
     found, first = {}, None
     for split in splits:
-        played = rollout(model, chat, args, split, range(count), guided=guided,
+        played = rollout(model, chat, args, split, range(count), guided=guided, rater=rater,
                          temperature=args.eval_temperature, stream=("evaluate",))
         _, se = common.mean_se([float(episode.won) for episode in played])
         found[split] = watch(played) | {"se": se, "n": count}
@@ -575,7 +580,7 @@ def main():
     run = common.Run("self_guide", args)
     model, chat = load(world, args)
     world.reset(seed=0)
-    room = args.max_new_tokens + (args.rate_tokens if ending else 0)
+    room = FORCED + args.max_new_tokens + (args.rate_tokens if ending else 0)
     check_room(chat, model, opening(world, args, ending), room)
     splits = [split for split in ("test", "ood") if split in world.splits]
     if args.eval_only:
@@ -618,7 +623,7 @@ def main():
             "groups_flat_env": without_spread(environment, args.group_size)}
         if step % args.eval_every == 0 and step < steps:
             fewer = max(1, args.eval_episodes // 5)
-            numbers, _ = evaluate(model, chat, args, ["test"], fewer, training)
+            numbers, _ = evaluate(model, chat, args, ["test"], fewer, training, rater)
             metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
         run.count(episodes=len(played), env_steps=sum(len(e.valid) for e in played),
                   tokens=sum(sum(e.mask) for e in played), gradient_steps=args.updates)
@@ -627,7 +632,7 @@ def main():
         state["step"] = step
         run.save_if_due(state, model=model, optimizer=optimizer)
 
-    after, last = evaluate(model, chat, args, splits, args.eval_episodes, ending)
+    after, last = evaluate(model, chat, args, splits, args.eval_episodes, ending, rater)
     arm = {"off": args.estimator, "inference": "inference"}.get(args.guide, args.trust)
     ends = envs.ends(args.env, args.eval_episodes)
     run.complete(model, chat, "self-guide", arm, state["before"], after, ends)
@@ -642,6 +647,7 @@ TINY = dict(
     device="cpu", updates=4, kl=0.03, reward_scale=10.0)
 QUICK = dict(
     steps=4, batch_size=16, group_size=4, updates=2, eval_episodes=16, eval_every=2, save_every=2, examples=600)
+HINTS = 3  # acts after a label that are practised apart, of each episode
 READ = "Repeat the task, and what the last action brought."  # practises reading
 
 
@@ -675,12 +681,13 @@ def warmup(world, args):
         messages = opening(world, args, guided)
         each = 4 if guided else 2  # messages per turn, but for the first, which has no rating
         while not over:
-            said = (said + info["admissible"])[-1000:]
+            possible = info["admissible"] or [""]  # as a random player, where a world has no list
+            said = (said + possible)[-1000:]
             impossible = guided and label != "negative" and rng.random() < 0.03
-            actions = said if impossible else rng.choice(by_verb(info["admissible"]))
-            if prospects and hints and rng.random() < args.dose:
+            actions = said if impossible else rng.choice(by_verb(possible))
+            if prospects and world.turns and rng.random() < args.dose:
                 actions = prospects.advised(world, label, info["admissible"]) or actions
-                hints.append((list(messages), actions))
+                hints.append((list(messages), written(rng.choice(actions))))
             action = rng.choice(actions)
             messages.append({"role": "assistant", "content": written(action)})
             if prospects:
@@ -695,8 +702,7 @@ def warmup(world, args):
                 reason = " ".join(event(observation).split()[-3:])
                 messages.append({"role": "assistant", "content": f"Reason: {reason}\nLabel: {label}"})
                 messages.append({"role": "user", "content": to_act(observation)})
-                hints = hints or [None]
-        examples += [(before, written(rng.choice(actions))) for before, actions in hints[1:][-2:]]
+        examples += rng.sample(hints, min(HINTS, len(hints)))
         messages = messages[:4 + each * rng.randint(0, (len(messages) - 4) // each)]
         last = messages.pop()["content"].removesuffix(f"\n{RATE}")
         messages += [{"role": "user", "content": f"{last}\n{READ}"},
@@ -773,7 +779,7 @@ def by_verb(actions):
     """Lists of actions that share their first word. Drawn first among these, rare kinds of action are practised too."""
     verbs = {}
     for action in actions:
-        verbs.setdefault(action.split()[0], []).append(action)
+        verbs.setdefault(action.partition(" ")[0], []).append(action)
     return list(verbs.values())
 
 

@@ -26,18 +26,19 @@ import common
 import envs
 import nlac
 
+TINY = dict(critic_warmup=0)  # there is no critic to wait for
+
 
 @dataclass
 class Args(_loop.Args):
-    critic_warmup: int = common.flag(0, "first steps, without learning (there is no critic to wait for)")
     verdicts: str = common.flag("rule", "who critiques: a rule over the outcomes, or the model as in nlac", choices=["rule", "model"])
     refiner: str = common.flag("model", "who refines: the model as in nlac, or a rule", choices=["model", "rule"])
 
 
-def restored(env, t, rng):
+def restored(args, t, rng):
     """A world in the state of transition `t`, with what is hidden drawn anew among all that fits the dialogue."""
-    world = envs.make(env)
-    envs.replay(world, t["seed"], [nlac.parse_action(reply) for reply in t["history"][1::2]], "train")
+    world = envs.make(args.env, show_actions=args.show_actions)
+    envs.replay(world, t["seed"], [common.aloud(reply) for reply in t["history"][1::2]], "train")
     world.resample(rng)
     return world
 
@@ -47,44 +48,52 @@ class Parts(_loop.PlayedParts):
         super().__init__(model, target, start, chat, world, args)
         self.actions = world.reset(seed=0)[1]["admissible"]
 
-    @torch.no_grad()
     def play(self, rows, stream):
         """nlac.rollout, but from given worlds. The randomness knows the row, never the episode's seed."""
-        args, worlds, episodes = self.args, [], []
-        for i, (t, action) in enumerate(rows):
-            worlds.append(restored(args.env, t, random.Random(common.row_seed(args.seed, *stream, "hidden", i))))
-            episodes.append({"history": list(t["history"]), "valid": [], "reward": 0.0, "won": False, "score": 0.0, "over": False})
-            nlac.take_turn(worlds[-1], episodes[-1], action)
-        context = self.model.config.max_position_embeddings - args.max_new_tokens
-        dialogues = common.Dialogues(self.model, self.chat, [
-            self.chat.dialogue(nlac.policy_messages(w, e["history"], args)) for w, e in zip(worlds, episodes)])
-        while live := [i for i, e in enumerate(episodes) if not e["over"] and len(dialogues.ids[i]) <= context]:
-            replies = dialogues.reply(live, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seeds=[
-                common.row_seed(args.seed, *stream, i, len(episodes[i]["history"])) for i in live])
-            for i, reply in zip(live, replies):
-                nlac.take_turn(worlds[i], episodes[i], reply)
-            dialogues.extend(live, [episodes[i]["history"][-1] for i in live])
-        self.extra["simulation_steps"] += sum(len(e["valid"]) for e in episodes)
-        self.extra["tokens"] += sum(map(sum, dialogues.mask))
+        episodes, size = [], self.args.rollout_batch_size
+        for i in range(0, len(rows), size):
+            episodes += self.side_by_side(rows[i:i + size], stream, i)
+        for (t, _), episode in zip(rows, episodes):
+            self.extra["simulation_steps"] += (len(episode["history"]) - len(t["history"])) // 2
+            self.extra["tokens"] += episode["tokens"]
         return episodes
 
-    def answer(self, part, messages, stream, samples):
+    @torch.no_grad()
+    def side_by_side(self, rows, stream, first):
+        """The part of `play` that shares a cache; its rows count from `first`."""
+        worlds, episodes = [], []
+        for i, (t, action) in enumerate(rows, first):
+            rng = random.Random(common.row_seed(self.args.seed, *stream, "hidden", i))
+            worlds.append(restored(self.args, t, rng))
+            episodes.append(nlac.new_episode("train", t["seed"], t["history"][0]) | {"history": list(t["history"])})
+            nlac.take_turn(worlds[-1], episodes[-1], nlac.written(action))
+        streams = [(*stream, i) for i in range(first, first + len(rows))]
+        nlac.play_on(self.model, self.chat, self.args, worlds, episodes, streams, self.args.temperature)
+        for world in worlds:
+            world.close()
+        return episodes
+
+    def __call__(self, part, messages, stream, samples=1):
         contents = [m[-1]["content"] for m in messages]
         if part == "evaluator" and self.args.verdicts == "rule":
-            ends = [re.findall(r"^End: (?:failure|success in (\d+) turns?)\.$", c, re.MULTILINE) for c in contents]
-            return [nlac.critique_text([int(n) if n else None for n in e]) for e in ends]
+            return [self.rule_critique(content) for content in contents]
         if part == "refiner" and self.args.refiner == "rule":
-            return [self.rule_refiner(c, random.Random(common.row_seed(self.args.seed, *stream, part, i))) for i, c in enumerate(contents)]
-        return super().answer(part, messages, stream, samples)
+            rngs = [random.Random(common.row_seed(self.args.seed, *stream, part, i)) for i in range(len(contents))]
+            return [self.rule_refiner(content, rng) for content, rng in zip(contents, rngs)]
+        return super().__call__(part, messages, stream, samples)
+
+    def rule_critique(self, content):
+        ends = re.findall(r"^End: (?:failure|success in (\d+) turns?)\.$", content, re.MULTILINE)
+        return nlac.critique_text([int(n) if n else None for n in ends])
 
     def rule_refiner(self, content, rng):
-        if (nlac.parse_verdict(content.rpartition("\nTry: ")[2]) or 0) >= nlac.APPROVED:
-            return "keep"
-        untried = [a for a in self.actions if f"\nTry: {a}. " not in content]
-        return rng.choice(untried or self.actions)
+        if (nlac.parse_verdict(content) or 0) >= nlac.APPROVED:  # the last verdict, that of the last try
+            return nlac.written("keep")
+        untried = [a for a in self.actions if f"\nTry: {envs.one_line(a)}\n" not in content]
+        return nlac.written(rng.choice(untried or self.actions))
 
 
-class Ceiling(_loop.Learner):
+class Ceiling(_loop.PlayingLearner):
     Parts = Parts
 
     @classmethod
@@ -94,18 +103,6 @@ class Ceiling(_loop.Learner):
         common.check(args.refiner == "model" or world.reset(seed=0)[1]["admissible"],
                      f"--refiner rule needs a list of actions; {args.env} has none")
 
-    def learn(self, step, episodes, rng, clock):
-        states, refined = [], []
-        if step > self.args.critic_warmup:
-            states = rng.choices(self.buffer, nlac.sampling_weights(self.buffer), k=self.args.actor_states)
-            refined = self.parts.refine(states, ("refine", step))
-        self.extra.update(self.parts.extra)
-        self.parts.extra.clear()
-        clock.lap("refinement")
-        losses = self.update(step, [], self.refined_lessons(states, refined))
-        clock.lap("update")
-        return losses | (_loop.refinement_metrics(refined) if refined else {})
-
 
 if __name__ == "__main__":
-    _loop.main("ceiling", Args, Ceiling, {"critic_warmup": 0})
+    _loop.main("ceiling", Args, Ceiling, TINY, {"critic_warmup": 0})

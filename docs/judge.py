@@ -33,8 +33,13 @@ def judged_trajectories(run, episodes):
     for name, what in ("rrm", "trained no judge"), ("model", "has no trained agent"):
         common.check((run / name / "config.json").is_file(), f"{run}: it {what} ({name}/ is missing)")
     args = dataclasses.replace(args, device="cpu")
-    (agent, chat), rrm = (common.load(str(run / name), device=args.device, dtype=args.dtype) for name in ("model", "rrm"))
-    state = reagent.State(args, envs.make(args.env), chat, agent, rrm)
+    world = envs.make(args.env, show_actions=args.show_actions)
+    common.check(reagent.annotated(world), f"{run}: --env {args.env} has no annotator")
+    loaded = {}
+    for name in "model", "rrm":
+        loaded[name] = common.load(str(run / name), dtype=args.dtype, thinking=args.thinking, max_context=args.max_context)
+    (agent, chat), rrm = loaded["model"], loaded["rrm"]
+    state = reagent.State(args, world, chat, agent, rrm)
     found = reagent.judge_examples(state, "test", range(20_000, 20_000 + 2 * episodes), "judge")
     judgements = reagent.judge(rrm, state.world, args, [e["history"] for e in found], ("judge",))
     judged = [{**e, **j, "reference": reagent.process_score(e["flaws"])} for e, j in zip(found, judgements)]

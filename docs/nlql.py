@@ -21,7 +21,7 @@ import nlac
 
 @dataclass
 class Args(_loop.Args):
-    candidates: int = common.flag(4, "actions per state (paper: 4)")
+    candidates: int = common.flag(4, "actions per state (paper)")
 
 
 def best(verdicts):
@@ -31,34 +31,44 @@ def best(verdicts):
 
 
 class NLQL(_loop.Learner):
+    """What `learn` does is the docstring's."""
+
     @classmethod
     def check(cls, args):
         common.check(args.candidates >= 2, f"--candidates must be at least 2, not {args.candidates}")
 
     def learn(self, step, episodes, rng, clock):
-        args, parts, world, n = self.args, self.parts, self.world, self.args.candidates
-        critic, dropped = self.successor_lessons(step, rng)
+        forecasts, dropped = self.successor_lessons(step, rng)
         clock.lap("backup")
-        actor, metrics = [], {}
-        if step > args.critic_warmup:
-            states, stream = rng.choices(self.buffer, nlac.sampling_weights(self.buffer), k=args.actor_states), ("refine", step)
-            replies = parts("policy", [nlac.policy_messages(world, t["history"], args) for t in states], stream, n)
-            rows = [(t["history"], nlac.parse_action(reply)) for t, reply in zip([t for t in states for _ in range(n)], replies)]
-            futures = parts("successor", [nlac.successor_messages(world, h, a) for h, a in rows], stream, args.k)
-            critiques = parts("evaluator", [nlac.evaluator_messages(world, h, a, futures[i * args.k:(i + 1) * args.k])
-                                            for i, (h, a) in enumerate(rows)], stream)
-            verdicts = [nlac.parse_verdict(c) for c in critiques]
-            chosen = [best(verdicts[i * n:(i + 1) * n]) for i in range(len(states))]
-            actor = [self.policy_lesson(t["history"], replies[i * n + c]) for i, (t, c) in enumerate(zip(states, chosen))
-                     if c is not None and rows[i * n + c][1]]
-            metrics = {"ties": chosen.count(None) / len(states), "changed": common.mean(bool(c) for c in chosen),
-                       "verdicts": {name: verdicts.count(i) for i, name in enumerate(nlac.VERDICTS)},
-                       "sentiment": common.mean((v or 0) / 4 for v in verdicts)}
+        lessons, metrics = [], {}
+        if states := self.states(step, rng):
+            lessons, metrics = self.best_lessons(states, ("refine", step))
         clock.lap("refinement")
-        metrics |= self.update(step, critic, actor, self.anchor_lessons(episodes, rng)) | {"targets_dropped": dropped}
+        metrics |= self.update(step, forecasts, lessons, self.anchor_lessons(episodes, rng))
         clock.lap("update")
         fresh = self.buffer[-sum(len(e["valid"]) for e in episodes):]
-        return metrics | nlac.calibration(parts, rng.sample(fresh, min(32, len(fresh))), ("calibration", step))
+        some = rng.sample(fresh, min(32, len(fresh)))
+        return metrics | {"targets_dropped": dropped} | nlac.calibration(self.parts, some, ("calibration", step))
+
+    def best_lessons(self, states, stream):
+        """Steps 2 and 3 -> (pairs for L2, metrics)."""
+        parts, n = self.parts, self.args.candidates
+        asked = [nlac.policy_messages(self.world, t["history"]) for t in states]
+        replies = parts("policy", asked, stream, n)
+        rows = [t for t in states for _ in range(n)]
+        actions = [nlac.action_of(self.world, reply) for reply in replies]
+        _, critiques = nlac.critique(parts, rows, actions, stream)
+        verdicts = [nlac.parse_verdict(text) for text in critiques]
+        chosen, lessons = [], []
+        for i in range(len(states)):
+            chosen.append(best(verdicts[i * n:(i + 1) * n]))
+            row = i * n + (chosen[-1] or 0)
+            if chosen[-1] is not None and actions[row]:
+                lessons.append(nlac.lesson(self.chat, "policy", asked[i], replies[row], self.args))
+        return lessons, {
+            "ties": chosen.count(None) / len(states), "changed": common.mean(bool(c) for c in chosen),
+            "verdicts": {name: verdicts.count(i) for i, name in enumerate(nlac.VERDICTS)},
+            "sentiment": common.mean((v or 0) / 4 for v in verdicts)}
 
 
 if __name__ == "__main__":

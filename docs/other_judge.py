@@ -32,11 +32,13 @@ class Args(reagent.Args):
 
 def rollout(model, chat, args, split, seeds, **rest):
     """reagent.rollout, which also notes the flaws of what was played."""
-    episodes, world = ROLLOUT(model, chat, args, split, seeds, **rest), envs.make(args.env)
+    episodes = ROLLOUT(model, chat, args, split, seeds, **rest)
+    world = envs.make(args.env)
+    common.check(reagent.annotated(world) or args.judging != "annotator", f"--env {args.env} has no annotator")
     FLAWS.clear()
     for e in episodes:
         world.reset(seed=e["seed"], options={"split": split})
-        FLAWS[tuple(e["history"])] = reagent.process_flaws(world.task, e["history"], e["valid"])
+        FLAWS[tuple(e["history"])] = reagent.process_flaws(world, e["history"], e["valid"])
     return episodes
 
 
@@ -45,7 +47,8 @@ def judge(rrm, world, args, histories, stream):
     if stream[0] != "learn":
         return TRAINED(rrm, world, args, histories, stream)
     if args.judging == "annotator":
-        return [reagent.parse_judgement(reagent.annotate(FLAWS[tuple(history)])) | {"parsed": True, "tokens": 0} for history in histories]
+        free = {"parsed": True, "tokens": 0, "asked": 0, "cut": 0}
+        return [reagent.parse_judgement(reagent.annotate(FLAWS[tuple(history)])) | free for history in histories]
     said = TRAINED(rrm, world, args, histories, stream)
     return said[args.group_size:] + said[:args.group_size]  # a group is one question
 

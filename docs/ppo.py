@@ -25,14 +25,17 @@ import nlac
 
 @dataclass
 class Args(_loop.Args):
-    lr: float = common.flag(3e-4, "AdamW, constant after 10 steps; see docs/experiments.sh for the search")
-    batch_size: int = common.flag(32, "episodes per gradient step; divides --episodes-per-step")
+    batch_size: int = common.flag(8, "episodes per gradient step; divides --episodes-per-step")
     epochs: int = common.flag(4, "passes over the episodes of a step")
     clip: float = common.flag(0.2, "of the ratio")
     gamma: float = common.flag(0.95, "discount per turn")
     gae_lambda: float = common.flag(0.95, "per turn")
     value_coef: float = common.flag(0.5, "weight of the value loss")
     entropy_coef: float = common.flag(0.01, "weight of the entropy bonus")
+
+
+# for --model tiny; see docs/experiments.sh for the search
+TINY = dict(lr=3e-4, batch_size=32)
 
 
 # ------------------------------------------------------------------------------------------------------ advantages and loss
@@ -76,7 +79,7 @@ def look(model, head, chat, rows, temperature):
 
 
 def rollout_with_ids(*args, **options):
-    """nlac.rollout, and the (ids, mask) of its dialogues: ratios need the ids that were sampled, not their text tokenised anew."""
+    """nlac.rollout, and the (ids, mask) of its dialogues: ratios need the ids that were sampled."""
     made = []
 
     class Recorded(common.Dialogues):
@@ -89,7 +92,7 @@ def rollout_with_ids(*args, **options):
         episodes = nlac.rollout(*args, **options)
     finally:
         common.Dialogues = plain
-    return episodes, list(zip(made[0].ids, made[0].mask))
+    return episodes, [row for dialogues in made for row in zip(dialogues.ids, dialogues.mask)]
 
 
 class PPO(_loop.Learner):
@@ -98,7 +101,9 @@ class PPO(_loop.Learner):
         self.head = torch.nn.Linear(model.get_input_embeddings().embedding_dim, 1, device=model.device)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
-        self.optimizer = torch.optim.AdamW([*model.parameters(), *self.head.parameters()], lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.trained = torch.nn.ModuleList([model, self.head])
+        self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=args.lr, betas=(0.9, 0.95),
+                                           weight_decay=0.0)
 
     @classmethod
     def check(cls, args):
@@ -116,7 +121,8 @@ class PPO(_loop.Learner):
         return episodes
 
     def learn(self, step, episodes, rng, clock):
-        args, rows, losses = self.args, self.rows, {"policy_loss": 0.0, "value_loss": 0.0, "kl": 0.0}
+        args, rows = self.args, self.rows
+        losses = {"policy_loss": 0.0, "value_loss": 0.0, "kl": 0.0}
         size, lengths = args.micro_batch_size, [reply_lengths(mask) for _, mask in rows]
         old, values = [], []  # per episode: log-probs [tokens], values [turns], of the weights that played
         with torch.no_grad():
@@ -139,21 +145,22 @@ class PPO(_loop.Learner):
             order = rng.sample(range(len(rows)), len(rows))
             for start in range(0, len(order), args.batch_size):
                 batch = sorted(order[start:start + args.batch_size], key=lambda i: len(rows[i][0]))
-                tokens, turns = sum(len(old[i]) for i in batch), sum(len(lengths[i]) for i in batch)  # divisors span the whole batch
+                tokens = sum(len(old[i]) for i in batch)  # divisors span the whole batch
+                turns, total = sum(len(lengths[i]) for i in batch), 0.0
                 for j in range(0, len(batch), size):
                     micro = batch[j:j + size]
                     logprobs, entropies, v = look(self.model, self.head, self.chat, [rows[i] for i in micro], args.temperature)
                     before = torch.cat([old[i] for i in micro])
                     policy = clipped_loss(logprobs, before, torch.cat([token_advantages[i] for i in micro]), args.clip) / tokens
                     value = 0.5 * (v - torch.cat([returns[i] for i in micro])).square().sum() / turns
-                    (policy + args.value_coef * value - args.entropy_coef * entropies.sum() / tokens).backward()
+                    loss = policy + args.value_coef * value - args.entropy_coef * entropies.sum() / tokens
+                    loss.backward()
+                    total += loss.item()
                     drift = (before - logprobs).detach()
                     losses["policy_loss"] += policy.item() / updates
                     losses["value_loss"] += value.item() / updates
                     losses["kl"] += ((-drift).exp() - 1 + drift).sum().item() / tokens / updates
-                torch.nn.utils.clip_grad_norm_([*self.model.parameters(), *self.head.parameters()], 1.0)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                common.gradient_step(self.trained, self.optimizer, total, [rows[i] for i in batch])
         self.extra["gradient_steps"] += updates
         clock.lap("update")
         return losses | {"value_first": common.mean(v[0] for v in values), "value_last": common.mean(v[-1] for v in values),
@@ -161,4 +168,4 @@ class PPO(_loop.Learner):
 
 
 if __name__ == "__main__":
-    _loop.main("ppo", Args, PPO, {"batch_size": 8})
+    _loop.main("ppo", Args, PPO, TINY, {"batch_size": 8, "episodes_per_step": 8})

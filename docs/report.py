@@ -1,7 +1,7 @@
 """README's tables and the learning curves, from results.jsonl and curves.csv alone.
 
     python docs/report.py                       print the tables; draw docs/learning_curves.png
-    python docs/report.py --write README.md     the tables of each method in it, too, between
+    python docs/report.py --write PAGE.md       the tables of each method in it, too, between
                                                 <!-- results: METHOD --> and <!-- /results -->
     python docs/report.py add runs/nlac-s0      keep a finished run, in place of an older one
     python docs/report.py add runs/x --name nlac-s0     ... under another name

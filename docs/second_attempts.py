@@ -41,7 +41,7 @@ def attempts(state, split, seeds):
     right = []
     for e in first:
         world.reset(seed=e["seed"], options={"split": split})
-        flaws = reagent.process_flaws(world.task, e["history"], e["valid"])
+        flaws = reagent.process_flaws(world, e["history"], e["valid"])
         right.append(reagent.parse_judgement(reagent.annotate(flaws))["critique"])
     again = {"judge": critiqued(said), "annotator": critiqued(right), "other": critiqued([*said[1:], said[0]]),
              "nothing": critiqued([""] * len(first)), "afresh": play(("second attempts", 2))}
@@ -71,11 +71,15 @@ def load(run):
         args = reagent.Args(**json.loads((run / "args.json").read_text(encoding="utf-8"))["args"])
     except (ValueError, KeyError, TypeError) as error:
         common.refuse(f"{run / 'args.json'}: not the settings of a run of reagent.py ({type(error).__name__}: {error})")
-    args, world, rrm = dataclasses.replace(args, device="cpu"), envs.make(args.env), args.rrm or str(run / "rrm")
-    common.check(isinstance(world, envs.Search), f"{run}: --env {args.env} has no annotator")
+    args = dataclasses.replace(args, device="cpu")
+    world = envs.make(args.env, show_actions=args.show_actions)
+    common.check(reagent.annotated(world), f"{run}: --env {args.env} has no annotator")
     common.check((run / "model" / "config.json").is_file(), f"{run}: it has no trained agent (model/ is missing)")
-    model, chat = common.load(str(run / "model"), dtype=args.dtype)
-    return reagent.State(args, world, chat, model, common.load(rrm, option="--rrm", dtype=args.dtype))
+    common.check(args.rrm or args.judged, f"{run}: its judge was the start model itself: give it --rrm")
+    settings = {"dtype": args.dtype, "thinking": args.thinking, "max_context": args.max_context}
+    model, chat = common.load(str(run / "model"), **settings)
+    rrm = common.load(args.rrm or str(run / "rrm"), option="--rrm", **settings)
+    return reagent.State(args, world, chat, model, rrm)
 
 
 def main():

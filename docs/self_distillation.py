@@ -23,38 +23,29 @@ import _loop
 import common
 import nlac
 
+TINY = dict(critic_warmup=0)  # there is no critic to wait for
+
 
 @dataclass
 class Args(_loop.Args):
-    critic_warmup: int = common.flag(0, "first steps, without learning (there is no critic to wait for)")
-    k: int = common.flag(4, "rollouts per critique (paper: 4)")
+    k: int = common.flag(4, "rollouts per critique (paper)")
 
 
 class Parts(_loop.PlayedParts):
     def play(self, rows, stream):
-        seeds, prefixes = [t["seed"] for t, _ in rows], [[*t["history"][1::2], action] for t, action in rows]
-        episodes = nlac.rollout(self.model, self.chat, self.args, "train", seeds, temperature=self.args.temperature, stream=stream,
-                                prefixes=prefixes)
-        self.extra["env_steps"] += sum((len(e["history"]) - len(t["history"])) // 2 for (t, _), e in zip(rows, episodes))
-        self.extra["tokens"] += sum(e["tokens"] for e in episodes)
+        seeds = [t["seed"] for t, _ in rows]
+        prefixes = [[*t["history"][1::2], nlac.written(action)] for t, action in rows]
+        episodes = nlac.rollout(self.model, self.chat, self.args, "train", seeds, prefixes=prefixes,
+                                temperature=self.args.temperature, stream=stream)
+        for (t, _), episode in zip(rows, episodes):
+            self.extra["env_steps"] += (len(episode["history"]) - len(t["history"])) // 2
+            self.extra["tokens"] += episode["tokens"]
         return episodes
 
 
-class SelfDistillation(_loop.Learner):
+class SelfDistillation(_loop.PlayingLearner):
     Parts = Parts
-
-    def learn(self, step, episodes, rng, clock):
-        states, refined = [], []
-        if step > self.args.critic_warmup:
-            states = rng.choices(self.buffer, nlac.sampling_weights(self.buffer), k=self.args.actor_states)
-            refined = self.parts.refine(states, ("refine", step))
-        self.extra.update(self.parts.extra)
-        self.parts.extra.clear()
-        clock.lap("refinement")
-        losses = self.update(step, [], self.refined_lessons(states, refined))
-        clock.lap("update")
-        return losses | (_loop.refinement_metrics(refined) if refined else {})
 
 
 if __name__ == "__main__":
-    _loop.main("self-distillation", Args, SelfDistillation, {"critic_warmup": 0})
+    _loop.main("self-distillation", Args, SelfDistillation, TINY, {"critic_warmup": 0})

@@ -9,7 +9,9 @@ part how many replies were read and how many the limit cut; `samples`, up to 50 
 whole `episodes`. Nothing is trained.
 """
 
+import functools
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -39,6 +41,110 @@ def self_guide(script, args):
         "shares": {name: found["guided"][f"label_{name}"] for name in script.LABELS} if labels else {},
         "samples": {"rate": ratings[:SAMPLES]},
         "episodes": [script.record(episode) for episode in played[:3]]}
+
+
+def nlac(script, args):
+    """Plain episodes; then every part at up to 50 of the states that were met."""
+    world = script.check_args(args)
+    model, chat = script.load(world, args)
+    parts = script.Parts(model, model, model, chat, world, args)
+    played = script.rollout(model, chat, args, "test", range(args.eval_episodes),
+                            temperature=args.eval_temperature, stream=("zero-shot",))
+    parts.note_episodes(played)
+    states = [t for episode in played for t in script.transitions(episode)]
+    states = random.Random(0).sample(states, min(SAMPLES, len(states)))
+    refined = script.refine(parts, states, ("zero-shot",), replies=[t["reply"] for t in states])
+    tries = [refinement["tries"][0] for refinement in refined if refinement["tries"]]
+    live = [t for t in states if not t["done"]]
+    targets = script.bellman_targets(parts, live, ("zero-shot",)) if live else []
+    said = {"successor": [future for t in tries for future in t["futures"]], "backup": targets,
+            "evaluator": [t["critique"] for t in tries], "refiner": [r["reply"] for r in refined]}
+    counts = parts.counts
+    names = [name for what, name in counts if what == "asked"]
+    return {
+        "understood": common.mean(valid for episode in played for valid in episode["valid"]),
+        "success": common.mean(episode["won"] for episode in played),
+        "parts": {name: part(counts["asked", name], counts["parsed", name], counts["cut", name])
+                  for name in names},
+        "refined_is_possible": share_possible(script, world, states, refined),
+        "samples": said, "episodes": [script.with_thoughts(parts, e, ("whole",)) for e in played[:3]]}
+
+
+def share_possible(script, world, states, refined):
+    """Of the refined actions, those that the world understands at their state."""
+    valid = []
+    for t, refinement in zip(states, refined):
+        before = [script.action_of(world, reply) for reply in t["history"][1::2]]
+        envs.replay(world, t["seed"], before, t.get("split", "test"))
+        *_, info = world.step(common.aloud(refinement["reply"]))
+        valid.append(info["valid"])
+    return common.mean(valid)
+
+
+def act(script, args):
+    """Plain episodes; then proposals and choices at up to 50 of the expert's states on `test`."""
+    world, *_ = script.check_args(args)
+    model, chat = script.load(world, args)
+    prompts = script.make_prompts(world, args)
+    played = script.rollout(model, chat, args, prompts, "test", range(args.eval_episodes),
+                            temperature=args.eval_temperature, stream=("zero-shot",))
+    states = script.demonstrations(args, "test", range(args.eval_episodes))
+    states = random.Random(0).sample(states, min(SAMPLES, len(states)))
+    asked = [chat.dialogue(script.dialogue(prompts, state["messages"])) for state in states]
+    said = script.answer(model, chat, args, asked, ("proposals",), args.max_new_tokens)
+    tagged = [script.parse_action(e["text"]) for e in said]
+    pairs, _ = script.make_pairs(model, chat, args, prompts, states, ("pairs",))
+    asked = [chat.dialogue(script.question(prompts, pair, i % 2 == 1)) for i, pair in enumerate(pairs)]
+    chosen = script.answer(model, chat, args, asked, ("choices",), args.choice_tokens) if pairs else []
+    rows = [script.paid_choice(e, pair, i % 2 == 1)[1] for i, (e, pair) in enumerate(zip(chosen, pairs))]
+    return {
+        "understood": common.mean(valid for episode in played for valid in episode["valid"]),
+        "success": common.mean(episode["won"] for episode in played),
+        "parts": {
+            "proposal": part(len(said), sum(map(bool, tagged)), count_cut(said)),
+            "choice": part(len(rows), len(rows) - rows.count("untagged") - rows.count("cut"), count_cut(chosen))},
+        "right_choice": rows.count("right") / max(1, len(rows)),
+        "samples": {"proposal": [e["text"] for e in said], "choice": [e["text"] for e in chosen]},
+        "episodes": [script.record(episode) for episode in played[:3]]}
+
+
+def count_cut(said):
+    """How many of act.py's answers the limit cut off."""
+    return sum(not complete for e in said for complete in e["complete"])
+
+
+def reagent(script, args):
+    """First attempts, judgements of them by the same model, second attempts with the critique in view."""
+    world = script.check_args(args)
+    model, chat = script.load(world, args)
+    play = functools.partial(script.rollout, model, chat, args, "test", range(args.eval_episodes),
+                             temperature=args.eval_temperature)
+    first = play(stream=("first",))
+    judged, texts, generate = [], [], common.generate
+
+    def listening(*given, **how):  # the judge keeps no text that it cannot read
+        replies = generate(*given, **how)
+        texts.extend(replies.texts)
+        return replies
+
+    common.generate = listening
+    try:
+        judged = script.judge((model, chat), world, args, [e["history"] for e in first], ("zero-shot",))
+    finally:
+        common.generate = generate
+    second = play(stream=("second",), before=[(e["history"], j["critique"]) for e, j in zip(first, judged)])
+    scores = [j["score"] for j in judged if j["parsed"]]
+    won = [e["won"] for e, j in zip(first, judged) if j["parsed"]]
+    for e, j in zip(first, judged):
+        e["judgement"] = j
+    return {
+        "understood": common.mean(valid for episode in first for valid in episode["valid"]),
+        "understood_second": common.mean(valid for episode in second for valid in episode["valid"]),
+        "success": common.mean(e["won"] for e in first), "success_second": common.mean(e["won"] for e in second),
+        "parts": {"judge": part(len(judged), sum(j["parsed"] for j in judged), sum(j["cut"] for j in judged))},
+        "auc": script.auc(scores, won), "scores": sorted(scores),
+        "samples": {"judge": texts[:SAMPLES]},
+        "episodes": [[script.record(a), script.record(b)] for a, b in zip(first[:3], second[:3])]}
 
 
 def part(asked, read, cut):

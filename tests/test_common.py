@@ -366,6 +366,30 @@ def test_sampling_does_not_depend_on_batching(qwen3, chat):
     assert common.generate(qwen3, chat, prompts, seeds=[s + 1 for s in seeds], **options).ids != reference.ids
 
 
+@pytest.mark.parametrize("rows", [3, 64])
+def test_a_common_beginning_is_encoded_once(model, chat, rows):
+    """Longer than the sliding window, with ends of all lengths: as if each prompt had been alone."""
+    beginning = ragged(2, seed=5)[0] * 3 + list(range(41, 41 + 2 * common.SHARED))
+    prompts, seeds = [beginning + end for end in ragged(6, seed=6)], list(range(6))
+    options = dict(max_new_tokens=8, temperature=1.0)
+    alone = [common.generate(model, chat, [p], seeds=[s], **options) for p, s in zip(prompts, seeds)]
+    lengths, advance = [], common._advance
+
+    def counting(model, cache, mask, new):
+        lengths.append(sum(map(len, new)))
+        return advance(model, cache, mask, new)
+
+    common._advance = counting
+    try:
+        together = common.generate(model, chat, prompts, seeds=seeds, rows=rows, **options)
+    finally:
+        common._advance = advance
+    assert together.ids == [one.ids[0] for one in alone]
+    for found, one in zip(together.logprobs, alone):
+        assert found == pytest.approx(one.logprobs[0], abs=1e-4)
+    assert len(beginning) in lengths  # one row of it, however many prompts share it
+
+
 @pytest.mark.parametrize("rows", [2, 5, 256])
 def test_samples_equal_repeated_prompts(qwen3, chat, rows):
     prompts, seeds = ragged(4), list(range(12))

@@ -404,14 +404,15 @@ def test_every_kept_run_says_what_it_is(results):
             assert 0 <= summary[end]["success"] <= 1 and summary[end]["se"] >= 0, (name, end)
 
 
-def test_readme_says_what_the_results_say(results):
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/design1.md"])
+def test_pages_say_what_the_results_say(results, page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     told = "\n".join(report.tables(results).values())
     rows = set(told.splitlines())
-    blocks = re.findall(r"<!-- results: [^>]+ -->\n(.*?)<!-- /results -->", page, re.DOTALL)
+    blocks = re.findall(r"<!-- results: [^>]+ -->\n(.*?)<!-- /results -->", text, re.DOTALL)
     shown = [row for block in blocks for row in block.splitlines() if row.startswith("|")]
-    assert not [row for row in shown if row not in rows]  # `report.py --write README.md` mends it
-    for line in page.splitlines():
+    assert not [row for row in shown if row not in rows]  # `report.py --write PAGE` mends it
+    for line in text.splitlines():
         if line.startswith("|"):
             for number in re.findall(r"[+-]?\d\.\d{3} ± \d\.\d{3}", line):
                 assert number in told, line
