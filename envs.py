@@ -624,7 +624,7 @@ class Household(World):
 
     def act(self, text):
         words = [w for w in text.lower().strip("> \t\r\n.").split() if w not in ("a", "an", "the")]
-        action = re.sub(r"^(?:put|move) (.+) (?:in/on|in|on|to|into|onto) (.+)$", r"put \1 in/on \2", " ".join(words))
+        action = re.sub(r"^(?:put|move) (.+) (?:in/on|on/in|in|on|to|into|onto) (.+)$", r"put \1 in/on \2", " ".join(words))
         verb, thing, place = self.possible().get(action, (None, None, None))
         if verb is None:
             return "Nothing happens.", False
