@@ -1,12 +1,14 @@
-"""self_guide.py: parser, trust schedule, advantages, loss, masks, warm-up, whole runs, arms, bad input, kills and resume."""
+"""self_guide.py: ratings, prompts, what is trained on, trust, advantages, loss, warm-up, whole runs, arms, bad input, kills, resume."""
 
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import random
 import re
+import shlex
 import signal
 import time
 from collections import Counter, defaultdict
@@ -15,7 +17,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
-from helpers import CHECKPOINT, LOG, PAD, SUMMARY, WORDS, Bigram, everything_under, lines, random_episodes, random_table, refused, same_run
+from helpers import CHECKPOINT, PAD, SUMMARY, WORDS, Bigram, everything_under, lines, random_episodes, random_table, refused, same_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,70 +28,415 @@ import self_guide as sg
 torch.set_num_threads(1)
 ENV = "repair"
 WORLD = envs.make(ENV)
-SMALL = (  # of the tiny model that --quick builds too; taught little, it writes unreadable things now and then
+SMALL = (  # taught little, the model writes unreadable things now and then
     f"--env {ENV} --model tiny --examples 1500 --steps 4 --batch-size 8 --micro-batch-size 4 --group-size 4 --updates 1 --eval-episodes 4 "
-    "--eval-every 2 --save-every 2 --max-new-tokens 20"
+    "--eval-every 2 --save-every 2 --max-new-tokens 20 --rate-tokens 20 --kl 0.01"
 )
-ARGS = dataclasses.replace(
-    sg.Args(), env=ENV, model="tiny", examples=1500, max_new_tokens=20, batch_size=8, group_size=4, micro_batch_size=4, updates=1, kl=0.0,
-    temperature=1.0,
-)
+ARGS = dataclasses.replace(common.parse_args(sg.Args, sg.TINY, SMALL.split()), kl=0.0)
+PREPARE = """
+import transformers
+transformers.LlamaForCausalLM, transformers.Qwen3ForCausalLM, transformers.AutoTokenizer, transformers.DynamicCache
+optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+optimizer.zero_grad(), optimizer.step()
+"""  # what a run would import late, once for all of them
+ALL_WORLDS = [*envs.WORLDS, "20q"]
 
 
-# ------------------------------------------------------------------------------------------------------------- parsers
+def changed(**settings):
+    return dataclasses.replace(ARGS, **settings)
 
 
-@pytest.mark.parametrize("reply, label", [
-    ("Reason: The case is open.\nLabel: positive", 1), ("Reason: Nothing new.\nLabel: neutral", 0),
-    ("Reason: Stuck.\nLabel: negative", -1), ("reason: x\nlabel: Positive.", 1), ("Reason: x\nLABEL: NEGATIVE\n", -1),
-    ("Reason: x\nLabel: **neutral**", 0), ("Label: positive", None), ("Reason: x\nLabel:positive", 1),
-    ("Reason: x\nLabel: positively", None), ("Reason: x\nLabel: good", None), ("Reason: x\nLabel:", None), ("positive", None), ("", None),
-    ("Reason: positive\n", None), ("Reason: x\nLabel: not positive", None), ("Reason: x\nLabel: po\u017fitive", None),
-    ("Reason: x\nLabel: pos\u0131tive", None),
-    (f"Reason: x\n{sg.GUIDED}", None),  # repeating the instructions is no rating, let alone a positive one
-    ("Reason: x\nLabel: positive, neutral or negative.", None), ("Reason: x\nLabel: negative|neutral|positive", None),
-])  # fmt: skip
-def test_parse_rating(reply, label):
-    assert sg.parse_rating(reply) == label
+# ------------------------------------------------------------------------------------------------------- ratings, as words
+
+
+RATINGS = {
+    # as it was asked for
+    "Reason: The case is open.\nLabel: positive": 1,
+    "Reason: Nothing new.\nLabel: neutral": 0,
+    "Reason: I am stuck.\nLabel: negative": -1,
+    "Reason: x\nLabel: Positive.": 1,
+    "reason: x\nlabel: NEGATIVE\n": -1,
+    "Reason: x\n\nLabel:\npositive\n": 1,
+    # as chat models write it
+    "**Reason:** The screw was found.\n**Label:** positive": 1,
+    "**Reason**: It failed again.\n**Label**: **negative**": -1,
+    "## Reason\nIt helped.\n\n## Label: \n\n- Positive": 1,
+    "- Reason: It helped.\n- Label: `positive`": 1,
+    "Reason: x\nLabel: *neutral*": 0,
+    "Reason: x\nLabel: \"negative\"": -1,
+    "Reason: x\nLabel: [positive]": 1,
+    "> Reason: x\n> Label: neutral": 0,
+    "```\nReason: x\nLabel: positive\n```": 1,
+    "{\"reason\": \"It helped.\", \"label\": \"positive\"}": 1,
+    "Reason: x Label: positive": 1,
+    "Label: positive": 1,
+    "positive": 1,
+    "**Neutral.**": 0,
+    "Label: positive\nReason: the label comes first here.": 1,
+    "Sure! Here is my rating.\n\nReason: x\nLabel: neutral\n\nLet me know what comes next.": 0,
+    "Reason: x\nLabel: positive (the gears were found)": 1,
+    "Reason: x\nLabel: Negative - nothing was found, so it is not positive.": -1,
+    "Reason: x\nLabel: positive, not neutral": 1,
+    "Reason: x\nMy final Label: the step was negative": -1,
+    "Reason: x\nLABEL\uff1a positive": 1,
+    "Reason: x\nLabel: POSITIVE \u2705": 1,
+    # reasons over several lines, labels that are spoken of before
+    "Reason: First, the case.\nThen the gears.\nA positive thing, all in all? No.\n\nLabel: negative": -1,
+    "Reason: The last Label: positive was too kind.\nLabel: neutral": 0,
+    "Reason: x\nLabel: neutral\nOn second thought:\nLabel: positive": 1,
+    "Reason: x\nLabel: negative\nLabel:": -1,  # cut amid a repetition
+    # native thoughts
+    "<think>Label: negative?</think>\nReason: x\nLabel: positive": 1,
+    "Well...</think>Reason: x\nLabel: negative": -1,  # opened by the template
+    "<think>\n\n</think>\n\nReason: x\nLabel: neutral": 0,
+    "<think>I would say Label: positive": None,  # cut inside it
+    # none, or all of them
+    "": None,
+    "Reason: positive\n": None,
+    "The step was positive.": None,
+    "Reason: x\nLabel:": None,
+    "Reason: x\nLab": None,
+    "Reason: x\nLabel: pos": None,  # cut
+    "Reason: x\nLabel: good": None,
+    "Reason: x\nLabel: positively": None,
+    "Reason: x\nLabel: not positive": None,
+    "Reason: x\nLabel: neither positive nor negative": None,
+    "Reason: x\nLabel: po\u017fitive": None,
+    "Reason: x\nLabel: pos\u0131tive": None,
+    "Reason: x\nLabel: positive, neutral or negative.": None,
+    "Reason: x\nLabel: negative|neutral|positive": None,
+    "Reason: x\nLabel: **positive** / **neutral** / **negative**": None,
+    "Reason: x\nLabel: <positive, neutral, or negative>": None,
+    "Action: open the case": None,
+    sg.RATE: None,  # repeating the instructions is no rating, let alone a positive one
+    f"Reason: x\n{sg.GUIDED}": None,
+}
+
+
+@pytest.mark.parametrize("reply", RATINGS)
+def test_parse_rating(reply):
+    assert sg.parse_rating(reply) == RATINGS[reply] and len(RATINGS) > 40
+    if "\u0131" not in reply and "\u017f" not in reply:
+        assert sg.parse_rating(reply.upper()) == RATINGS[reply]
 
 
 PIECES = st.sampled_from([
     "Label:", "label: ", "Reason: ", "positive", "neutral", "NEGATIVE", "po\u017fitive", "negat\u0130ve", "\n", "\r", "\x85", "\u2028",
-    " ", "\t", "**", ".", "\x00", "\ud800", "\U0001f600", "<think>", "Label", "Label: positive\n",
+    " ", "\t", "**", ".", "\x00", "\ud800", "\U0001f600", "<think>", "</think>", "Label", "Label: positive\n", "Action:",
+    "<tool_call>", "{",
 ])  # fmt: skip
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True, database=None)
-@given(st.one_of(st.text(max_size=40), st.lists(PIECES, max_size=8).map("".join), st.lists(st.one_of(PIECES, st.text(max_size=4)),
-                                                                                            max_size=8).map("".join)))  # fmt: skip
-def test_no_string_upsets_a_parser(text):
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+@given(st.one_of(st.text(max_size=40), st.lists(st.one_of(PIECES, st.text(max_size=4)), max_size=10).map("".join)))
+def test_no_string_raises(text):
     assert sg.parse_rating(text) in (None, -1, 0, 1)
-    action = sg.parse_action(text)
-    assert len(action.splitlines()) <= 1 and action == action.strip()
+    assert sg.to_act(text).startswith(sg.ACT) and sg.to_rate(text).endswith(sg.RATE)
     sg.event(text)
+    world, episode = envs.make(ENV), sg.Episode("train", 0)
+    world.reset(seed=0)
+    sg.take_turn(world, episode, text)
+    assert sg.watch([episode])["turns"] == 1 and json.dumps(sg.record(episode))
 
 
-@pytest.mark.parametrize("unit", ["Label:", "Label: ", " ", "\n", "Label:\n", "a", "Label: positive", ". "])
+@pytest.mark.parametrize("unit", ["Label:", "Label: ", " ", "\n", "Label:\n", "a", "Label: positive", ". ", "<think>", "positive/"])
 def test_megabytes_take_bounded_time(unit):
     text, start = unit * (1_000_000 // len(unit)), time.process_time()
     for long in text, "Label:" + text:
-        sg.parse_rating(long), sg.parse_action(long), sg.event(long)
+        sg.parse_rating(long), sg.event(long)
     assert time.process_time() - start < 5
 
 
-def test_parse_action():
-    cases = {"open the case": "open the case", " open the case \nand more": "open the case", "": "", "\n\n": "", "\n go ": "go"}
-    assert {text: sg.parse_action(text) for text in cases} == cases
+# --------------------------------------------------------------------------------------------------- prompts, in all worlds
 
 
-def test_an_unreadable_rating_is_a_counted_neutral():
-    episode = dict(score=1.0, labels=[None, 1, -1, None, 1], ratings=[""] * 5, valid=[True] * 5, history=["a. 5 turns left."] * 11,
-                   won=True, truncated=False)  # fmt: skip
-    assert sg.rewards(sg.Args(), episode) == (10.0, pytest.approx(0.1))
-    assert sg.total_reward(sg.Args(), episode, 0.5) == pytest.approx(10.05) and sg.total_reward(sg.Args(), episode, 0.0) == 10.0
-    seen = sg.watch([episode])
-    assert seen["label_malformed"] == 2 / 5 and seen["label_positive"] == 2 / 5 and seen["label_negative"] == 1 / 5
-    assert seen["label_neutral"] == 0 and seen["ratings_if_won"] == 1 and seen["ratings_if_lost"] is None
+def said_to(world, reply):
+    """A turn in which the policy says this."""
+    episode = sg.Episode("test", 0)
+    sg.take_turn(world, episode, reply)
+    return episode
+
+
+@pytest.mark.parametrize("env", ALL_WORLDS)
+def test_the_experts_action_as_the_policy_writes_it_wins(env):
+    world = envs.make(env)
+    thoughts = ("", ""), ("I could say Action: look, but this is better:\n", ""), ("<think>Hm.</think>", "\n<think>Action: no")
+    for seed in range(10):
+        world.reset(seed=seed, options={"split": "test"})
+        over, actions = False, itertools.cycle(thoughts)
+        while not over:
+            before, behind = next(actions)
+            episode = said_to(world, before + sg.written(world.expert()) + behind)
+            over = episode.over
+            assert episode.valid == [True]
+        assert episode.won and episode.score == 1, (env, seed)
+
+
+@pytest.mark.parametrize("env", ALL_WORLDS)
+def test_listed_actions_are_shown_when_an_action_is_asked_for_and_can_be_said_back(env):
+    args = changed(env=env, show_actions=True)
+    world, rng = envs.make(env, show_actions=True), random.Random(env)
+    for seed in range(2):
+        observation, info = world.reset(seed=seed, options={"split": "train"})
+        for guided in True, False:
+            assert envs.LISTING in sg.opening(world, args, guided)[-1]["content"]
+        while not world.over:
+            ask, rate = sg.to_act(observation), sg.to_rate(observation)
+            assert ask == sg.ACT + envs.LISTING + "\n".join(map(envs.one_line, info["admissible"]))
+            assert rate == f"{envs.bare(observation)}\n{sg.RATE}" and envs.LISTING not in rate
+            listing = ask.split(envs.LISTING)[1].splitlines()
+            for line in rng.sample(listing, min(4, len(listing))):
+                assert said_to(copy.deepcopy(world), sg.written(line)).valid == [True], (env, line)
+            observation, *_, info = world.step(envs.random_player(world, info, rng))
+    assert sg.to_act("It is open. 3 turns left.") == sg.ACT
+
+
+@pytest.mark.parametrize("env", ALL_WORLDS)
+def test_worked_examples_are_random_play_on_train_and_true(env, monkeypatch):
+    world, splits = envs.make(env), set()
+    reset = type(world).reset
+    monkeypatch.setattr(type(world), "expert", lambda self: pytest.fail("the expert was asked"))
+    monkeypatch.setattr(type(world), "reset", lambda self, **k: splits.add(k["options"]["split"]) or reset(self, **k))
+    sg.worked_examples.cache_clear()
+    world.reset(seed=0, options={"split": "train"})
+    args = changed(env=env, shots=4, show_actions=True)
+    for guided in True, False:
+        system, *shots, first = sg.opening(world, args, guided)
+        assert [system, first] == sg.opening(world, changed(env=env), guided) and all(m["shot"] for m in shots)
+        assert [m["role"] for m in shots] == ["user", "assistant"] * (len(shots) // 2) and len(shots) == 4 * (6 if guided else 2)
+        texts, labels = [m["content"] for m in shots], []
+        for n in range(4):
+            asked, said, *rest = texts[n * len(texts) // 4:(n + 1) * len(texts) // 4]
+            played = envs.make(env, show_actions=True)
+            assert asked == reset(played, seed=10**6 + n, options={"split": "train"})[0]
+            step = said_to(played, said)
+            if guided:
+                rate, rating, act, action = rest
+                assert not step.over and rate == sg.to_rate(played.observation) and act == sg.to_act(played.observation)
+                labels.append(sg.parse_rating(rating))
+                assert labels[-1] == (1 if step.valid[0] else -1) and rating.startswith("Reason: ")
+                assert said_to(played, action).valid == [True]
+        assert labels == ([1, -1, 1, -1] if guided else [])
+    assert splits == {"train"}
+
+
+# ---------------------------------------------------------------------------------------------- episodes, in scripted words
+
+
+def play(model, chat, seeds, guided=True, args=ARGS, **settings):
+    return sg.rollout(model, chat, args, "train", seeds, guided=guided, **dict(temperature=1.0, stream=("test",)) | settings)
+
+
+@pytest.fixture
+def speak(monkeypatch):
+    """speak(says) has every reply be says(row, turn, part): decoding apart, all is real -> what was asked for, and all Dialogues."""
+    seen = SimpleNamespace(asked=[], dialogues=[], read=0)
+    init = common.Dialogues.__init__
+    monkeypatch.setattr(common.Dialogues, "__init__", lambda self, *a: seen.dialogues.append(self) or init(self, *a))
+    parts = itertools.product(range(8), range(20), ("rate", "act"))
+    names = {common.row_seed(ARGS.seed, "test", *name): name for name in parts}
+
+    def scripted(says):
+        def decode(model, chat, cache, mask, last, limit, temperature, seeds):
+            told = [names[seed] for seed in seeds]
+            seen.asked += [(*name, model, limit) for name in told]
+            seen.read = max(seen.read, int(mask.sum(1).max()) + limit)  # what a reply of full length reads
+            ids = [[*chat.encode(says(*name)), chat.eos[0]][:limit] for name in told]
+            texts, complete = [chat.decode(row) for row in ids], [row[-1] in chat.eos for row in ids]
+            return common.Replies(ids, [[-1.0] * len(row) for row in ids], texts, complete)
+
+        monkeypatch.setattr(common, "_decode", decode)
+        return seen
+
+    return scripted
+
+
+WORDS_OF_LABELS = ["positive", "negative", "nothing", "neutral"]
+
+
+def hesitant(row, turn, part):
+    """Five steps that cannot be done; the ratings say which turn it is."""
+    if part == "rate":
+        return f"Reason: turn {turn}\nLabel: {WORDS_OF_LABELS[turn - 1]}"
+    return f"Action: I think, or {row}? No.\nAction: sing {turn}"
+
+
+LONG = changed(max_new_tokens=200, rate_tokens=300)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_ratings_label_the_step_just_taken_and_the_actor_may_think(tiny, speak, guided):
+    seen = speak(hesitant)
+    episodes = play(*tiny, [0, 0, 1], guided, LONG)
+    chat = tiny[1]
+    for row, e in enumerate(episodes):
+        assert e.actions == [f"sing {turn}" for turn in range(5)] and e.valid == [False] * 5 and e.over and not e.won
+        assert e.labels == ([1, -1, None, 0] if guided else [])  # of the steps 0 to 3: the last is never rated
+        order = "world act" + " world rate act" * 4 if guided else "world act" + " world act" * 4
+        assert [who for who, _ in e.said] == [*order.split(), "world"]
+        if guided:  # the rating of turn t comes behind what step t - 1 did, and before step t
+            assert [text for who, text in e.said if who == "rate"] == [hesitant(row, turn, "rate") for turn in range(1, 5)]
+        replies = [text for who, text in e.said if who != "world"]
+        sampled = [id for id, m in zip(e.ids, e.mask) if m]
+        assert sampled == [id for text in replies for id in chat.reply(text)]  # thoughts are trained on like all that was said
+        assert e.logprob == -len(sampled) and e.cut == {"act": 0, "rate": 0}
+    seen = sg.watch(episodes)
+    assert seen.get("unrated_steps") == (3 if guided else None) and seen["cut_act"] == 0 and seen.get("cut_rate") == (0 if guided else None)
+    logprobs, mask = sg.sampled_logprobs(*tiny, episodes, 1.0)
+    assert torch.equal(logprobs != 0, mask == 1) and mask.sum() == sum(sum(e.mask) for e in episodes)
+
+
+def test_each_part_has_a_limit_of_its_own_and_its_cuts_are_counted(tiny, speak):
+    seen = speak(lambda row, turn, part: "check " * (30 if row == 0 else 2) if part == "act" else "is " * (60 if turn > 2 else 2))
+    args = changed(max_new_tokens=25, rate_tokens=30)
+    episodes = play(*tiny, [0, 1], args=args)
+    assert {part: {row[-1] for row in seen.asked if row[2] == part} for part in ("act", "rate")} == {"act": {25}, "rate": {30}}
+    assert [e.cut for e in episodes] == [{"act": 5, "rate": 2}, {"act": 0, "rate": 2}]
+    found = sg.watch(episodes)
+    assert found["cut_act"] == 5 / 10 and found["cut_rate"] == 4 / 8 and found["label_malformed"] == 1
+    assert json.loads(json.dumps(sg.record(episodes[0])))["cut"] == {"act": 5, "rate": 2}
+    for e in episodes:  # of 9 replies
+        assert sum(m for id, m in zip(e.ids, e.mask) if id in tiny[1].eos) == 9 - sum(e.cut.values())  # a forced end has mask 0
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+def test_a_frozen_rater_is_heard_and_not_trained(tiny, speak, prefill):
+    model, chat = tiny
+    rater = copy.deepcopy(model)
+    seen = speak(lambda *name: hesitant(*name).removeprefix("Reason:") if prefill else hesitant(*name))
+    [e] = play(model, chat, [0], args=dataclasses.replace(LONG, prefill=prefill), rater=rater)
+    assert all(speaker is (rater if part == "rate" else model) for _, _, part, speaker, _ in seen.asked) and len(seen.asked) == 9
+    actors, raters = seen.dialogues
+    assert actors.ids == raters.ids and actors.model is model and raters.model is rater
+    assert e.ids == actors.ids[0][:len(e.ids)] and e.labels == [1, -1, None, 0]
+    text = chat.tokenizer.decode(e.ids)
+    assert all(hesitant(0, turn, "rate") in text for turn in range(1, 5))  # the actor has it in view
+    spoken = [id for turn in range(5) for id in chat.reply(hesitant(0, turn, "act"))]
+    assert [id for id, m in zip(e.ids, e.mask) if m] == spoken  # what was forced is not trained, either
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_nothing_is_read_beyond_the_context(tiny, speak, guided):
+    """Replies as long as they may be, with forced words before and a forced end behind each."""
+    seen = speak(lambda row, turn, part: "is " * 30)
+    model, chat = copy.deepcopy(tiny[0]), tiny[1]
+    args, turns = changed(max_new_tokens=5, rate_tokens=6, prefill=True), set()
+    for context in range(20, 180):
+        model.max_context, seen.read = context, 0
+        [e] = play(model, chat, [0], guided, args)
+        turns.add(len(e.valid))
+        assert seen.read <= context and e.truncated
+    assert {0, 1, 2} <= turns
+
+
+def test_the_same_rater_frozen_says_the_same(tiny):
+    plain, frozen = play(*tiny, [0, 1, 2]), play(*tiny, [0, 1, 2], rater=copy.deepcopy(tiny[0]))
+    assert any(e.labels for e in plain)
+    for a, b in zip(plain, frozen):
+        assert (a.ids, a.said, a.labels) == (b.ids, b.said, b.labels) and all(x >= y for x, y in zip(a.mask, b.mask))
+        assert (sum(a.mask) > sum(b.mask)) == (a.logprob < b.logprob) == bool(a.labels)
+
+
+def test_prompts_do_not_change_with_what_is_hidden(tiny, speak, monkeypatch):
+    speak(lambda row, turn, part: "Reason: x\nLabel: neutral" if part == "rate" else "Action: check the power")  # the wrong test
+    seed = next(seed for seed in range(99) if "is too loud" in WORLD.reset(seed=seed, options={"split": "train"})[0])
+    for guided, shots in (True, 0), (False, 2):
+        seen = set()
+        for number in range(3):
+            monkeypatch.setattr(envs.RepairShop, "resample", lambda self, rng, number=number: vars(self).update(
+                finding=list(self.faults[self.symptom][1])[number]))
+            [e] = play(*tiny, [seed], guided, changed(max_new_tokens=200, rate_tokens=200, shots=shots))
+            seen.add((str(e.said), str(e.ids)))
+        assert len(seen) == 1 and "Nothing unusual" in seen.pop()[0]
+
+
+def test_a_system_prompt_states_the_game_and_then_the_form():
+    WORLD.reset(seed=0)
+    [guided, first], [plain, same] = (sg.opening(WORLD, ARGS, on) for on in (True, False))
+    assert first == same == {"role": "user", "content": WORLD.observation}
+    assert plain["content"] == f"{WORLD.system}\n{sg.POLICY}" and guided["content"] == f"{plain['content']}\n{sg.GUIDED}"
+
+
+# ---------------------------------------------------------------------------------- error patterns, counts, returns by hand
+
+
+def episode(said="", actions=(), **more):
+    """An episode of observations (separated by /) and of actions."""
+    worlds = [["world", text.strip()] for text in said.split("/")]
+    return sg.Episode("train", 0, said=worlds, actions=list(actions), **{"valid": [True] * len(actions)} | more)
+
+
+@pytest.mark.parametrize("found, given", [
+    ([], episode("a 3 turns left/b 2 turns left/c 1 turn left", "xy")),
+    (["looping"], episode("a 9 turns left/a 8 turns left/a 1 turn left/b", "xxx", valid=[False] * 3)),  # turns left do not count
+    ([], episode("a/a/a/b", "xxy", valid=[False] * 3)),  # twice is none yet
+    ([], episode("a/b/c/d", "xxx")),  # nor is one action on three observations
+    ([], episode("a/a/a/a", "xyz", valid=[False] * 3)),  # nothing happened: that is no exploration
+    (["redundant_exploration"], episode("s/a/b/a/b/a", "vwxyz")),  # a, b, a met again
+    ([], episode("s/a/b/a/b/c", "vwxyz")),
+    (["looping", "redundant_exploration"], episode("a/a/a/a/a", "xxxx")),
+    (["wrong_object"], episode("a/b", "x", wrong=True)),
+])
+def test_error_patterns_by_hand(found, given):
+    assert sg.errors(given) == found
+    seen = sg.watch([given, dataclasses.replace(given, won=True)])  # counted among those that were lost
+    assert [name for name in ("looping", "redundant_exploration", "wrong_object") if seen[f"lost_by_{name}"] == 1] == found
+
+
+def test_a_wrong_object_is_what_the_world_says():
+    world, rng, seen = envs.make("household"), random.Random(0), set()
+    for seed in range(20):
+        _, info = world.reset(seed=seed)
+        while not world.over:
+            e = said_to(world, sg.written(envs.random_player(world, info, rng)))
+            info = world.info(True)
+            assert e.wrong == world.wrong_object
+            seen.add(e.wrong)
+    assert seen == {True, False}
+
+
+def test_counts_by_hand():
+    won = episode("a/b/c", "xy", labels=[1], won=True, score=1.0, cut={"act": 1, "rate": 1})
+    lost = episode("a/b/c/d/e", "wxyz", labels=[-1, None, 0], valid=[True, False, True, False], score=0.5, truncated=True)
+    never = sg.Episode("train", 0, truncated=True)  # its first prompt was too long
+    seen = sg.watch([won, lost, never, never])
+    expected = dict(
+        success=1 / 4, score=1.5 / 4, turns=6 / 4, invalid=2 / 6, truncated=3 / 4, cut_act=1 / 6, cut_rate=1 / 4, unrated_steps=2,
+        label_positive=1 / 4, label_neutral=1 / 4, label_negative=1 / 4, label_malformed=1 / 4, ratings_if_won=1, ratings_if_lost=-1,
+        label_outcome_correlation=1)  # fmt: skip
+    assert {name: seen[name] for name in expected} == pytest.approx(expected)
+    alone = sg.watch([won])
+    assert alone["label_outcome_correlation"] is None and alone["ratings_if_lost"] == 0
+    assert not any(name.startswith(("label", "ratings", "unrated", "cut_rate")) for name in sg.watch([never]))
+
+
+def test_returns_by_hand():
+    e = episode("a/b/c/d/e", "wxyz", labels=[1, None, 1, 1], valid=[True, False, True, False], score=0.5)
+    args = sg.Args()
+    assert sg.environment_return(args, e) == 0.5 and sg.rating_return(args, e) == pytest.approx(0.3)  # without a label: neutral
+    assert [sg.total_return(args, e, weight) for weight in (0.0, 0.5, 1.0)] == pytest.approx([0.5, 0.65, 0.8])
+    public = dataclasses.replace(args, reward_scale=10.0, invalid_penalty=0.1)
+    assert sg.environment_return(public, e) == pytest.approx(4.8)
+    assert sg.rating_return(dataclasses.replace(args, mean_rating=True), e) == pytest.approx(0.3 / 4)
+    assert sg.rating_return(dataclasses.replace(args, mean_rating=True), episode("a/b", "x")) == 0
+    assert sg.rating_return(dataclasses.replace(args, rating_reward=2.0), dataclasses.replace(e, labels=[-1, -1, 0])) == -4
+
+
+def test_flat_groups_by_hand():
+    """In a group whose R_env are equal the ratings alone make advantages, whatever their weight, unless that is switched off."""
+    scores, labels = [0, 0, 0, 1, 0, 0], [[1], [-1], [0], [1], [1], [0]]
+    episodes = [episode("a/b", "x", labels=label, score=float(score)) for score, label in zip(scores, labels)]
+    args = dataclasses.replace(sg.Args(), group_size=3)
+    for weight in 1.0, 0.1:
+        found = sg.guided_advantages(args, episodes, weight)
+        assert found[:3] == pytest.approx([1, -1, 0], abs=1e-3)
+        returns = [score + weight * 0.1 * sum(label) for score, label in zip(scores, labels)]
+        assert found == sg.group_advantages(returns, 3)
+        mended = sg.guided_advantages(dataclasses.replace(args, flat_groups=False), episodes, weight)
+        assert mended == [0.0, 0.0, 0.0, *found[3:]]
+    assert sg.guided_advantages(args, episodes, 0.0)[:3] == [0.0] * 3
+    only_scores = dataclasses.replace(args, invalid_penalty=0.1, flat_groups=False)  # a penalty is a part of R_env
+    assert any(sg.guided_advantages(only_scores, [dataclasses.replace(episodes[0], valid=[False]), *episodes[1:]], 1.0)[:3])
 
 
 # ------------------------------------------------------------------------------------------------------- trust schedule
@@ -103,11 +450,13 @@ def test_trust_at_its_corners():
     assert sg.trust(args, 0.0) == sg.trust(args, 0.99) == 0 and sg.trust(args, 0.6) == 1
     run = [sg.trust(args, step / 100) for step in range(100)]  # the paper's 100 steps
     by_hand = [0] * 40 + [k / 10 for k in range(10)] + [1] * 20 + [1 - k / 10 for k in range(10)] + [0] * 20
-    assert run == pytest.approx(by_hand, abs=1e-9)
+    assert run == pytest.approx(by_hand, abs=1e-9) and all(0 <= weight <= 1 for weight in run)
 
 
 def test_trust_of_the_other_arms():
-    arm = lambda name: [sg.trust(dataclasses.replace(sg.Args(), trust=name), share / 100) for share in range(100)]  # noqa: E731
+    def arm(name):
+        return [sg.trust(dataclasses.replace(sg.Args(), trust=name), share / 100) for share in range(100)]
+
     assert arm("zero") == [0.0] * 100 and arm("immediate") == [1.0] * 100
     assert arm("no-anneal") == [*arm("schedule")[:70], *[1.0] * 30]
     edges = dataclasses.replace(sg.Args(), trust_points=[0.0, 0.25, 0.5, 1.0])
@@ -149,28 +498,38 @@ def test_loss_by_hand():
     torch.testing.assert_close(sg.surrogate(ratio, zero, minus, 0.2, 0.2), t([1.6, 1.8, 2.0, 2.5, 3.0]))
     torch.testing.assert_close(sg.surrogate(ratio, zero, plus, 0.2, 0.28), -t([1.0, 1.8, 2.0, 2.5, 2.56]))
     torch.testing.assert_close(sg.kl_estimate(t([0, 0, 0]), t([2.0, 1.0, 0.5]).log()), t([1 - math.log(2), 0, math.log(2) - 0.5]))
-    mask = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]])
-    torch.testing.assert_close(sg.token_weights(mask, "grpo", 2, 3), torch.tensor([[0, 0.25, 0.25, 0], [0.5, 0, 0, 0]]))
-    torch.testing.assert_close(sg.token_weights(mask, "dapo", 2, 3), mask / 3)
-    torch.testing.assert_close(sg.token_weights(mask, "dapo", 2, 30), mask / 30)  # of the whole batch, not of what is at hand
+    mask = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])  # two, one and, of an episode never played, none
+    torch.testing.assert_close(sg.token_weights(mask, 2), torch.tensor([[0, 0.25, 0.25, 0], [0.5, 0, 0, 0], [0, 0, 0, 0]]))
+    torch.testing.assert_close(sg.token_weights(mask, 2, 3), mask / 3)
+    torch.testing.assert_close(sg.token_weights(mask, 2, 30), mask / 30)  # of the whole batch, not of what is at hand
+
+
+def learn(model, reference, chat, args, lr, episodes, advantages):
+    """One update by plain gradient descent, as main calls it -> metrics."""
+    clip = (args.clip, args.clip_high if args.estimator == "dapo" else args.clip)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    return sg.update(model, reference, chat, args, optimizer, episodes, advantages, clip, token_mean=args.estimator == "dapo")
 
 
 def bigram_update(table, reference, episodes, advantages, args, lr):
     model = Bigram(table)
-    metrics = sg.update(model, Bigram(reference), PAD, args, torch.optim.SGD(model.parameters(), lr=lr), episodes, advantages)
+    metrics = learn(model, Bigram(reference), PAD, args, lr, episodes, advantages)
     return model.table.detach(), metrics
+
+
+def tokens(ids, mask, logprob=0.0):
+    return sg.Episode("train", 0, ids=ids, mask=mask, logprob=logprob)
 
 
 def test_the_first_step_by_hand():
     zeros = [[0.0] * WORDS] * WORDS
-    episodes = [dict(ids=[1, 2, 3], mask=[0, 1, 1], logprob=2 * math.log(0.2)), dict(ids=[1, 4, 4], mask=[0, 0, 1], logprob=math.log(0.2))]
+    episodes = [tokens([1, 2, 3], [0, 1, 1], 2 * math.log(0.2)), tokens([1, 4, 4], [0, 0, 1], math.log(0.2))]
 
     def row(i):  # gradient of log p of word i
         return torch.eye(WORDS)[i] - 0.2
 
     for estimator, weights, loss in ("grpo", (0.25, 0.25, 0.5), 0.0), ("dapo", (1 / 3,) * 3, -1 / 3):
-        args = dataclasses.replace(ARGS, estimator=estimator, temperature=1.0, micro_batch_size=1)
-        after, metrics = bigram_update(zeros, zeros, episodes, [1.0, -1.0], args, 1.0)
+        after, metrics = bigram_update(zeros, zeros, episodes, [1.0, -1.0], changed(estimator=estimator, micro_batch_size=1), 1.0)
         by_hand = torch.zeros(WORDS, WORDS)  # lr * weight * A * gradient; ratio 1
         for last, word, weight in (1, 2, weights[0]), (2, 3, weights[1]), (4, 4, -weights[2]):
             by_hand[last] += weight * row(word)
@@ -181,10 +540,10 @@ def test_the_first_step_by_hand():
 
 
 def derived(table, reference, episodes, advantages, args, lr):
-    """The same steps in float64, token by token, from the paper's formulas."""
+    """The same steps in float64, token by token, from the paper's formulas; the ratio is always to log-probs kept beforehand."""
     def logp(table, e):
-        rows = torch.log_softmax(table[torch.tensor(e["ids"][:-1])] / args.temperature, -1)
-        return {t: rows[t - 1, e["ids"][t]] for t in range(1, len(e["ids"])) if e["mask"][t]}
+        rows = torch.log_softmax(table[torch.tensor(e.ids[:-1])] / args.temperature, -1)
+        return {t: rows[t - 1, e.ids[t]] for t in range(1, len(e.ids)) if e.mask[t]}
 
     table, reference = (torch.tensor(x, dtype=torch.float32).double() for x in (table, reference))
     old, ref = [[logp(x, e) for e in episodes] for x in (table, reference)]
@@ -207,10 +566,13 @@ def derived(table, reference, episodes, advantages, args, lr):
             loss = sum(sum(own) for own in terms) / sum(map(len, terms))
         g, = torch.autograd.grad(loss, theta) if loss.requires_grad else (torch.zeros_like(theta),)
         norms.append(float(g.norm()))
-        losses.append(float(loss))
+        losses += [float(loss)] * sum(map(len, terms))  # metrics are per sampled token
         table = (theta - lr * g * min(1, 1 / (norms[-1] + 1e-6))).detach()
-    mean = lambda x: sum(x) / len(x)  # noqa: E731
-    return table, dict(loss=mean(losses), kl=mean(kls) if args.kl else 0, clipped=mean(outside), grad_norm=mean(norms))
+
+    def mean(x):
+        return sum(x) / len(x)
+
+    return table, dict(loss=mean(losses), clipped=mean(outside), grad_norm=max(norms)) | ({"kl": mean(kls)} if args.kl else {})
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -218,15 +580,17 @@ def derived(table, reference, episodes, advantages, args, lr):
        st.sampled_from([0.0, 0.3]), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3, 100]), st.sampled_from([1.0, 0.7]))  # fmt: skip
 def test_loss_and_gradient_against_another_derivation(seed, estimator, clips, kl, updates, micro, temperature):
     rng = random.Random(seed)
-    table, reference, episodes = random_table(rng), random_table(rng), random_episodes(rng, 6)
+    table, reference = random_table(rng), random_table(rng)
+    episodes = [tokens(**e) for e in random_episodes(rng, 6)]
     advantages = [rng.choice([0.0, rng.gauss(0, 1)]) for _ in episodes]
-    args = dataclasses.replace(ARGS, estimator=estimator, clip=clips[0], clip_high=clips[1], kl=kl, updates=updates, micro_batch_size=micro,
-                               temperature=temperature)  # fmt: skip
+    args = changed(estimator=estimator, clip=clips[0], clip_high=clips[1], kl=kl, updates=updates, micro_batch_size=micro,
+                   temperature=temperature)  # fmt: skip
     after, metrics = bigram_update(table, reference, episodes, advantages, args, 2.0)
     expected, numbers = derived(table, reference, episodes, advantages, args, 2.0)
     torch.testing.assert_close(after.double(), expected, atol=2e-4, rtol=1e-4)
     for name, value in numbers.items():
         assert metrics[name] == pytest.approx(value, abs=2e-4), name
+    assert ("kl" in metrics) == bool(kl)
     if updates == 1:
         assert metrics["clipped"] == 0
 
@@ -234,20 +598,20 @@ def test_loss_and_gradient_against_another_derivation(seed, estimator, clips, kl
 # ------------------------------------------------------------------------------------------------------- a tiny model
 
 
-def play(model, chat, seeds, guided=True, args=ARGS, **settings):
-    return sg.rollout(model, chat, args, "train", seeds, guided=guided, **dict(temperature=1.0, stream=("test",)) | settings)
-
-
 @pytest.fixture(scope="module")
 def batch(tiny):
     return play(*tiny, [0] * 4 + [1] * 4)
 
 
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 def trained(tiny, episodes, advantages, **settings):
     """(flat weights after one update by plain gradient descent, its metrics)"""
-    model, args = copy.deepcopy(tiny[0]), dataclasses.replace(ARGS, **settings)
-    metrics = sg.update(model, tiny[0], tiny[1], args, torch.optim.SGD(model.parameters(), lr=1.0), episodes, advantages)
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), metrics
+    model = copy.deepcopy(tiny[0])
+    metrics = learn(model, tiny[0], tiny[1], changed(**settings), 1.0, episodes, advantages)
+    return flat(model), metrics
 
 
 ADVANTAGES = [1.0, -0.5, 0.25, -0.75, 0.3, 0.6, -1.2, 0.3]
@@ -255,7 +619,7 @@ ADVANTAGES = [1.0, -0.5, 0.25, -0.75, 0.3, 0.6, -1.2, 0.3]
 
 @pytest.mark.parametrize("settings", [dict(kl=0.1), dict(estimator="dapo"), dict(updates=2, clip=0.01, kl=0.1)])
 def test_the_step_does_not_depend_on_the_micro_batch(tiny, batch, settings):
-    start = torch.cat([p.detach().flatten() for p in tiny[0].parameters()])
+    start = flat(tiny[0])
     (whole, metrics), *others = [trained(tiny, batch, ADVANTAGES, micro_batch_size=size, **settings) for size in (8, 1, 3)]
     assert (whole - start).norm() > 0.01
     for weights, numbers in others:
@@ -264,7 +628,7 @@ def test_the_step_does_not_depend_on_the_micro_batch(tiny, batch, settings):
 
 
 def test_before_the_first_update_the_ratio_is_one(tiny, batch):
-    lengths = [sum(e["mask"]) for e in batch]
+    lengths = [sum(e.mask) for e in batch]
     _, metrics = trained(tiny, batch, ADVANTAGES)
     assert metrics["clipped"] == 0 and metrics["loss"] == pytest.approx(-sum(ADVANTAGES) / 8, abs=1e-5)
     _, metrics = trained(tiny, batch, ADVANTAGES, estimator="dapo", kl=0.5)
@@ -272,123 +636,212 @@ def test_before_the_first_update_the_ratio_is_one(tiny, batch):
     assert metrics["clipped"] == 0 and metrics["kl"] == pytest.approx(0, abs=1e-6) and abs(metrics["logprob_gap"]) < 1e-4
 
 
+def test_one_gradient_step_is_that_of_kept_logprobs(tiny, batch, monkeypatch):
+    """With one step the old log-probs are those of its own forward, with several they are computed beforehand: of the same weights, it
+    is the same gradient. And one step makes no forward of its own for them."""
+    gradients, forwards = [], []
+
+    def keep(model, optimizer, loss, batch):
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        optimizer.zero_grad()
+        return 0.0
+
+    monkeypatch.setattr(common, "gradient_step", keep)  # the weights stay
+    old = sg.old_logprobs
+    monkeypatch.setattr(sg, "old_logprobs", lambda *a: forwards.append(a[0]) or old(*a))
+    for kl in 0.0, 0.1:
+        trained(tiny, batch, ADVANTAGES, kl=kl, updates=2)
+        kept = len(forwards)
+        trained(tiny, batch[:4], ADVANTAGES[:4], kl=kl)
+        trained(tiny, batch[4:], ADVANTAGES[4:], kl=kl)
+        assert kept == 1 + bool(kl) and len(forwards) == kept + 2 * bool(kl)
+        for several, one in zip(gradients[:2], gradients[2:]):
+            assert (several - one).norm() < 1e-5 * one.norm() and one.norm() > 0.01
+        gradients.clear(), forwards.clear()
+
+
 def test_equal_rewards_teach_exactly_nothing(tiny, batch):
     for estimator in "grpo", "dapo":
         weights, metrics = trained(tiny, batch, sg.group_advantages([0.3] * 4 + [10.0] * 4, 4), estimator=estimator, updates=2)
-        assert torch.equal(weights, torch.cat([p.detach().flatten() for p in tiny[0].parameters()])) and metrics["grad_norm"] == 0
+        assert torch.equal(weights, flat(tiny[0])) and metrics["grad_norm"] == 0
 
 
 def test_decoding_and_the_training_forward_agree(tiny, monkeypatch):
     kept = []
     init = common.Dialogues.__init__
     monkeypatch.setattr(common.Dialogues, "__init__", lambda self, *a: kept.append(self) or init(self, *a))
+
+    def gap(row, i, length):
+        return (row - torch.tensor(kept[-1].logprobs[i][1:length])).abs().max()
+
     for temperature in 1.0, 0.7:
         episodes = play(*tiny, [3] * 4, temperature=temperature)
-        args = dataclasses.replace(ARGS, temperature=temperature)
-        for i, row in enumerate(sg.old_logprobs(*tiny, args, episodes)):
-            assert (row - torch.tensor(kept[-1].logprobs[i][1:len(episodes[i]["ids"])])).abs().max() < 1e-4
-            assert episodes[i]["logprob"] == pytest.approx(row.sum().item(), abs=1e-3)
-    with pytest.raises(AssertionError):  # and the temperature matters
-        assert (sg.old_logprobs(*tiny, ARGS, episodes)[0] - torch.tensor(kept[-1].logprobs[0][1:])).abs().max() < 1e-4
+        for i, row in enumerate(sg.old_logprobs(*tiny, changed(temperature=temperature), episodes)):
+            assert gap(row, i, len(episodes[i].ids)) < 1e-4
+            assert episodes[i].logprob == pytest.approx(row.sum().item(), abs=1e-3)
+    assert gap(sg.old_logprobs(*tiny, ARGS, episodes)[0], 0, len(episodes[0].ids)) > 1e-4  # and the temperature matters
 
 
 # --------------------------------------------------------------------------------------------------- what is trained on
 
 
 @pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("limit", [3, 20])
-def test_the_mask_is_what_was_sampled(tiny, guided, limit):
-    """Rebuilt from the texts: prompts, observations and forced end tokens are under mask 0, replies and their own ends under 1."""
-    model, chat = tiny
-    cut = 0
-    for e in play(model, chat, range(6), guided, dataclasses.replace(ARGS, max_new_tokens=limit)):
-        assert len(e["ids"]) == len(e["mask"]) and set(e["mask"]) <= {0, 1} and not e["truncated"]
+@pytest.mark.parametrize("settings", [dict(max_new_tokens=3, rate_tokens=5), dict(), dict(prefill=True, shots=2, show_actions=True)])
+def test_the_mask_is_what_was_sampled(tiny, guided, settings):
+    """Rebuilt from the texts: prompts, worked examples, observations, forced words and ends are under mask 0, replies and the ends that
+    they wrote under 1."""
+    (model, chat), args, cut = tiny, changed(**settings), Counter()
+    for e in play(model, chat, range(6), guided, args):
+        assert len(e.ids) == len(e.mask) and set(e.mask) <= {0, 1} and not e.truncated
         position = 0
 
         def take(mask, length, e=e):
             nonlocal position
-            assert e["mask"][position : position + length] == [mask] * length
+            assert e.mask[position : position + length] == [mask] * length
             position += length
-            return e["ids"][position - length : position]
+            return e.ids[position - length : position]
 
-        given = chat.dialogue(sg.opening(WORLD, e["history"][0], guided))
-        for t in range(len(e["valid"])):
-            replies = [e["ratings"][t]] if guided else []
-            for text in [*replies, e["history"][2 * t + 1]]:
-                assert take(0, len(given)) == given
-                length = next((n for n in range(limit) if e["mask"][position + n : position + n + 1] != [1]), limit)
-                length = next((n + 1 for n in range(length) if e["ids"][position + n] in chat.eos), length)  # what follows an end is not it
-                reply = take(1, length)
-                assert length >= 1 and chat.decode(reply) == text
-                given = [] if reply[-1] in chat.eos else chat.eos[:1]  # a forced end token
-                cut += bool(given)
-                assert given == [] or length == limit
-                given = given + (chat.turn(sg.ACT) if guided and text is e["ratings"][t] else [])
-            if t + 1 < len(e["valid"]):
-                given = given + chat.turn(e["history"][2 * t + 2] + (f"\n{sg.RATE}" if guided else ""))
-        assert position == len(e["ids"])  # nothing behind the last sampled token
-        assert len(e["labels"]) == len(e["ratings"]) == guided * len(e["valid"])
-        assert e["labels"] == [sg.parse_rating(rating) for rating in e["ratings"]]
-    assert cut or limit == 20
+        world = envs.make(ENV, show_actions=args.show_actions)
+        world.reset(seed=e.seed, options={"split": "train"})
+        given, asked = chat.dialogue(sg.opening(world, args, guided)), False
+        for who, text in e.said[1:-1]:
+            if who == "world":
+                observation, asked = text, False
+                given = given + chat.turn(sg.to_rate(text) if guided else text)
+                continue
+            given = given + (chat.turn(sg.to_act(observation)) if asked else [])
+            asked = who == "rate"
+            limit, word = (args.rate_tokens, "Reason:") if asked else (args.max_new_tokens, "Action:")
+            if args.prefill:
+                given, text = given + chat.encode(word), text.removeprefix(word)
+            assert take(0, len(given)) == given
+            length = next((n for n in range(limit) if e.mask[position + n : position + n + 1] != [1]), limit)
+            length = next((n + 1 for n in range(length) if e.ids[position + n] in chat.eos), length)  # what follows an end is not it
+            reply = take(1, length)
+            assert length >= 1 and chat.decode(reply) == text
+            given = [] if reply[-1] in chat.eos else chat.eos[:1]  # a forced end token
+            cut[who] += bool(given)
+            assert given == [] or length == limit
+        assert position == len(e.ids)  # nothing behind the last sampled token
+        assert e.labels == [sg.parse_rating(text) for who, text in e.said if who == "rate"]
+        assert len(e.labels) == guided * (len(e.valid) - 1) and len(e.valid) == len(e.actions)
+    assert cut["act"] and (cut["rate"] or not guided) or args.max_new_tokens > 3
 
 
-def test_other_logits_do_not_matter(tiny, batch):
-    plain, metrics = trained(tiny, batch, ADVANTAGES, kl=0.0, updates=2)
+def test_other_positions_do_not_matter(tiny, batch):
+    plain, metrics = trained(tiny, batch, ADVANTAGES, updates=2)
     for sampled in False, True:
+        other, seen = copy.deepcopy(tiny[0]), {}
 
-        def disturb(module, _, kwargs, output, sampled=sampled):
-            ids, noise = kwargs["input_ids"], torch.zeros_like(output.logits)
-            for row, out in zip(ids.tolist(), noise):
-                found = max((e for e in batch if row[: len(e["ids"])] == e["ids"]), key=lambda e: len(e["ids"]))
+        def disturb(head, inputs, sampled=sampled, seen=seen):
+            noise = torch.zeros_like(inputs[0])
+            for row, out in zip(seen["ids"], noise):
+                found = max((e for e in batch if row[: len(e.ids)] == e.ids), key=lambda e: len(e.ids))
                 for t in range(len(row)):
-                    here = t + 1 < len(found["ids"]) and found["mask"][t + 1] == 1
+                    here = t + 1 < len(found.ids) and found.mask[t + 1] == 1
                     if here == sampled:
                         out[t, t % out.shape[1]] = 7.0
-            output.logits = output.logits + noise
-            return output
+            return (inputs[0] + noise,)
 
-        other = copy.deepcopy(tiny[0])
-        other.register_forward_hook(disturb, with_kwargs=True)
-        weights, numbers = trained((other, tiny[1]), batch, ADVANTAGES, kl=0.0, updates=2)
+        other.register_forward_pre_hook(lambda _, args, given, seen=seen: seen.update(ids=given["input_ids"].tolist()), with_kwargs=True)
+        other.get_output_embeddings().register_forward_pre_hook(disturb)
+        weights, numbers = trained((other, tiny[1]), batch, ADVANTAGES, updates=2)
         assert torch.equal(weights, plain) == (not sampled) and (numbers == metrics) == (not sampled)
 
 
 def test_episodes_do_not_depend_on_their_batch(tiny):
     seeds = [5, 5, 6, 6, 7, 7]
+
+    def texts(episodes):
+        return [(e.said, e.ids, e.mask) for e in episodes]
+
     for guided in True, False:
         whole = play(*tiny, seeds, guided)
-        texts = lambda episodes: [(e["history"], e["ratings"], e["ids"], e["mask"]) for e in episodes]  # noqa: E731
-        assert texts(whole) == texts(play(*tiny, seeds, guided))
+        assert texts(whole) == texts(play(*tiny, seeds, guided)) == texts(play(*tiny, seeds, guided, changed(rollout_batch_size=4)))
         for count in 1, 3, 5:
             assert texts(play(*tiny, seeds[:count], guided)) == texts(whole[:count])
-        assert whole[0]["history"] != whole[1]["history"]  # two episodes of one task
-        assert whole[0]["history"][0] == whole[1]["history"][0] != whole[2]["history"][0]
+        assert whole[0].said != whole[1].said  # two episodes of one task
+        assert whole[0].said[0] == whole[1].said[0] != whole[2].said[0]
         assert texts(play(*tiny, seeds, guided, stream=("other",))) != texts(whole)
 
 
-@pytest.mark.parametrize("guided", [True, False])
-def test_a_full_context_ends_the_episode(tiny, guided):
+@pytest.mark.parametrize("guided, prefill", [(True, False), (False, False), (True, True)])
+def test_a_full_context_ends_the_episode(tiny, monkeypatch, guided, prefill):
+    kept, init, args = [], common.Dialogues.__init__, changed(prefill=prefill)
+    monkeypatch.setattr(common.Dialogues, "__init__", lambda self, *a: kept.append(self) or init(self, *a))
     model, chat = copy.deepcopy(tiny[0]), tiny[1]
-    full = play(model, chat, range(12), guided)
-    long = max(full, key=lambda e: len(e["ids"]))
-    model.config.max_position_embeddings = len(long["ids"]) - 10
-    ended = play(model, chat, range(12), guided)
-    assert any(e["truncated"] for e in ended) and sg.watch(ended)["truncated"] == sum(e["truncated"] for e in ended)
-    for one, other in zip(ended, full):
-        assert len(one["ids"]) <= model.config.max_position_embeddings or not one["truncated"]
-        assert one["history"] == other["history"][: len(one["history"])] and (one["truncated"] or one["history"] == other["history"])
-    assert all(len(e["ids"]) <= model.config.max_position_embeddings for e in ended)
+    full = play(model, chat, range(12), guided, args)
+    longest = max(len(e.ids) for e in full)
+    for less in 0, 7, 14, 28, 56:
+        model.max_context = longest - less
+        ended = play(model, chat, range(12), guided, args)
+        for row, (one, other) in enumerate(zip(ended, full)):
+            said = len(one.said)
+            assert one.said == other.said[:said] and one.ids == other.ids[: len(one.ids)] and (one.truncated or said == len(other.said))
+            assert one.truncated or len(kept[-1].ids[row]) <= model.max_context + 1  # whatever is forced; an end is not read again
+            assert len(one.ids) <= model.max_context
+    assert any(e.truncated for e in ended) and sg.watch(ended)["truncated"] == sum(e.truncated for e in ended) / 12
+    model.max_context = 9  # not even a first prompt
+    none = play(model, chat, range(8), guided, args)
+    assert all(e.truncated and not e.valid and not any(e.mask) for e in none)
+    weights, metrics = trained((model, chat), none, ADVANTAGES, updates=2, kl=0.1)
+    assert torch.equal(weights, flat(model)) and metrics["loss"] == 0 and sg.watch(none)["turns"] == 0
+    trained((model, chat), [*full[:4], *none[:4]], ADVANTAGES, micro_batch_size=3)
 
 
-def test_prompts_do_not_change_with_what_is_hidden():
-    for guided in True, False:
-        seen = set()
-        for finding in WORLD.faults["is too loud"][1]:
-            world = envs.make("repair")
-            observation, _ = world.reset(seed=0)
-            vars(world).update(symptom="is too loud", finding=finding)
-            seen.add(str(sg.opening(world, observation, guided)))
-        assert len(seen) == 1 and (sg.GUIDED in str(sg.opening(WORLD, "x", True)[0]["content"])) and sg.POLICY not in sg.GUIDED
+# -------------------------------------------------------------------------------------------------------- groups of a step
+
+
+def planned(monkeypatch, plan):
+    """sg.rollout that plays nothing: `plan` says, attempt by attempt, whose groups have spread -> its calls."""
+    calls = []
+
+    def rollout(model, chat, args, split, seeds, **how):
+        spread = plan[len(calls)]
+        calls.append((split, list(seeds), how))
+        assert len(seeds) == args.group_size * len(spread)
+        scores = [float(won and i == 0) for won in spread for i in range(args.group_size)]
+        return [sg.Episode(split, seed, score=score) for seed, score in zip(seeds, scores)]
+
+    monkeypatch.setattr(sg, "rollout", rollout)
+    return calls
+
+
+def test_dapo_replaces_groups_without_spread(monkeypatch):
+    calls = planned(monkeypatch, [[0, 1, 0, 0], [1, 0, 0], [0, 0]])  # the last attempt is taken as it is
+    args = changed(seed=3, estimator="dapo", batch_size=16, group_size=4, resample=2, temperature=0.9)
+    batch, played = sg.sample_groups("model", "chat", args, 7, 40, 0.5, guided=True, rater="rater")
+    assert [e.score for e in batch[::4]] == [1, 1, 0, 0] and len(batch) == 16 and len(played) == 36
+    assert [how for *_, how in calls] == [
+        dict(temperature=0.9, stream=("train", 7, attempt), guided=True, rater="rater") for attempt in range(3)]
+    assert {split for split, *_ in calls} == {"train"}
+    tried = [seed - 3 * 1_000_000_007 for _, seeds, _ in calls for seed in seeds]
+    assert tried == [40 + i // 4 for i in range(36)]  # every replacement is another task
+    assert [e.seed for e in batch] == [e.seed for e in played if e.seed - 3 * 1_000_000_007 in (41, 44, 47, 48)]
+
+
+def test_dapo_stops_when_the_batch_is_full_and_grpo_takes_what_it_gets(monkeypatch):
+    args = changed(estimator="dapo", batch_size=8, group_size=4, resample=5)
+    calls = planned(monkeypatch, [[1, 0], [1]])
+    batch, played = sg.sample_groups(None, None, args, 1, 0, 0.0, guided=False)
+    assert len(batch) == 8 and len(played) == 12 and len(calls) == 2
+    for other in dataclasses.replace(args, estimator="grpo"), dataclasses.replace(args, resample=0):
+        calls = planned(monkeypatch, [[0, 0]])
+        batch, played = sg.sample_groups(None, None, other, 1, 0, 0.0, guided=False)
+        assert batch == played and len(batch) == 8 and len(calls) == 1
+
+
+def test_ratings_make_spread_when_they_earn(monkeypatch):
+    args = changed(estimator="dapo", batch_size=2, group_size=2, resample=1)
+    for weight, count in (0.0, 2), (1.0, 1):
+        calls = planned(monkeypatch, [[0], [0]])
+
+        def rated(*a, rollout=sg.rollout, **how):
+            return [dataclasses.replace(e, labels=[i]) for i, e in enumerate(rollout(*a, **how))]
+
+        monkeypatch.setattr(sg, "rollout", rated)
+        sg.sample_groups(None, None, args, 1, 0, weight, guided=True)
+        assert len(calls) == count
 
 
 # -------------------------------------------------------------------------------------------------------------- warm-up
@@ -440,58 +893,189 @@ class Shelf(envs.World):
 @pytest.fixture(scope="module")
 def taught():
     world = Shelf()
-    examples = sg.warmup(world, dataclasses.replace(ARGS, examples=3000))
+    examples = sg.warmup(world, changed(examples=3000))
     return world, examples
 
 
 def test_warm_up_sees_train_alone_and_no_expert(taught, monkeypatch):
     world, examples = taught
     assert world.splits_seen == {"train"} and 0.02 < sum(world.won_in.values()) / 3000 < 0.98
-    small = dataclasses.replace(ARGS, examples=20)
+    small = changed(examples=20)
     assert sg.warmup(Shelf(), small) == sg.warmup(Shelf(), small)  # the cache is named after it
     for name in "repair", "20q":
         real = envs.make(name)
         monkeypatch.setattr(type(real), "expert", Shelf.expert)
         reset, splits = real.reset, set()
         monkeypatch.setattr(real, "reset", lambda s=splits, r=reset, **k: s.add(k["options"]["split"]) or r(**k))
-        assert sg.warmup(real, dataclasses.replace(ARGS, examples=50)) and splits == {"train"}
+        assert sg.warmup(real, changed(env=name, examples=50)) and splits == {"train"}
 
 
 def test_warm_up_shows_nothing_of_the_test_split():
     test = {envs.make("repair").reset(seed=seed, options={"split": "test"})[0].split(" that ")[0] for seed in range(2000)}
-    text = str(sg.warmup(envs.make("repair"), dataclasses.replace(ARGS, examples=600)))
+    text = str(sg.warmup(envs.make("repair"), changed(examples=600)))
     openings = set(re.findall(r"\w+ brings a \w+ \w+", text))
     assert len(openings) > 100 and len(test) > 80 and not openings & test
 
 
 def test_warm_up_ratings_are_negative_where_nothing_happened_and_else_know_nothing(taught):
     world, examples = taught
-    by_outcome, after, count = defaultdict(list), Counter(), 0
+    by_outcome, after, count, ends = defaultdict(list), Counter(), 0, Counter()
     for dialogue in examples:
         guided = sg.GUIDED in dialogue[0]["content"]
-        name = re.match(r"Shelf \d+\.", dialogue[1]["content"])[0]
-        for asked, said in zip(dialogue[1::2], dialogue[2::2]):
-            assert asked["role"] == "user" and said["role"] == "assistant"
-            if guided and asked["content"].endswith(f"\n{sg.RATE}"):
-                observation, said = asked["content"].removesuffix(f"\n{sg.RATE}"), said["content"]
-                label = sg.parse_rating(said)
-                assert said == f"Reason: {' '.join(sg.event(observation).split()[-3:])}\nLabel: {sg.LABELS[label + 1]}"
-                after["nothing" if observation.startswith("Nothing happens.") else "something", label] += 1
-                if not observation.startswith("Nothing"):
-                    by_outcome[label, world.won_in[name]].append(said)
-        for shown, rating, asked, said in zip(dialogue[1::2], dialogue[2::2], dialogue[3::2], dialogue[4::2]):
-            if guided and asked["content"] == sg.ACT:  # the action that answers a rating
-                observation, label = shown["content"], sg.parse_rating(rating["content"])
+        said = [m["content"] for m in dialogue]
+        assert [m["role"] for m in dialogue] == ["system", *["user", "assistant"] * (len(dialogue) // 2)]
+        name = re.match(r"Shelf \d+\.", said[1])[0]
+        last = said[-2].removesuffix(f"\n{sg.READ}")  # reading is practised at the end
+        assert last != said[-2] and said[-1] == f"{world.task}\n{sg.event(last)}" and sg.RATE not in last
+        ends[guided, "turn left" in last or "turns left" in last] += 1
+        body, each = said[2:-2], 4 if guided else 2
+        for n in range(0, len(body), each):
+            assert body[n].startswith("Action: take ")
+            if not guided:
+                assert n + 1 == len(body) or sg.RATE not in body[n + 1]
+                continue
+            if n + 1 == len(body):
+                break
+            observation, rating = body[n + 1].removesuffix(f"\n{sg.RATE}"), body[n + 2]
+            assert body[n + 1] == sg.to_rate(observation) and body[n + 3] == sg.ACT  # the first turn is not rated
+            label = sg.parse_rating(rating)
+            assert rating == f"Reason: {' '.join(sg.event(observation).split()[-3:])}\nLabel: {sg.LABELS[label + 1]}"
+            nothing = observation.startswith("Nothing happens.")
+            after["nothing" if nothing else "something", label] += 1
+            if not nothing:
+                by_outcome[label, world.won_in[name]].append(rating)
+            if n + 4 < len(body):  # the action that answers a rating
                 possible = [f"take {thing}" for thing in re.search(r"Here: (.+?)\.", observation)[1].split(", ")]
-                assert label != -1 or said["content"] in possible
-                count += label != -1 and said["content"] not in possible
-    assert count > 20  # mistakes are in it
+                action = world.read(body[n + 4])
+                assert label != -1 or action in possible
+                count += label != -1 and action not in possible
+    assert count > 5 and min(ends[key] for key in [(True, True), (False, True), (True, False), (False, False)]) > 50
     assert after["nothing", 0] == after["nothing", 1] == 0 and after["nothing", -1] > 8
     total = sum(after["something", label] for label in (-1, 0, 1))
     for label in -1, 0, 1:
         assert abs(after["something", label] / total - 1 / 3) < 4 * math.sqrt(2 / 9 / total)
         won, lost = ([row == label for row in (-1, 0, 1) for _ in by_outcome[row, end]] for end in (True, False))
         assert helpers.rates_differ(won, lost) < 4
+
+
+def test_warm_up_in_worlds_with_and_without_a_list(monkeypatch):
+    for env in "household", "search":
+        args = changed(env=env, examples=12, show_actions=True)
+        said = [m["content"] for dialogue in sg.warmup(envs.make(env, show_actions=True), args) for m in dialogue]
+        assert any(envs.LISTING in text for text in said) and not any(envs.LISTING in text for text in said if text.endswith(sg.RATE))
+    monkeypatch.setattr(Shelf, "admissible", lambda self: None)
+    assert len(sg.warmup(Shelf(), changed(examples=4))) == 4
+
+
+class Walk(envs.World):
+    """Two steps to the left or to the right, within three turns; which of them wins is hidden."""
+
+    name, max_turns, task, system = "walk", 3, "Get there.", "You are on a road."
+
+    def begin(self, rng, split):
+        self.place, self.goal = 0, rng.choice([-2, 2])
+        return "Here."
+
+    def admissible(self):
+        return ["left", "right"]
+
+    def act(self, text):
+        self.place += {"left": -1, "right": 1}.get(text, 0)
+        self.won = self.place == self.goal
+        return f"{self.place}.", text in self.admissible()
+
+    def snapshot(self):
+        return self.place, self.goal
+
+    def restore(self, snapshot):
+        (self.place, self.goal), self.won = snapshot, False
+
+    def possibilities(self):
+        return [(self.place, goal) for goal in (-2, 2)]
+
+
+def test_prospects_by_hand():
+    world = Walk()
+    world.reset(seed=0)
+    prospects = sg.Prospects(world)
+    # to win from a place, goal 2, within turns: 1 from 1 in one; 1, 1 from 0 or 1 and back and 1 ...
+    by_hand = {(1, 0): 0, (1, 1): 1 / 2, (1, 2): 1 / 2, (1, 3): 5 / 8, (0, 1): 0, (0, 2): 1 / 4, (0, 3): 1 / 4, (-1, 3): 1 / 8}
+    for (place, turns), chance in by_hand.items():
+        assert prospects.chance((place, 2), turns) == prospects.chance((-place, -2), turns) == chance
+    for seed in range(4):  # either goal
+        world.reset(seed=seed)
+        labels = []
+        for action in "right", "left":
+            prospects.before(world)
+            assert world.step(action)[-1]["valid"]
+            labels.append(prospects.label(world, True))
+        assert labels == ["neutral", "negative"]  # 1/4, then (1/2 + 0) / 2, then 0: the goal decides nothing
+        assert prospects.label(world, False) == "negative"
+        assert prospects.advised(world, "negative", world.admissible()) == ["right"]  # undoes it
+        assert prospects.advised(world, "positive", world.admissible()) == ["left"]
+        assert prospects.advised(world, "neutral", world.admissible()) == []
+
+
+def test_warm_up_with_a_dose_sees_train_alone_and_no_expert(monkeypatch):
+    world = envs.make("household")
+    monkeypatch.setattr(type(world), "expert", Shelf.expert)
+    reset, splits = world.reset, set()
+    monkeypatch.setattr(world, "reset", lambda **k: splits.add(k["options"]["split"]) or reset(**k))
+    args = changed(env="household", dose=1.0, examples=40)
+    examples = sg.warmup(world, args)
+    assert splits == {"train"} and len(examples) > 40
+    labels = Counter()
+    for example in examples:
+        if isinstance(example, tuple):  # a hint that was taken
+            messages, reply = example
+            assert messages[-1]["content"] == sg.ACT and reply.startswith("Action: ")
+            labels[sg.parse_rating(messages[-2]["content"])] += 1
+    assert set(labels) == {-1, 0, 1}
+
+
+# --------------------------------------------------------------------------------------------------------- the defaults
+
+PAPER = {  # shared/papers/self_guide.md
+    "steps": 100, "lr": 1e-6, "max_new_tokens": 1024, "temperature": 1.0, "eval_temperature": 0.4, "group_size": 8, "estimator": "grpo",
+    "clip": 0.2, "clip_high": 0.28, "kl": 0.01, "guide": "on", "rate_tokens": 1024, "trust": "schedule",
+    "trust_points": [0.4, 0.5, 0.7, 0.8], "rating_reward": 0.1, "reward_scale": 1.0, "flat_groups": True}  # fmt: skip
+PUBLIC_SCRIPT = {"batch_size": 16 * 8}  # verl-agent's
+OPEN = {"updates", "resample", "invalid_penalty", "mean_rating", "frozen_rater", "dose"}
+
+
+def test_the_defaults_are_the_papers():
+    args, told = sg.Args(), {field.name: field.metadata["help"] for field in dataclasses.fields(sg.Args)}
+    assert {name for name, text in told.items() if "(paper" in text} == set(PAPER)
+    assert {name for name, text in told.items() if "(public script" in text} == set(PUBLIC_SCRIPT)
+    assert {name for name, text in told.items() if "not in the paper" in text} == OPEN
+    stated = PAPER | PUBLIC_SCRIPT | {"invalid_penalty": 0.0, "mean_rating": False, "frozen_rater": False, "dose": 0.0,
+                                      "updates": 1, "shots": 0,
+                                      "prefill": False, "show_actions": False, "thinking": False, "micro_batch_size": 1,
+                                      "rollout_batch_size": 64}  # fmt: skip
+    assert {name: getattr(args, name) for name in stated} == stated
+    assert set(sg.TINY) < set(told) and sg.TINY["device"] == "cpu" and sg.TINY["rollout_batch_size"] == 256
+    for argv in [], ["--model", "tiny"], ["--model", "tiny:32x1"]:
+        tiny = common.parse_args(sg.Args, sg.TINY, argv)
+        assert tiny == dataclasses.replace(args, **sg.TINY, model=(argv or [0, "tiny"])[1])
+    given = common.parse_args(sg.Args, sg.TINY, ["--model", "smollm2", "--lr", "1"])
+    assert given == dataclasses.replace(args, model="smollm2", lr=1.0)
+    assert common.parse_args(sg.Args, sg.TINY, ["--lr", "1"]).lr == 1  # what is given wins
+    before = dict(steps=100, lr=5e-4, batch_size=128, group_size=8, updates=4, kl=0.03, reward_scale=10.0, eval_episodes=500)
+    assert {name: getattr(tiny, name) for name in before} == before  # as in the first design
+
+
+def test_quick_is_small_for_any_model():
+    for model in "tiny", "smollm2":
+        args = dataclasses.replace(common.parse_args(sg.Args, sg.TINY, ["--model", model]), **sg.QUICK)
+        sg.check_args(args)
+        assert max(args.eval_episodes, args.batch_size) <= 16 and args.steps <= 4
+
+
+def test_the_commands_of_the_docstring_are_accepted():
+    commands = sg.__doc__.replace("\\\n", " ").split("    python self_guide.py")[1:]
+    assert len(commands) >= 3
+    for command in commands:
+        sg.check_args(common.parse_args(sg.Args, sg.TINY, shlex.split(command.split("\n")[0], comments=True)))
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs: set-up
@@ -504,21 +1088,21 @@ def environment(environment, tiny):
 
 @pytest.fixture
 def main_here(monkeypatch, run_here):
-    """self_guide.main() in this process, so that its functions can be watched -> what `evaluate` and `update` were given."""
+    """self_guide.main() in this process, so that its functions can be watched -> what `evaluate`, `rollout`, `update` were given."""
     seen = SimpleNamespace(guided=[], rollouts=[], updates=[])
     evaluate, rollout, update = sg.evaluate, sg.rollout, sg.update
 
-    def evaluating(model, chat, args, split, episodes, guided):
+    def evaluating(model, chat, args, splits, count, guided, *rest):
         seen.guided.append(guided)
-        return evaluate(model, chat, args, split, episodes, guided)
+        return evaluate(model, chat, args, splits, count, guided, *rest)
 
-    def rolling(model, chat, args, split, seeds, **rest):
-        seen.rollouts.append((split, list(seeds), rest))
-        return rollout(model, chat, args, split, seeds, **rest)
+    def rolling(model, chat, args, split, seeds, **how):
+        seen.rollouts.append((split, list(seeds), how))
+        return rollout(model, chat, args, split, seeds, **how)
 
-    def updating(model, reference, chat, args, optimizer, episodes, advantages):
-        seen.updates.append((episodes, advantages))
-        return update(model, reference, chat, args, optimizer, episodes, advantages)
+    def updating(model, reference, chat, args, optimizer, episodes, advantages, clip, token_mean):
+        seen.updates.append((episodes, advantages, clip, token_mean))
+        return update(model, reference, chat, args, optimizer, episodes, advantages, clip, token_mean)
 
     for name, function in ("evaluate", evaluating), ("rollout", rolling), ("update", updating):
         monkeypatch.setattr(sg, name, function)
@@ -553,7 +1137,7 @@ def test_quick_by_subprocess(run_as_user, tmp_path):
     for piece in "\nbefore\n", "\nafter\n", "random", "expert", "rollouts.jsonl", "success", "> ":
         assert piece in result.stdout
     model, _ = common.load(str(run / "model"))  # in the Hugging Face format
-    saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["state"]["model"]
+    saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["state"]["parts"]["model"]
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
 
 
@@ -565,21 +1149,26 @@ def test_metrics_follow_from_the_rollouts(whole, tiny):
         episodes = [e for e in rollouts if e["step"] == row["step"]]
         seeds += [e["seed"] for e in episodes]
         assert all(len({e["seed"] for e in episodes[g : g + 4]}) == 1 for g in (0, 4))  # a group is one task
-        env = [10 * e["won"] for e in episodes]
+        env = [10 * e["score"] for e in episodes]
         guide = [0.1 * sum(label or 0 for label in e["labels"]) for e in episodes]
         labels = [label for e in episodes for label in e["labels"]]
         assert row["success"] == sum(e["won"] for e in episodes) / 8 and row["reward_env"] == pytest.approx(sum(env) / 8)
         assert row["reward_guide"] == pytest.approx(sum(guide) / 8)
         assert row["return"] == pytest.approx(row["reward_env"] + row["trust"] * row["reward_guide"])
-        assert row["label_malformed"] == labels.count(None) / len(labels)
+        assert row["label_malformed"] == labels.count(None) / len(labels) and row["unrated_steps"] == 8
         assert sum(row[f"label_{name}"] for name in (*sg.LABELS, "malformed")) == pytest.approx(1)
-        assert abs(row["logprob_gap"]) < 1e-4 and row["entropy"] > 0 and row["groups"] == 2
-        assert {"ratings_if_won", "ratings_if_lost", "label_outcome_correlation", "looping", "invalid", "turns", "kl"} <= set(row)
+        assert row["cut_act"] == sum(e["cut"]["act"] for e in episodes) / sum(len(e["valid"]) for e in episodes)
+        assert row["cut_rate"] == sum(e["cut"]["rate"] for e in episodes) / len(labels)
+        assert row["groups_flat_env"] == sg.without_spread(env, 4)
+        assert row["groups_flat"] == sg.without_spread([a + row["trust"] * b for a, b in zip(env, guide)], 4)
+        assert abs(row["logprob_gap"]) < 1e-4 and row["entropy"] > 0 and row["groups_replaced"] == 0
+        assert {"ratings_if_won", "ratings_if_lost", "label_outcome_correlation", "lost_by_looping", "invalid", "turns", "kl"} <= set(row)
     assert len(set(seeds)) == 8  # no task twice
     assert any(label is not None for e in rollouts for label in e["labels"])  # or this file tests no ratings at all
     assert "eval_success" in metrics[1] and "eval_success" not in metrics[0] and "eval_success" not in metrics[3]
     trained, _ = common.load(str(whole / "model"))
     assert all(not torch.equal(a, b) for a, b in zip(trained.parameters(), tiny[0].parameters()))  # every parameter moved
+    assert trained.config.tiny  # TINY holds for what goes on from it
 
 
 def test_eval_only_writes_nothing(run_script, whole, tmp_path):
@@ -593,7 +1182,7 @@ def test_the_same_seed_gives_the_same_metrics_and_another_does_not(run_script, w
     assert run_script(f"{SMALL} --out-dir again", tmp_path).status == 0
     same_run(whole, tmp_path / "again")
     assert run_script(f"{SMALL} --out-dir other --seed 9223372036854775807 --steps 1", tmp_path).status == 0
-    assert lines(tmp_path / "other" / "rollouts.jsonl")[0]["history"] != lines(whole / "rollouts.jsonl")[0]["history"]
+    assert lines(tmp_path / "other" / "rollouts.jsonl")[0]["said"] != lines(whole / "rollouts.jsonl")[0]["said"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- arms
@@ -601,71 +1190,65 @@ def test_the_same_seed_gives_the_same_metrics_and_another_does_not(run_script, w
 
 @pytest.mark.parametrize("flags, guided, arm", [
     ("", True, "schedule"), ("--trust zero", True, "zero"), ("--trust immediate", True, "immediate"),
-    ("--trust no-anneal", True, "no-anneal"), ("--guide off", False, "grpo"),
+    ("--trust no-anneal --estimator dapo --resample 0", True, "no-anneal"), ("--guide off", False, "grpo"),
+    ("--guide off --estimator dapo --resample 0", False, "dapo"),
+    ("--trust immediate --mean-rating --flat-groups False --reward-scale 1 --invalid-penalty 0.05", True, "immediate"),
 ])  # fmt: skip
 def test_arms_differ_in_guidance_and_trust(main_here, tmp_path, flags, guided, arm):
     seen = main_here(f"{SMALL} --steps 2 --trust-points 0 0.2 0.4 0.5 --out-dir run {flags}")
     assert len(seen.guided) == 2 and set(seen.guided) == {guided}  # guided arms are evaluated with guidance
-    assert {rest["guided"] for _, _, rest in seen.rollouts} == {guided}
-    assert {split for split, _, rest in seen.rollouts if rest["stream"][0] == "train"} == {"train"}
+    assert {how["guided"] for *_, how in seen.rollouts} == {guided} and {how["rater"] for *_, how in seen.rollouts} == {None}
+    assert {split for split, _, how in seen.rollouts if how["stream"][0] == "train"} == {"train"}
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["arm"] == arm
+    (episodes, advantages, clip, token_mean), row = seen.updates[-1], lines(tmp_path / "run" / "metrics.jsonl")[-1]
     weight = {"immediate": 1, "no-anneal": 1}.get(arm, 0)
-    (episodes, advantages), row = seen.updates[-1], lines(tmp_path / "run" / "metrics.jsonl")[-1]
-    assert row["trust"] == weight or not guided
-    returns = [10 * e["won"] + weight * 0.1 * sum(label or 0 for label in e["labels"]) for e in episodes]
-    assert advantages == pytest.approx(sg.group_advantages(returns, 4))
-    assert all(bool(e["labels"]) == guided for e in episodes)
+    assert row["trust"] == weight and (clip, token_mean) == (((0.2, 0.28), True) if "dapo" in flags else ((0.2, 0.2), False))
+    returns = [10 * e.score + weight * 0.1 * sum(label or 0 for label in e.labels) for e in episodes]
+    if "mean-rating" in flags:
+        environment = [e.score - 0.05 * e.valid.count(False) for e in episodes]
+        returns = [r + 0.1 * sum(label or 0 for label in e.labels) / max(1, len(e.labels)) for r, e in zip(environment, episodes)]
+    expected = sg.group_advantages(returns, 4)
+    if "flat-groups" in flags:
+        expected = [a if len(set(environment[i // 4 * 4 : i // 4 * 4 + 4])) > 1 else 0 for i, a in enumerate(expected)]
+    assert advantages == pytest.approx(expected)
+    assert all(bool(e.labels) == (guided and len(e.valid) > 1) for e in episodes)
+
+
+def test_a_frozen_rater_stays_the_start_policy(main_here, monkeypatch, tiny, tmp_path):
+    start, spoken = common.fingerprint(tiny[0]), []
+    reply = common.Dialogues.reply
+    monkeypatch.setattr(common.Dialogues, "reply", lambda self, *a, **k: spoken.append(
+        (k["max_new_tokens"], common.fingerprint(self.model))) or reply(self, *a, **k))
+    main_here(f"{SMALL} --steps 2 --lr 1e-2 --trust immediate --frozen-rater --kl 0 --rate-tokens 19 --out-dir run")
+    assert {weights for limit, weights in spoken if limit == 19} == {start}  # in evaluation, too
+    actors = list(dict.fromkeys(weights for limit, weights in spoken if limit == 20))
+    assert len(actors) == 3 and actors[0] == start
+    rows = lines(tmp_path / "run" / "rollouts.jsonl")
+    assert any(row["labels"] for row in rows)
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["args"]["frozen_rater"] is True
 
 
 def test_guidance_at_inference_trains_nothing(main_here, tiny, tmp_path):
     seen = main_here(f"{SMALL} --guide inference --out-dir run")
-    assert seen.guided == [False, True] and not seen.updates and all(rest["stream"][0] == "evaluate" for _, _, rest in seen.rollouts)
+    assert seen.guided == [False, True] and not seen.updates and all(how["stream"][0] == "evaluate" for *_, how in seen.rollouts)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["arm"] == "inference" and summary["gradient_steps"] == summary["generated_tokens"] == summary["train_episodes"] == 0
     assert set(summary) >= set(SUMMARY)
     assert common.fingerprint(common.load(str(tmp_path / "run" / "model"))[0]) == common.fingerprint(tiny[0])
 
 
-def test_dapo_replaces_groups_without_spread(main_here, monkeypatch, tmp_path):
-    plan = [[0, 1, 0, 0], [1, 0, 0], [0, 0]]  # which groups have spread, attempt by attempt; the last attempt is taken as it is
-    rollout = sg.rollout
-
-    def planned(model, chat, args, split, seeds, **rest):
-        episodes = rollout(model, chat, args, split, seeds, **rest)
-        if rest["stream"][0] == "train":
-            spread = plan[rest["stream"][2]]
-            assert len(seeds) == 4 * len(spread)
-            for i, e in enumerate(episodes):
-                e["score"] = float(spread[i // 4] and i % 4 == 0)
-        return episodes
-
-    seen = main_here  # installs its watchers on evaluate, rollout, update first
-    monkeypatch.setattr(sg, "rollout", planned)
-    seen = main_here(f"{SMALL} --guide off --estimator dapo --batch-size 16 --steps 1 --resample 2 --out-dir run")
-    [(episodes, advantages)], [row] = seen.updates, lines(tmp_path / "run" / "metrics.jsonl")
-    assert len(episodes) == len(advantages) == 16 and row["groups"] == 4 and row["groups_replaced"] == 5
-    assert row["groups_without_spread"] == 2 and [e["score"] for e in episodes[::4]] == [1, 1, 0, 0]
-    assert row["episodes"] == 4 * (4 + 3 + 2) and row["env_steps"] > sum(len(e["valid"]) for e in episodes)  # what was thrown away counts
-    tried = [seed for split, seeds, rest in seen.rollouts if rest["stream"][0] == "train" for seed in seeds]
-    assert len(tried) == 36 and len(set(tried)) == 9  # every replacement is another task
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["arm"] == "dapo"
-
-
 def test_dapo_keeps_full_batches_by_itself(run_script, tmp_path):
-    result = run_script(f"{SMALL} --estimator dapo --trust immediate --steps 2 --out-dir run", tmp_path)
+    flags = f"{SMALL} --estimator dapo --trust immediate --steps 2 --save-every 1 --updates 2"
+    result = run_script(f"{flags} --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
     rows = lines(tmp_path / "run" / "metrics.jsonl")
     assert [sum(e["step"] == row["step"] for e in lines(tmp_path / "run" / "rollouts.jsonl")) for row in rows] == [
         8 + 4 * row["groups_replaced"] for row in rows]
-    assert rows[-1]["episodes"] == 16 + 4 * sum(row["groups_replaced"] for row in rows)
-
-
-def test_a_token_budget_stops_the_run(run_script, tmp_path):
-    result = run_script(f"{SMALL} --guide off --token-budget 700 --steps 1 --out-dir run", tmp_path)
-    assert result.status == 0, result.stderr
-    tokens = [row["tokens"] for row in lines(tmp_path / "run" / "metrics.jsonl")]
-    assert len(tokens) > 1 and tokens[-1] >= 700 > tokens[-2]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["generated_tokens"] == tokens[-1]
+    assert rows[0]["groups_replaced"] and len({e["seed"] for e in lines(tmp_path / "run" / "rollouts.jsonl")}) == rows[-1]["episodes"] / 4
+    assert rows[-1]["episodes"] == 16 + 4 * sum(row["groups_replaced"] for row in rows) and rows[-1]["gradient_steps"] == 4
+    assert run_script(f"{flags} --out-dir killed", tmp_path, LOG.format(step=2, name="SIGKILL")).status == -signal.SIGKILL
+    assert run_script(f"{flags} --out-dir killed --resume", tmp_path).status == 0
+    same_run(tmp_path / "run", tmp_path / "killed")
 
 
 # ------------------------------------------------------------------------------------- whole runs: a model from elsewhere
@@ -674,26 +1257,64 @@ save_llama = functools.partial(helpers.save_llama, text=[WORLD.system, sg.POLICY
 
 
 def test_a_llama_without_a_clue_runs_through_every_line(run_script, llama, tmp_path):
-    flags = SMALL.replace("--model tiny", f"--model {llama}") + " --steps 2 --eval-every 1 --max-new-tokens 8 --trust immediate"
+    flags = SMALL.replace("--model tiny", f"--model {llama} --device cpu --reward-scale 10 --lr 5e-4")
+    flags += " --steps 2 --eval-every 1 --max-new-tokens 8 --rate-tokens 8 --trust immediate"
     result = run_script(f"{flags} --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
     metrics, rollouts = lines(tmp_path / "run" / "metrics.jsonl"), lines(tmp_path / "run" / "rollouts.jsonl")
     assert metrics[-1]["label_malformed"] == 1 and metrics[-1]["reward_guide"] == 0 and metrics[-1]["invalid"] == 1
-    assert all(len(row["valid"]) == len(row["ratings"]) == 5 for row in rollouts) and abs(metrics[-1]["logprob_gap"]) < 1e-4
+    assert all(len(row["valid"]) == len(row["labels"]) + 1 == 5 for row in rollouts) and abs(metrics[-1]["logprob_gap"]) < 1e-4
+    for part, limit in ("act", "--max-new-tokens"), ("rate", "--rate-tokens"):  # told once, and which flag helps
+        assert metrics[0][f"cut_{part}"] > 0.2 and result.stderr.count(f"of the replies of {part} were cut: raise {limit}") == 1
     trained, chat = common.load(str(tmp_path / "run" / "model"))
     start, _ = common.load(str(llama))  # nothing was won, nobody was praised: no spread, no advantage; the KL is 0 as well
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(trained.parameters(), start.parameters()))
     assert chat.prompt([{"role": "user", "content": "Hi"}]) == common.Chat(chat.tokenizer).prompt([{"role": "user", "content": "Hi"}])
 
 
+@pytest.mark.parametrize("env", ["household", "search"])
+def test_what_helps_a_small_chat_model(run_script, llama, tmp_path, env):
+    flags = SMALL.replace("--model tiny", f"--model {llama} --device cpu").replace(f"--env {ENV}", f"--env {env}")
+    flags += " --steps 1 --batch-size 4 --micro-batch-size 2 --eval-episodes 1 --max-new-tokens 8 --rate-tokens 8 --thinking"
+    result = run_script(f"{flags} --shots 2 --prefill --show-actions --frozen-rater --max-context 4000 --out-dir run", tmp_path)
+    assert result.status == 0, result.stderr
+    said = [(who, text) for row in lines(tmp_path / "run" / "rollouts.jsonl") for who, text in row["said"]]
+    assert all(text.startswith({"act": "Action:", "rate": "Reason:"}[who]) for who, text in said if who != "world")
+    assert any(envs.LISTING in text for who, text in said if who == "world")
+
+
 def test_a_context_that_fills_up_ends_episodes(run_script, llama, tmp_path):
     chat = common.load(str(llama))[1]
-    room = len(chat.dialogue(sg.opening(WORLD, WORLD.reset(seed=0)[0], True))) + 100
-    save_llama(tmp_path / "short", context=room)
-    flags = SMALL.replace("--model tiny", "--model short") + " --steps 1 --max-new-tokens 8"
-    result = run_script(f"{flags} --out-dir run", tmp_path)
+    WORLD.reset(seed=0)
+    room = len(chat.dialogue(sg.opening(WORLD, ARGS, True))) + 100
+    flags = SMALL.replace("--model tiny", f"--model {llama} --device cpu") + " --steps 1 --max-new-tokens 8 --rate-tokens 8"
+    result = run_script(f"{flags} --max-context {room} --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
-    assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["truncated"] == 8
+    assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["truncated"] == 1
+
+
+WORLD_FILE = """
+import envs
+
+class Caf\u00e9(envs.RepairShop):
+    name = "Caf\u00e9"
+    def observe(self, words):
+        return super().observe(words + " \u2615")
+"""
+
+
+def test_a_world_of_ones_own_and_a_terminal_that_cannot_print(run_script, tmp_path):
+    (tmp_path / "shop.py").write_text(WORLD_FILE)
+    flags = f"{SMALL} --steps 1 --examples 300 --env shop.py:Caf\u00e9 --show-actions --shots 1 --prefill"
+    fault = "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='ascii', line_buffering=True)\n"
+    fault += "common.Run.start = lambda run, model, start=common.Run.start: start(run)"  # which prints the world's name
+    result = run_script(flags, tmp_path, fault)
+    assert result.status == 1 and "UnicodeEncodeError" in result.stderr
+    [run] = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"self_guide-[\w.-]+-s0", run.name) and json.loads((run / "summary.json").read_text())["expert"]["success"] == 1
+    assert common.load(str(run / "model"))[0].config.tiny
+    assert any("\u2615" in text for row in lines(run / "rollouts.jsonl") for _, text in row["said"])
+    assert run_script(f"{flags} --out-dir whole", tmp_path).status == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -703,7 +1324,8 @@ def test_a_context_that_fills_up_ends_episodes(run_script, llama, tmp_path):
 def bad_models(llama, tmp_path_factory):
     path = tmp_path_factory.mktemp("bad")
     chat = common.load(str(llama))[1]
-    guided, plain = (len(chat.dialogue(sg.opening(WORLD, WORLD.reset(seed=0)[0], on))) for on in (True, False))
+    WORLD.reset(seed=0)
+    guided, plain = (len(chat.dialogue(sg.opening(WORLD, ARGS, on))) for on in (True, False))
     save_llama(path / "short", context=64)
     save_llama(path / "between", context=(guided + plain) // 2 + 40)  # room for the plain prompt only
     save_llama(path / "no-template", template=None)
@@ -711,36 +1333,45 @@ def bad_models(llama, tmp_path_factory):
     return path
 
 
+BETWEEN = "--model {bad}/between --max-new-tokens 8 --rate-tokens 8"
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--model ./nowhere", "config.json is missing"), ("--model nobody/nothing", "cannot be loaded"), ("--model tiny:10x1", "multiple"),
     ("--model {bad}/no-template", "chat template"), ("--model {bad}/short", "context"), ("--model {bad}/short --guide off", "context"),
-    ("--model {bad}/between --max-new-tokens 8", "context"),
-    ("--model {bad}/between --max-new-tokens 8 --guide inference", "context"),  # its second evaluation is guided
-    ("--model {bad}/between --max-new-tokens 8 --guide inference --eval-only", "context"),
-    ("--env chess", "unknown world 'chess'"), ("--steps 0", "--steps"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--lr inf", "--lr"),
-    ("--batch-size 0", "--batch-size"), ("--micro-batch-size 0", "--micro-batch-size"), ("--micro-batch-size 5", "--micro-batch-size"),
-    ("--max-new-tokens 0", "--max-new-tokens"), ("--temperature 0", "--temperature"), ("--temperature nan", "--temperature"),
-    ("--eval-temperature -1", "--eval-temperature"), ("--eval-episodes 0", "--eval-episodes"), ("--eval-every 0", "--eval-every"),
-    ("--save-every -1", "--save-every"), ("--seed -1", "--seed"), ("--group-size 0", "--group-size"), ("--group-size 1", "--group-size"),
-    ("--group-size -4", "--group-size"), ("--batch-size 16 --group-size 3", "--group-size"), ("--updates 0", "--updates"),
-    ("--updates 3", "--updates"), ("--updates 32", "--updates"), ("--estimator ppo", "--estimator"), ("--clip -0.1", "--clip"),
-    ("--clip nan", "--clip"), ("--clip-high -1", "--clip-high"), ("--clip-high inf", "--clip-high"), ("--kl -1", "--kl"),
-    ("--kl nan", "--kl"), ("--resample -1", "--resample"), ("--guide maybe", "--guide"), ("--trust blind", "--trust"),
+    ("--model {bad}/file", "config.json is missing"), ("--model {bad}/between --guide off --max-context 100", "context"),
+    (BETWEEN, "context"),
+    (f"{BETWEEN} --guide inference", "context"),  # its second evaluation is guided
+    (f"{BETWEEN} --guide inference --eval-only", "context"), (f"{BETWEEN} --guide off --shots 9", "context"),
+    ("--env chess", "unknown world 'chess'"), ("--env {bad}/nothing.py:World", "no file"), ("--steps 0", "--steps"), ("--lr nan", "--lr"),
+    ("--lr -1", "--lr"), ("--lr inf", "--lr"), ("--batch-size 0", "--batch-size"), ("--micro-batch-size 0", "--micro-batch-size"),
+    ("--micro-batch-size 5", "--micro-batch-size"), ("--rollout-batch-size 0", "--rollout-batch-size"),
+    ("--max-context 0", "--max-context"),
+    ("--max-new-tokens 0", "--max-new-tokens"), ("--rate-tokens 0", "--rate-tokens"), ("--shots -1", "--shots"),
+    ("--temperature 0", "--temperature"), ("--temperature nan", "--temperature"), ("--eval-temperature -1", "--eval-temperature"),
+    ("--eval-episodes 0", "--eval-episodes"), ("--eval-every 0", "--eval-every"), ("--save-every -1", "--save-every"),
+    ("--seed -1", "--seed"), ("--group-size 0", "--group-size"), ("--group-size 1", "--group-size"), ("--group-size -4", "--group-size"),
+    ("--batch-size 16 --group-size 3", "--batch-size"), ("--updates 0", "--updates"), ("--updates 3", "--batch-size"),
+    ("--updates 32", "--batch-size"), ("--estimator ppo", "--estimator"), ("--clip -0.1", "--clip"), ("--clip nan", "--clip"),
+    ("--clip-high -1", "--clip-high"), ("--clip-high inf", "--clip-high"), ("--kl -1", "--kl"), ("--kl nan", "--kl"),
+    ("--resample -1", "--resample"), ("--guide maybe", "--guide"), ("--trust blind", "--trust"),
     ("--trust-points 0.4 0.5 0.7", "--trust-points"), ("--trust-points 0.4 0.5 0.7 0.8 0.9", "--trust-points"),
     ("--trust-points 0.5 0.4 0.7 0.8", "--trust-points"), ("--trust-points 0.4 0.4 0.7 0.8", "--trust-points"),
     ("--trust-points 0.4 0.5 0.7 1.2", "--trust-points"), ("--trust-points -0.1 0.5 0.7 0.8", "--trust-points"),
     ("--trust-points 0.4 nan 0.7 0.8", "--trust-points"), ("--trust-points a b c d", "--trust-points"),
-    ("--trust-points", "--trust-points"), ("--guide off --trust zero", "--guide on"),
-    ("--rating-reward nan", "--rating-reward"), ("--rating-reward inf", "--rating-reward"), ("--reward-scale 0", "--reward-scale"),
-    ("--reward-scale -1", "--reward-scale"), ("--reward-scale inf", "--reward-scale"), ("--token-budget -1", "--token-budget"),
-    ("--token-budget 100", "--guide off"), ("--token-budget 100 --guide inference", "--guide off"), ("--examples 0", "--examples"),
-    ("--nonsense 1", "--nonsense"), ("--device warp", "--device"), ("--dtype float16", "--dtype"), ("--resume", "no run"),
-    ("--out-dir {bad}/short", "exists"), ("--out-dir {bad}/file", "exists"), ("--out-dir {bad}/file/run", "--out-dir"),
+    ("--trust-points", "--trust-points"), ("--guide off --trust zero", "--guide on"), ("--guide off --frozen-rater", "--guide on"),
+    ("--guide inference --frozen-rater", "--guide on"), ("--rating-reward nan", "--rating-reward"),
+    ("--rating-reward inf", "--rating-reward"), ("--reward-scale 0", "--reward-scale"), ("--reward-scale -1", "--reward-scale"),
+    ("--reward-scale inf", "--reward-scale"), ("--invalid-penalty -1", "--invalid-penalty"), ("--invalid-penalty nan", "--invalid-penalty"),
+    ("--examples 0", "--examples"), ("--dose 1.1", "--dose"), ("--dose nan", "--dose"), ("--dose 0.5", "--dose"),
+    ("--nonsense 1", "--nonsense"), ("--device warp", "--device"), ("--dtype float16", "--dtype"),
+    ("--resume", "no run"), ("--out-dir {bad}/short", "exists"), ("--out-dir {bad}/file", "exists"),
+    ("--out-dir {bad}/file/run", "--out-dir"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(run_script, bad_models, home, tmp_path, flags, words):
     before = everything_under(bad_models), everything_under(home)
-    accepted = "common.Run.start = self_guide.evaluate = lambda *a: os._exit(77)"  # or a full run would follow
-    refused(run_script(f"--env {ENV} {flags.format(bad=bad_models)}", tmp_path, accepted), words)
+    accepted = "common.Run.start = self_guide.evaluate = lambda *a, **k: os._exit(77)"  # or a full run would follow
+    refused(run_script(f"--env {ENV} --device cpu {flags.format(bad=bad_models)}", tmp_path, accepted), words)
     assert not list(tmp_path.iterdir()) and (everything_under(bad_models), everything_under(home)) == before
 
 
@@ -758,6 +1389,14 @@ def test_a_run_is_never_overwritten_and_resumed_only_as_it_was(run_script, whole
 
 # ------------------------------------------------------------------------------------------------------ kills and resume
 
+LOG = """
+log = common.Run.log
+def fatal(run, *given):
+    log(run, *given)
+    if run.step == {step}:
+        os.kill(os.getpid(), signal.{name})
+common.Run.log = fatal
+"""
 AT = {  # where the run is killed: code, and how many lines of metrics it had written by then
     "in the first evaluation": ("self_guide.evaluate = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", 0),
     "between metrics and rollouts": (LOG.format(step=3, name="SIGKILL"), 3),
@@ -774,14 +1413,45 @@ def test_killed_anywhere_and_resumed(killed_and_resumed, whole, where):
 def test_asked_to_stop_keeps_the_step_and_resumes(run_script, whole, tmp_path):
     result = run_script(f"{SMALL} --out-dir run", tmp_path, LOG.format(step=1, name="SIGTERM"))
     assert result.status == 143 and "Traceback" not in result.stderr
-    assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]["step"] == 1
+    assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]["progress"]["step"] == 1
+    other = run_script(f"{SMALL} --steps 5 --out-dir run --resume", tmp_path)  # its schedule would be another one
+    assert other.status == 2 and "trust schedule" in other.stderr and "Traceback" not in other.stderr
     assert run_script(f"{SMALL} --out-dir run --resume", tmp_path).status == 0
     same_run(whole, tmp_path / "run")
 
 
-def test_a_budgeted_dapo_run_resumes_too(run_script, tmp_path):
-    flags = f"{SMALL} --guide off --estimator dapo --token-budget 2000 --save-every 1"
-    assert run_script(f"{flags} --out-dir whole", tmp_path).status == 0
-    assert run_script(f"{flags} --out-dir run", tmp_path, LOG.format(step=2, name="SIGKILL")).status == -signal.SIGKILL
-    assert run_script(f"{flags} --out-dir run --resume", tmp_path).status == 0
-    same_run(tmp_path / "whole", tmp_path / "run")
+def test_more_steps_where_no_schedule_forbids_it(run_script, tmp_path):
+    flags = f"{SMALL} --trust zero --save-every 1"
+    assert run_script(f"{flags} --steps 2 --out-dir whole", tmp_path).status == 0
+    assert run_script(f"{flags} --steps 1 --out-dir run", tmp_path).status == 0
+    assert run_script(f"{flags} --steps 2 --out-dir run --resume", tmp_path).status == 0
+    same_run(tmp_path / "whole", tmp_path / "run", apart=["seconds"])
+
+
+NAN = """
+loss, seen = self_guide.surrogate, []
+def broken(*given):
+    seen.append(0)
+    return loss(*given) * (float("nan") if len(seen) == {count} else 1)
+self_guide.surrogate = broken
+"""
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(run_script, whole, tmp_path):
+    flags = f"{SMALL} --save-every 1 --out-dir run"
+    result = run_script(flags, tmp_path, NAN.format(count=4))  # two micro-batches a step: in the second one of step 2
+    run = tmp_path / "run"
+    told = [line for line in result.stderr.splitlines() if "error" in line.lower()]
+    assert result.status == 1 and len(told) == 1 and "Traceback" not in result.stderr and "nan" in told[0], result.stderr
+    assert len(lines(run / "metrics.jsonl")) == 1 and not (run / "summary.json").exists()
+    batch = torch.load(run / "not_finite.pt")
+    assert len(batch) == 8 and all(len(ids) == len(mask) and math.isfinite(advantage) for ids, mask, advantage in batch)
+    saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["state"]
+    assert saved["progress"]["step"] == 1 and all(torch.isfinite(value).all() for value in saved["parts"]["model"].values())
+    assert run_script(f"{flags} --resume", tmp_path).status == 0
+    assert [without_time(row) for row in lines(run / "metrics.jsonl")] == [without_time(row) for row in lines(whole / "metrics.jsonl")]
+    assert (run / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+
+
+def without_time(row):
+    return {key: value for key, value in row.items() if not key.startswith("seconds")}

