@@ -126,10 +126,11 @@ def check_at_least(args, bounds):
         check(value >= bound, f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
 
 
-def check_multiple(args, name, factor):
-    """Refuses a field of `args` that is not a multiple of `factor`: no sample is dropped silently."""
-    value = getattr(args, name)
-    check(value % factor == 0, f"--{name.replace('_', '-')} must be a multiple of {factor}, not {value}")
+def check_multiple(args, name, *factors):
+    """Refuses a field of `args` that is not a multiple of the product of others: no sample is dropped silently."""
+    value, factor = getattr(args, name), math.prod(getattr(args, other) for other in factors)
+    flags = ["--" + other.replace("_", "-") for other in (name, *factors)]
+    check(value % factor == 0, f"{flags[0]} must be a multiple of {' x '.join(flags[1:])} = {factor}, not {value}")
 
 
 def set_rate(optimizer, lr):
@@ -884,7 +885,8 @@ class Run:
     FREE = {"steps", "device", "resume", "out_dir"}  # settings that may differ when a run is resumed
     LOGS = "metrics.jsonl", "rollouts.jsonl"
 
-    def __init__(self, script, args, out_dir=None):
+    def __init__(self, script, args, out_dir=None, fixed=()):
+        """`fixed`: settings of FREE that may not differ in this run."""
         self.script, self.args = script, json.loads(_json(dataclasses.asdict(args)))
         self.settings, self.dir = args, Path(out_dir or run_directory(script, args))
         self.totals, self.seconds, self.clock, self.step, self.last_step = Counter(), Counter(), None, 0, 0
@@ -906,7 +908,7 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             refuse(f"--resume: {self.dir / 'args.json'} is damaged ({type(error).__name__}: {error})")
         check(script == self.script, f"--resume: {self.dir} is a run of {script}, not of {self.script}")
-        changed = [key for key in sorted({*before, *self.args} - self.FREE) if before.get(key) != self.args.get(key)]
+        changed = [key for key in sorted({*before, *self.args} - (self.FREE - set(fixed))) if before.get(key) != self.args.get(key)]
         told = ", ".join(f"{key} was {before.get(key)!r} and is {self.args.get(key)!r}" for key in changed)
         check(not changed, f"--resume continues with the same settings (--steps and --device apart): {told}")
         if self.checkpoint.exists():

@@ -440,7 +440,7 @@ def update(model, reference, chat, args, optimizer, episodes, advantages, clip, 
             scale = torch.tensor([advantages[i] for i in rows], device=mask.device)[:, None]
             loss = surrogate(logprobs, before, scale, *clip)
             if args.kl:
-                kl = kl_estimate(logprobs, padded(ref, rows)) * mask
+                kl = kl_estimate(logprobs, padded(ref, rows))  # 0 where the mask is 0
                 loss = loss + args.kl * kl
                 sums["kl"] += kl.sum().item()
             loss = (loss * token_weights(mask, share, tokens if token_mean else None)).sum()
@@ -545,7 +545,7 @@ def check_args(args) -> envs.World:
     """Everything that can be refused before a model is loaded."""
     common.check_common(args)
     common.check_at_least(args, AT_LEAST)
-    common.check_multiple(args, "batch_size", args.group_size * args.updates)
+    common.check_multiple(args, "batch_size", "group_size", "updates")
     points = [0.0, *args.trust_points, 1.0]
     common.check(len(points) == 6 and points == sorted(points) and len(set(args.trust_points)) == 4,
                  f"--trust-points must be four growing shares of --steps, not {args.trust_points}")
@@ -577,7 +577,8 @@ def main():
     args = dataclasses.replace(args, **QUICK) if args.quick else args
     world = check_args(args)
     training, ending = args.guide == "on", args.guide != "off"  # guidance while, and after
-    run = common.Run("self_guide", args)
+    scheduled = training and args.trust in ("schedule", "no-anneal")  # lambda is of shares of --steps
+    run = common.Run("self_guide", args, fixed=("steps",) if scheduled else ())
     model, chat = load(world, args)
     world.reset(seed=0)
     room = FORCED + args.max_new_tokens + (args.rate_tokens if ending else 0)
@@ -589,16 +590,14 @@ def main():
     print(f"{args.batch_size // args.group_size} groups of {args.group_size} episodes a step, "
           f"{args.updates} gradient steps")
 
-    reference = copy.deepcopy(model) if args.kl or args.frozen_rater else None
+    started = args.guide != "inference" and (args.kl or args.frozen_rater)
+    reference = copy.deepcopy(model) if started else None  # the policy as it began
     rater = reference if args.frozen_rater else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
     state = run.resume(model=model, optimizer=optimizer)
     if not state:
         before, episode = evaluate(model, chat, args, splits, args.eval_episodes, training)
-        state = {"step": 0, "task": 0, "steps": args.steps, "before": before, "episode": episode}
-    scheduled = training and args.trust in ("schedule", "no-anneal")
-    common.check(not scheduled or state["steps"] == args.steps,
-                 f"--resume: the trust schedule is made of shares of --steps: {state['steps']}")
+        state = {"step": 0, "task": 0, "before": before, "episode": episode}
     steps = 0 if args.guide == "inference" else args.steps
     clip = (args.clip, args.clip_high if args.estimator == "dapo" else args.clip)
     for step in run.steps(state["step"], steps):

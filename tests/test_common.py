@@ -1610,8 +1610,9 @@ def test_bounds(capsys):
     args = Args(steps=6, eval_every=5)
     common.check_at_least(args, {"steps": 6, "eval_every": 0})
     refused(capsys, lambda: common.check_at_least(args, {"eval_every": 6}), "--eval-every", "6, not 5")
-    common.check_multiple(args, "batch_size", 4)
-    refused(capsys, lambda: common.check_multiple(args, "batch_size", 3), "--batch-size", "3, not 8")
+    common.check_multiple(args, "steps", "steps")
+    wrong = lambda: common.check_multiple(args, "steps", "eval_every", "save_every")  # noqa: E731
+    refused(capsys, wrong, f"--steps must be a multiple of --eval-every x --save-every = {5 * args.save_every}, not 6")
 
 
 def test_set_rate():
