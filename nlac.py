@@ -1,47 +1,40 @@
-"""Natural Language Actor-Critic (Hong et al., arXiv 2512.04601): a critic that writes text, a policy that learns its own corrected actions.
+"""Natural Language Actor-Critic (Hong et al., arXiv 2512.04601): the critic writes text.
 
-One language model plays every part through its own prompt. Per step (Algorithm 1 of the paper):
+One language model plays every part, each through a prompt of its own. With s the episode so far,
+a an action, d a description of the future, theta_bar the EMA of the weights theta, a step is
+(Algorithm 1 of the paper):
 
- 1. The policy pi acts for some episodes; every (s, a, s', done) goes to a replay buffer, as text.
- 2. For sampled transitions the successor model M of the EMA weights foresees the future from s' (after a' ~ pi), and the language Bellman
-    backup B_L merges the s' that was seen with that forecast into one description of the future from (s, a).
- 3. L1: M learns to write that description. At the end of an episode there is nothing to foresee: the target says in words how it ended.
- 4. For sampled states the policy proposes a, M writes k futures of (s, a), the evaluator E reads them and writes a critique Q_L(s, a),
-    the refiner pi_r reads the critique and keeps the action or proposes another one; up to m rounds.
- 5. L2: the policy learns to write the refined action at once. No policy gradient, no value head, no list of actions.
- 6. The EMA weights follow.
+    act       a ~ pi(. | s), a thought and an action; (s, a, s', done) goes to a buffer, as text (1)
+    backup    B_L(s, a, s', d'), d' ~ M_bar(. | s', a'), a' ~ pi_bar(. | s'), without gradient   (2)
+    L1        -log M(B_L | s, a): KL(B_L M_bar || M) up to a constant                            (3)
+    critique  Q_L(s, a) = E(s, a, d^(1..k)), d ~ M_bar(. | s, a)                                 (4)
+    refine    a^r ~ pi_r(. | s, a^1, Q_L(s, a^1), ..., a^m, Q_L(s, a^m)), without gradient       (5)
+    L2        -log pi(a^r | s): no policy gradient, no value head, no list of actions            (6)
+    average   theta_bar <- ema theta_bar + (1 - ema) theta                                       (7)
 
+The paper's prompts, learning rate, EMA rate, buffer and batch sizes are not public: ours.
 Departures from the paper, and why:
- 1. Backup, evaluator and refiner are served from the start weights (--frozen-parts True). Nobody trains them, so in shared weights they are
-    forgotten; the paper reports that forgetting in all of its runs. --frozen-parts False is the paper's way.
- 2. The refiner may answer "keep", which ends the rounds, and L2 is taken only there (--distil kept): on judged actions. With m = 1 that is
-    the policy's own sample, filtered by the critic. The paper distils every refined action (--distil all), but the last proposal of the
-    last round has never been judged, and a small model proposes at random.
- 3. A quarter as many of the actions just played are imitated beside L1 and L2 (--anchor): a sampled KL to the policy of this step. M is
-    trained far more than pi, and in shared weights that alone would make pi drift where it has no lesson. For the same reason the start
-    policy acts while only M learns (--critic-warmup).
- 4. The target of a terminal transition is composed from the observation and the outcome, not written by B_L: it grounds M.
- 5. A target that cannot be read (see `parse_future`) is left out of L1, and counted.
- 6. The policy answers with an action; --react True lets it think first, as the paper does, but a changed action is taught without thought.
- 7. The critic's futures come from theta_bar, and so does a' in the targets: averaged weights are steadier than those of the moment.
- 8. The buffer is sampled more evenly over turns than it fills (`sampling_weights`); version 1 of the paper ranked it by loss, version 2
-    has a plain one.
- 9. A forecast has two lines, the next observation and the end with its distance, and a critique one: what a small model can learn to write
-    and a log can read. The paper's are free text; for a large model, loosen SUCCESSOR, BACKUP and EVALUATOR and their parsers.
-10. B_L and E, which read and do not imagine, decode greedily (--reader-temperature).
-11. Defaults are k = 4 and m = 2 (paper: 1 and 1), for a model of 0.1 million parameters.
-12. The targets and lessons of a step are made once, before its gradient steps, and each of these takes L1, L2 and the anchor together.
-The paper's prompts, learning rate, EMA rate and buffer size are not public; those below are ours.
+ 1. The target of a terminal transition is composed from what was seen and the outcome, not written
+    by B_L: it grounds M.
+ 2. The refiner may say keep in place of the same action; L2 then teaches what the policy said.
+ 3. The critic's futures come from theta_bar, and so does a' in (2): averaged weights are steadier.
+ 4. Targets and lessons of a step are made once, before its gradient steps; each of these takes L1
+    and L2 together.
+ 5. A forecast ends in a marked end and a critique in a marked verdict: logs read them.
+A tiny model needs more (TINY, each a flag): B_L, E and pi_r from the start weights, as what nobody
+trains is forgotten (the paper reports that forgetting); L2 on approved actions alone, as it
+proposes at random, and L1 on targets that tell an end; imitation of what it just played, as M is
+trained far more than pi; L1 alone at first; late turns oversampled; k = 4, m = 2.
 
-    python nlac.py                            # repair shop, tiny model: see README for minutes and numbers
-    python nlac.py --env 20q                  # twenty questions, the small table
-    python nlac.py --ablation frozen-critic --out-dir runs/frozen # a floor: M never learns; blind-critic: futures of other transitions
-    python nlac.py --model Qwen/Qwen2.5-1.5B-Instruct --device cuda --lr 1e-6 --max-new-tokens 256 --out-dir runs/qwen
-    python nlac.py --quick --out-dir runs/quick # the whole path in under a minute
+    python nlac.py                            # repair shop, tiny model: see README for numbers
+    python nlac.py --ablation frozen-critic --out-dir runs/frozen   # a floor: M never learns
+    python nlac.py --model smollm2 --shots 2 --prefill True --show-actions True --quick True
+    python nlac.py --model Qwen/Qwen2.5-1.5B-Instruct --env 20q     # the paper's algorithm, a day
 """
 
 import copy
 import dataclasses
+import functools
 import random
 import re
 import sys
@@ -57,430 +50,1034 @@ import envs
 
 @dataclass
 class Args:
-    """The command line. "not in the paper" marks what the paper leaves open."""
+    """The paper's setting; "not in the paper" marks what it leaves open. TINY: a tiny model's."""
 
     # shared by all scripts
-    model: str = common.flag("tiny", "tiny, tiny:WIDTHxLAYERS, a local directory or a hub id")
-    env: str = common.flag("repair", "a world of envs.py")
+    model: str = common.flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
+    env: str = common.flag("repair", "a world: a name, NAME:ARGUMENT, or path/to/file.py:Class")
     seed: int = common.flag(0, "of everything sampled; the tiny model is built with seed 0")
-    steps: int = common.flag(150, "steps of the loop above (not in the paper: it counts 30,720 gradient steps)")
-    lr: float = common.flag(1e-3, "AdamW, constant after 10 steps (not in the paper; a pretrained model wants about 1e-6)")
-    batch_size: int = common.flag(64, "transitions per gradient step (not in the paper)")
-    micro_batch_size: int = common.flag(16, "sequences per backward pass; changes memory and speed, not the gradient")
-    max_new_tokens: int = common.flag(40, "of one reply of any part")
-    temperature: float = common.flag(0.7, "of policy, successor and refiner while training, and of their likelihoods (not in the paper)")
+    steps: int = common.flag(400, "steps of the loop above, 8 gradient steps each (paper: 30,720 gradient steps)")
+    lr: float = common.flag(1e-6, "AdamW, constant after 10 steps (not in the paper)")
+    batch_size: int = common.flag(32, "transitions per gradient step (not in the paper)")
+    micro_batch_size: int = common.flag(1, "sequences per backward pass; changes memory and speed, not the gradient")
+    rollout_batch_size: int = common.flag(64, "episodes or replies sampled side by side; changes memory and speed alone")
+    max_new_tokens: int = common.flag(512, "of one reply of the policy or the refiner (not in the paper)")
+    max_context: int | None = common.flag(None, "tokens of a prompt with its reply; default: what the model can read")
+    temperature: float = common.flag(0.7, "of policy, successor and refiner, and of their likelihoods (not in the paper)")
     eval_temperature: float = common.flag(0.7, "of the policy in evaluation (not in the paper)")
-    eval_episodes: int = common.flag(500, "test episodes of the first and the last evaluation; a fifth of them in between")
+    eval_episodes: int = common.flag(100, "test episodes, first and last; a fifth of them in between (paper: 500)")
     eval_every: int = common.flag(25, "steps between evaluations")
     eval_only: bool = common.flag(False, "evaluate --model and stop; writes nothing")
     save_every: int = common.flag(25, "steps between checkpoints")
     out_dir: str = common.flag("", "default: runs/nlac-ENV-sSEED")
     resume: bool = common.flag(False, "continue the run in --out-dir")
-    device: str = common.flag("cpu", "cpu, cuda, cuda:1, mps")
+    device: str = common.flag(common.default_device(), "cpu, cuda, cuda:1, mps")
     dtype: str = common.flag("auto", "auto (float32 weights; bfloat16 compute on a GPU), float32, bfloat16")
+    thinking: bool = common.flag(False, "let a thinking model think natively before each reply")
+    shots: int = common.flag(0, "worked examples before the first turn of every part, by a random player on train")
+    prefill: bool = common.flag(False, "begin every reply with its marked word, such as Action: (no room to reason before it)")
+    show_actions: bool = common.flag(False, "list what is possible now in every observation (one more departure)")
     quick: bool = common.flag(False, "a small run through every line, to see that it works; overrides the sizes")
     # NLAC
-    k: int = common.flag(4, "futures per critique (paper: 1)")
-    m: int = common.flag(2, "rounds of refinement (paper: 1)")
-    ema: float = common.flag(0.95, "share of the old weights kept in theta_bar per gradient step; 0 switches EMA off (not in the paper)")
+    k: int = common.flag(1, "futures per critique (paper)")
+    m: int = common.flag(1, "rounds of refinement (paper)")
+    forecast_tokens: int = common.flag(256, "of one reply of M or B_L (not in the paper)")
+    critique_tokens: int = common.flag(256, "of one reply of E (not in the paper)")
+    reader_temperature: float = common.flag(0.7, "of B_L and E (not in the paper)")
+    ema: float = common.flag(0.99, "share of theta_bar that a gradient step keeps; 0: no average (not in the paper)")
     buffer_size: int = common.flag(20_000, "transitions in the replay buffer (not in the paper)")
-    episodes_per_step: int = common.flag(64, "episodes collected per step (not in the paper)")
-    updates_per_episode: float = common.flag(0.125, "gradient steps per collected episode (not in the paper)")
-    actor_states: int = common.flag(64, "states refined per step (not in the paper)")
+    episodes_per_step: int = common.flag(32, "episodes collected per step (not in the paper)")
+    updates_per_episode: float = common.flag(0.25, "gradient steps per collected episode (not in the paper)")
+    actor_states: int = common.flag(256, "states refined per step (not in the paper)")
     actor_weight: float = common.flag(1.0, "of L2; L1 has weight 1 (not in the paper)")
-    anchor: float = common.flag(0.3, "weight of imitating the actions just played: departure 3; 0 switches it off (not in the paper)")
-    critic_warmup: int = common.flag(50, "first steps, with L1 only (not in the paper)")
-    reader_temperature: float = common.flag(0.0, "of B_L and E, which read and do not imagine (not in the paper)")
-    frozen_parts: bool = common.flag(True, "B_L, E and pi_r from the start weights: departure 1")
-    distil: str = common.flag("kept", "kept: approved actions only, departure 2; all: the paper's", choices=["kept", "all"])
-    react: bool = common.flag(False, "thought before action (paper: yes): departure 6")
+    distil: str = common.flag("all", "L2 teaches all refinements (paper), or kept: approved actions alone", choices=["all", "kept"])
+    frozen_parts: bool = common.flag(False, "B_L, E and pi_r from the start weights; False: all share theta (paper)")
+    anchor: float = common.flag(0.0, "weight of imitating the actions just played; 0: none (paper)")
+    critic_warmup: int = common.flag(0, "first steps with L1 alone, the start policy acting; 0: none (paper)")
+    even_turns: bool = common.flag(False, "sample the buffer evenly over turns; False: a plain buffer (paper)")
     ablation: str = common.flag("none", "no bootstrap; futures of other states; M as it started",
                                 choices=["none", "mc-backup", "blind-critic", "frozen-critic"])
     examples: int = common.flag(4000, "rounds of warm-up examples that make a tiny model")
 
 
-# ------------------------------------------------------------------------------------------------------ prompts and parsers
-# The paper's prompts are not public. The wording below is ours; a world adds its own system prompt in front.
+# ------------------------------------------------------------------------------------------ prompts
+# The paper's are not public; the wording is ours. A world states the game, a part the form of its
+# reply. What stands behind Next:, End: and Verdict: is read for logs; Action: is what is done.
 
-POLICY = "Reply with your next action and nothing else."
-POLICY_REACT = "Think in a sentence or two. Then write Action: and your next action on a line of its own."
-SUCCESSOR = """You foresee how an episode goes on. Read it, and the action that comes next.
-Reply with two lines. Next: what the action brings about, in one sentence.
-End: failure, or success in so many turns, this one counted."""
-BACKUP = """You merge what was seen with what is foreseen from there.
-Read the episode, the action, its result, and the forecast that starts after it.
-Reply with a forecast that starts before the action, in two lines. Next: the result that was seen, in one sentence.
-End: the end that is foreseen, one turn further away; failure if the turns left do not suffice."""
-EVALUATOR = """You judge an action by the futures it may lead to. Success is better than failure, and sooner is better than later.
-Reply in one line: how many of the futures succeed, then Verdict: bad, weak, fair, good or great."""
-REFINER = """You improve an action. Read the episode, and the tries with their critiques.
-Reply with keep if the last try was judged good or great; else with an action that was not tried. Nothing else."""
-READER = "You read. Repeat the first observation, the last observation and the action, a line each."  # warm-up of a tiny model only
-VERDICTS = ["bad", "weak", "fair", "good", "great"]  # the total order of sentiments that the paper's theory asks for
-APPROVED = VERDICTS.index("good")  # what REFINER says, for the warm-up of a tiny model
-
-
-def parse_action(reply):
-    """The action in a reply of the policy or the refiner: its first line, after `Action:` if that is there."""
-    return (reply.rsplit("Action:", 1)[-1].strip().splitlines() or [""])[0].strip()
-
-
-def parse_future(text):
-    """A description of the future -> (next observation, turns until success or None), or None if it cannot be read."""
-    found = re.fullmatch(r"Next: ([^\n]+)\nEnd: (?:failure|success in (\d{1,4}) turns?)\.?", text.strip())
-    return found and (found[1].strip(), int(found[2]) if found[2] else None)
-
-
-def parse_verdict(critique):
-    """The rank of a critique's verdict, 0 (bad) to 4 (great), or None if it has none."""
-    found = re.search(r"Verdict: (\w+)", critique)
-    return VERDICTS.index(found[1].lower()) if found and found[1].lower() in VERDICTS else None
+POLICY = ("First think in a sentence or two. Then write Action: and your next action, on a line of "
+          "its own.")
+TOLD = "This is what the player of a game is told:"  # before the system prompt, for all other parts
+SUCCESSOR = """You foresee how an episode goes on. Read the episode so far, and the next action.
+Begin with Next: and what the action brings about at once, in one sentence.
+Go on in a few sentences: what is likely to follow, and why.
+Finish with End: and how the episode ends: failure, or success in so many turns, this one
+counted."""
+BACKUP = """You make a forecast start one turn earlier. Read the episode so far, the next action,
+what was seen after it, and a forecast of what follows from there. Write a forecast of the action,
+as if nothing after it had been seen yet.
+Begin with Next: and what was seen after the action, in one sentence.
+Go on in a few sentences, the more briefly the further ahead: what is likely to follow, and why.
+Finish with End: and the end that is foreseen, one turn further away: failure, or success in so many
+turns; failure if the turns left do not suffice."""
+EVALUATOR = """You judge an action by the futures it may lead to. Success is better than failure,
+and sooner is better than later. Read the episode so far, the next action, and what may follow from it.
+Begin with Futures: and say in a few sentences what they show: how many succeed, how soon, and why.
+Say whether the action is the best there is now, and what would be better.
+Finish with Verdict: and one word: bad, weak, fair, good or great."""
+REFINER = """You improve an action. Read the episode so far, and the next actions that were tried,
+with a critique of each.
+First say in a sentence or two what the next action should achieve, and why. Speak as the player,
+who has seen the episode alone: no word of tries or critiques.
+Then write Action: and an action, on a line of its own: keep if the last try was judged good or
+great, else a better action that was not tried."""
+VERDICTS = ["bad", "weak", "fair", "good", "great"]  # the order of sentiments of the paper's theory
+FORCED = {"policy": "Action:", "successor": "Next:", "backup": "Next:", "evaluator": "Futures:",
+          "refiner": "Action:"}  # what --prefill puts into a part's mouth
 
 
-def future_text(observation, turns):
-    """What M is to write when `observation` comes next and success takes `turns` turns (None: failure)."""
-    end = "failure" if turns is None else f"success in {envs.count(turns, 'turn')}"
-    return f"Next: {' '.join(first_sentence(observation).split())}\nEnd: {end}."
-
-
-def first_sentence(text):
-    """What a forecast repeats of an observation: not the turns left or the tally."""
-    return re.split(r"(?<=[.?!])\s", text.strip(), maxsplit=1)[0]
-
-
-def transcript(history):
-    """`history` is [observation, reply, observation, ..., observation]; thoughts are left out."""
-    turns = [f"> {parse_action(reply)}\n{observation}" for reply, observation in zip(history[1::2], history[2::2])]
-    return "\n".join([history[0], *turns])
-
-
-def policy_messages(world, history, args):
-    """The policy alone plays in a growing dialogue."""
-    system = f"{world.system}\n{POLICY_REACT if args.react else POLICY}"
-    return [{"role": "system", "content": system}] + [
-        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(history)]
+def policy_messages(world, history):
+    """The policy's growing dialogue; `history` is [observation, reply, ..., observation]."""
+    messages = [{"role": "system", "content": f"{world.system}\n{POLICY}"}]
+    for i, text in enumerate(history):
+        messages.append({"role": ("user", "assistant")[i % 2], "content": text})
+    return messages
 
 
 def part_messages(part, world, history, *lines):
     """Every part but the policy is a call of its own, over a transcript."""
-    return [{"role": "system", "content": f"{world.system}\n{part}"}, {"role": "user", "content": "\n".join([transcript(history), *lines])}]
+    user = "\n".join([transcript(world, history), *lines])
+    return [{"role": "system", "content": f"{TOLD}\n{world.system}\n\n{part}"},
+            {"role": "user", "content": user}]
 
 
 def successor_messages(world, history, action):
     """M(. | s, a)"""
-    return part_messages(SUCCESSOR, world, history, f"> {action}")
+    return part_messages(SUCCESSOR, world, history, next_action(action))
 
 
 def backup_messages(world, history, action, result, forecast):
     """B_L: s, a, the s' that was seen, and the forecast that starts there."""
-    return part_messages(BACKUP, world, history, f"> {action}", result, f"Forecast: {forecast}")
+    return part_messages(BACKUP, world, history, next_action(action),
+                         f"Seen after it: {envs.bare(result)}", f"Forecast from there: {forecast}")
 
 
 def evaluator_messages(world, history, action, futures):
     """E(s, a, d^(1..k))"""
-    return part_messages(EVALUATOR, world, history, f"> {action}", *(f"Future: {future}" for future in futures))
+    told = [f"Future {i}: {future}" for i, future in enumerate(futures, 1)]
+    return part_messages(EVALUATOR, world, history, next_action(action), *told)
 
 
 def refiner_messages(world, history, tries):
     """pi_r(. | s, a^1, Q_L(s, a^1), ...)"""
-    return part_messages(REFINER, world, history, *(f"Try: {t['action']}. {t['critique']}" for t in tries))
+    told = [f"Try: {envs.one_line(t['action'])}\nCritique: {t['critique']}" for t in tries]
+    return part_messages(REFINER, world, history, *told)
 
 
-# ------------------------------------------------------------------------------------------------------------------ rollout
+def next_action(action):
+    """An action as the parts that judge it read it."""
+    return f"Next action: {envs.one_line(action)}"
 
 
-@torch.no_grad()
-def rollout(model, chat, args, split, seeds, *, temperature, stream, prefixes=None, first=0):
-    """Plays an episode per seed, all at once, and returns them as dicts.
+def transcript(world, history):
+    """An episode in words: thoughts are left out, and lists of possible actions but the last."""
+    observations = [*map(envs.bare, history[:-1:2]), history[-1]]
+    lines = observations[:1]
+    for reply, observation in zip(history[1::2], observations[1:]):
+        lines += [f"> {envs.one_line(action_of(world, reply))}", observation]
+    return "\n".join(lines)
 
-    `stream` names the randomness: a row's replies depend on (--seed, stream, episode, turn) alone; episodes count from `first`.
-    `prefixes`: replies to replay first, a list per episode, so that play goes on from a given state.
+
+def written(action):
+    """An action as the policy writes it, without a thought before it."""
+    return f"Action:\n{action}" if "\n" in action else f"Action: {action}"
+
+
+# ---------------------------------------------------------------------------------- reading replies
+
+
+def action_of(world, reply):
+    """What the world reads in a reply, native thoughts left out."""
+    return world.read(common.aloud(reply))
+
+
+LAST_TRY = r"it|this|that|same|as|going|the (?:same|last|first|current|one|try|tried|action)"
+KEEP = rf"(?i)\W*keep(?:\W*|\s*[^\w\s].*|\s+(?:{LAST_TRY})\b.*)"
+NUMBERS = "none one two three four five six seven eight nine ten".split()
+TURNS = rf"(?ai)\b(\d{{1,4}}|{'|'.join(NUMBERS[1:])})[- ](?:\w+ )?turns?\b"
+NOT = r"(?:no|not|never|without|un\w+ to)\b(?: \w+)?"
+LOST = rf"(?i)\b(?:fail|unsuccess|los[est]|{NOT} (?:succe|win))\w*"
+WON = r"(?i)\b(?:succe|wins?\b|won\b|solved\b)"
+
+
+def keeps(reply):
+    """Whether a refiner approves of the last try: Action: keep."""
+    said = common.marked(reply, "Action") or reply.strip().partition("\n")[0]
+    return re.fullmatch(KEEP, said) is not None
+
+
+def parse_future(text):
+    """The end of a forecast, for logs -> (next observation, turns), or None if it tells no end.
+
+    Turns until success: None is failure, 0 a success without a date.
     """
-    worlds = [envs.make(args.env) for _ in seeds]
-    episodes = []
-    for world, seed, prefix in zip(worlds, seeds, prefixes or [[]] * len(seeds)):
-        observation, _ = world.reset(seed=seed, options={"split": split})
-        episodes.append({"split": split, "seed": seed, "history": [observation], "valid": [], "reward": 0.0, "won": False, "score": 0.0,
-                         "over": False, "truncated": False})
-        for reply in prefix:
-            take_turn(world, episodes[-1], reply)
-    context = model.config.max_position_embeddings - args.max_new_tokens
-    dialogues = common.Dialogues(model, chat, [chat.dialogue(policy_messages(w, e["history"], args)) for w, e in zip(worlds, episodes)])
-    prompts = [len(ids) for ids in dialogues.ids]
-    for i, e in enumerate(episodes):  # a full context ends the episode; old turns are never dropped
-        e["truncated"] = not e["over"] and prompts[i] > context
-    live = [i for i, e in enumerate(episodes) if not e["over"] and not e["truncated"]]
-    while live:
-        replies = dialogues.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature, seeds=[
-            common.row_seed(args.seed, *stream, first + i, len(episodes[i]["history"])) for i in live])
-        for i, reply in zip(live, replies):
-            take_turn(worlds[i], episodes[i], reply)
-        live = [i for i in live if not episodes[i]["over"]]
-        dialogues.extend(live, [episodes[i]["history"][-1] for i in live])
-        for i in live:
-            episodes[i]["truncated"] = len(dialogues.ids[i]) > context
-        live = [i for i in live if not episodes[i]["truncated"]]
-    for world in worlds:
-        world.close()
-    for i, e in enumerate(episodes):
-        e["tokens"], e["logprob"] = sum(dialogues.mask[i][prompts[i]:]), sum(dialogues.logprobs[i][prompts[i]:])
+    end = common.marked(text, "End") or ""
+    lost, won = re.search(LOST, end), re.search(WON, re.sub(LOST, "", end))
+    if bool(lost) == bool(won):
+        return None
+    found = re.search(TURNS, end)
+    word = found[1].lower() if found else "0"
+    turns = NUMBERS.index(word) if word in NUMBERS else int(word)
+    return common.marked(text, "Next") or "", turns if won else None
+
+
+def parse_verdict(critique):
+    """The rank of a critique's verdict, 0 (bad) to 4 (great), or None if it has none; for logs."""
+    return common.chosen(critique, "Verdict", VERDICTS)
+
+
+def future_text(observation, turns):
+    """A forecast: `observation` comes next, and success takes `turns` turns (None: failure)."""
+    end = "failure" if turns is None else f"success in {envs.count(turns, 'turn')}"
+    return f"Next: {first_sentence(observation)}\nEnd: {end}."
+
+
+def first_sentence(observation):
+    """What a forecast repeats of an observation: not the turns left, the tally, the list."""
+    text = " ".join(envs.bare(observation).split())
+    return re.split(r"(?<=[.?!]) ", text, maxsplit=1)[0]
+
+
+# ---------------------------------------------------------------------------------- worked examples
+
+
+def worked_examples(args, write):
+    """--shots dialogues of one turn: what a random player met and did on train; `write`: the form of the reply."""
+    world, messages = envs.make(args.env, show_actions=args.show_actions), []
+    for seed in range(10**6, 10**6 + args.shots):  # far from the seeds that are learnt from
+        observation, info = world.reset(seed=seed, options={"split": "train"})
+        action = envs.random_player(world, info, random.Random(seed))
+        messages.append({"role": "user", "content": observation})
+        messages.append({"role": "assistant", "content": write(action), "shot": True})
+    world.close()
+    return messages
+
+
+@functools.lru_cache(maxsize=8)
+def shots_of_all(env, count, show_actions, prefill, k):
+    """{part: --shots worked examples, as messages}: random play on train, and what came of it.
+
+    By turns from an episode that was won and one that was lost, where a random player does win.
+    """
+    args = Args(env=env, shots=count, show_actions=show_actions)
+    found = {part: [] for part in FORCED} | {"policy": worked_examples(args, written)}
+    world, seen = envs.make(env, show_actions=show_actions), []
+    played = []
+    for i in range(8 + 8 * count):
+        episode, _ = random_episode(world, 10**6 + i, random.Random(i))
+        played.append(transitions(episode))
+    played = [steps for steps in played if len(steps) > 1] or played
+    played.sort(key=len)
+    for i in range(count):
+        wanted = [steps for steps in played if steps[-1]["won"] == (i % 2 == 0)] or played
+        turn = -2 if wanted[0][-1]["won"] else 0  # the end of one that was won, the start of others
+        ahead = [steps[turn:] for steps in wanted if len(steps) > 1] or wanted
+        new = [steps for steps in ahead if steps[0]["result"] not in seen] or ahead
+        seen.append(new[0][0]["result"])
+        for part, (messages, reply) in example_of_each(world, new[0], k, random.Random(i)).items():
+            if prefill:  # as a reply that must begin with its marked word
+                reply = reply[reply.index(FORCED[part]):]
+            found[part] += [messages[-1], {"role": "assistant", "content": reply, "shot": True}]
+    world.close()
+    return found
+
+
+def example_of_each(world, ahead, k, rng):
+    """{part: (messages, reply)} about a turn of a random player, from the transitions from there on."""
+    history, action = ahead[0]["history"], action_of(world, ahead[0]["reply"])
+    forecast = story(world, ahead)
+    later = story(world, ahead[1:]) if ahead[1:] else "Next: nothing, it is over.\nEnd: failure."
+    t = ahead[-1] if ahead[-1]["won"] else ahead[0]  # the turn that is judged
+    tried = action_of(world, t["reply"])
+    before = [action_of(world, reply) for reply in t["history"][1::2]]
+    others = [a for a in envs.replay(world, t["seed"], before)[-1]["admissible"] if a != tried]
+    futures, ends = [], []
+    for _ in range(k):  # where the game goes on, it goes on at random
+        episode, _ = random_episode(world, t["seed"], rng, [*before, tried])
+        following = transitions(episode)[len(before):]
+        futures.append(story(world, following))
+        ends.append(following[0]["turns"])
+    critique = critique_in_words(ends, first_sentence(following[-1]["result"]))
+    if parse_verdict(critique) >= APPROVED or not others:
+        refinement = f"This is the step that is missing now.\n{written('keep')}"
+    else:
+        refinement = f"It takes something new to get ahead here.\n{written(rng.choice(others))}"
+    tries = [{"action": tried, "critique": critique}]
+    return {
+        "successor": (successor_messages(world, history, action), forecast),
+        "backup": (backup_messages(world, history, action, ahead[0]["result"], later), forecast),
+        "evaluator": (evaluator_messages(world, t["history"], tried, futures), critique),
+        "refiner": (refiner_messages(world, t["history"], tries), refinement)}
+
+
+def story(world, steps):
+    """What came of the first of these turns of one episode, as a forecast tells it."""
+    begin, end = future_text(steps[0]["result"], steps[0]["turns"]).split("\n")
+    if len(steps) == 1:
+        return f"{begin}\n{end}"
+    actions = [envs.one_line(action_of(world, t["reply"])) for t in steps[1:4]]
+    more = ", and so on" * (len(steps) > 4)
+    return (f"{begin}\nThe player goes on with: {', then '.join(actions)}{more}."
+            f" That leads to this: {first_sentence(steps[-1]['result'])}\n{end}")
+
+
+def critique_in_words(ends, seen):
+    """How to read k endings, the last of which showed `seen`, with reasons and a verdict."""
+    won = sum(n is not None for n in ends)
+    told = f"{won} of {len(ends)} succeed" if len(ends) > 1 else "success" if won else "failure"
+    if rank_of(ends) >= APPROVED:
+        reason = "The goal is reached soon, so hardly any action is better."
+    elif won:
+        reason = "Too much is left to chance, so an action that settles more would be better."
+    else:
+        reason = f"In the end this is seen: {seen} So another action would be better."
+    return f"Futures: {told}. {reason} Verdict: {VERDICTS[rank_of(ends)]}."
+
+
+def rank_of(ends):
+    """How good endings are (turns until success, or None), as an index of VERDICTS."""
+    worth = sum(0.98 ** (n - 1) for n in ends if n is not None) / len(ends)
+    return sum(worth > x for x in (0.1, 0.35, 0.6, 0.85))
+
+
+def random_episode(world, seed, rng, actions=()):
+    """An episode on train by a random player, after `actions` -> (episode, what was possible)."""
+    observation, info = world.reset(seed=seed, options={"split": "train"})
+    episode, possible = new_episode("train", seed, observation), []
+    while not episode["over"]:
+        turn = len(possible)
+        possible.append(info["admissible"])
+        action = actions[turn] if turn < len(actions) else envs.random_player(world, info, rng)
+        info = take_turn(world, episode, written(action))
+    return episode, possible
+
+
+# ----------------------------------------------------------------------------------- calls of parts
+
+
+def with_shots(part, messages, args):
+    """The messages of a call, --shots worked examples behind the system prompt."""
+    if not args.shots:
+        return messages
+    examples = shots_of_all(args.env, args.shots, args.show_actions, args.prefill, args.k)
+    return [messages[0], *examples[part], *messages[1:]]
+
+
+def lesson(chat, part, messages, text, args):
+    """(prompt ids, target ids) that teach a part to say `text`, but for what --prefill forces."""
+    word = FORCED[part] if args.prefill and text.startswith(FORCED[part]) else ""
+    prompt = chat.dialogue(with_shots(part, messages, args), word)
+    if chat.opened and not text.startswith(chat.opened):  # a thought that the template opens: empty
+        text = f"{chat.opened}</think>\n\n{text}"
+    return prompt, chat.reply(text.removeprefix(word).removeprefix(chat.opened))
+
+
+def limit(part, args):
+    """Tokens of one reply."""
+    if part in ("successor", "backup"):
+        return args.forecast_tokens
+    return args.critique_tokens if part == "evaluator" else args.max_new_tokens
+
+
+LIMITS = {
+    "policy": "--max-new-tokens", "policy_bar": "--max-new-tokens", "refiner": "--max-new-tokens",
+    "successor": "--forecast-tokens", "successor_bar": "--forecast-tokens",
+    "backup": "--forecast-tokens", "evaluator": "--critique-tokens"}
+
+
+class Parts:
+    """The parts of the one language model: which weights answer, and how well they do.
+
+    PART_bar is the same part, asked while (2) makes a target: it always has the weights theta_bar.
+    """
+
+    def __init__(self, model, target, start, chat, world, args):
+        """`model`: theta; `target`: theta_bar; `start`: the weights at the start, if needed."""
+        self.model, self.chat, self.world, self.args = model, chat, world, args
+        self.weights = {"policy": model, "policy_bar": target,
+                        "successor": target, "successor_bar": target,
+                        "backup": target, "evaluator": model, "refiner": model}
+        if args.frozen_parts:
+            self.weights |= {"backup": start, "evaluator": start, "refiner": start}
+        if args.ablation == "frozen-critic":
+            self.weights |= {"successor": start, "successor_bar": start}
+        self.counts = Counter()  # (what, part) -> number, since the last `clear`
+
+    def temperature(self, part):
+        reads = part in ("backup", "evaluator")
+        return self.args.reader_temperature if reads else self.args.temperature
+
+    @torch.no_grad()
+    def __call__(self, part, messages, stream, samples=1):
+        """What a part says aloud, `samples` replies per entry of `messages`, prompt-major.
+
+        A prompt beyond the context gets an empty reply. So does one that the limit cut off before
+        its Action: what it would have done is not known.
+        """
+        model, args, name = self.weights[part], self.args, part.removesuffix("_bar")
+        word, room = FORCED[name] if args.prefill else "", limit(name, args)
+        prompts = [self.chat.dialogue(with_shots(name, m, args), word) for m in messages]
+        fits = [i for i, prompt in enumerate(prompts) if len(prompt) + room <= model.max_context]
+        rows = [i * samples + j for i in fits for j in range(samples)]
+        texts = [""] * (len(prompts) * samples)
+        self.counts["overlong", part] += len(prompts) - len(fits)
+        if not rows:
+            return texts
+        replies = common.generate(
+            model, self.chat, [prompts[i] for i in fits], max_new_tokens=room, samples=samples,
+            temperature=self.temperature(part), rows=args.rollout_batch_size,
+            seeds=[common.row_seed(args.seed, *stream, part, row) for row in rows])
+        self.counts["tokens", part] += sum(map(len, replies.ids))
+        for row, text, complete in zip(rows, replies.texts, replies.complete):
+            text = common.aloud(word + text)
+            self.note(part, text, complete)
+            acts = FORCED[name] == "Action:"
+            cut_before = acts and not complete and common.marked(text, "Action") is None
+            texts[row] = "" if cut_before else text
+        return texts
+
+    def note(self, part, text, complete):
+        """Counts a reply: whether its limit cut it, and whether what logs read in it is there."""
+        if part in ("successor", "successor_bar", "backup"):
+            readable = parse_future(text) is not None
+        elif part == "evaluator":
+            readable = parse_verdict(text) is not None
+        else:
+            readable = action_of(self.world, text) != ""
+        self.counts["asked", part] += 1
+        self.counts["cut", part] += not complete
+        self.counts["parsed", part] += readable
+
+    def note_episodes(self, episodes):
+        """Counts what the policy said while it acted."""
+        for episode in episodes:
+            self.counts["tokens", "policy"] += episode["tokens"]
+            for reply, complete in zip(episode["history"][1::2], episode["complete"]):
+                self.note("policy", reply, complete)
+
+    def metrics(self):
+        """parse_PART and cut_PART, as shares of its replies; prompts beyond the context."""
+        asked = {part: n for (what, part), n in self.counts.items() if what == "asked"}
+        found = {f"parse_{part}": self.counts["parsed", part] / n for part, n in asked.items()}
+        found |= {f"cut_{part}": self.counts["cut", part] / n for part, n in asked.items()}
+        return found | {"overlong": self.total("overlong")}
+
+    def total(self, what):
+        return sum(n for (name, _), n in self.counts.items() if name == what)
+
+    def foresee(self, states, actions, stream):
+        """k futures d ~ M(. | s, a) of each action."""
+        args = self.args
+        asked = [successor_messages(self.world, t["history"], a) for t, a in zip(states, actions)]
+        futures = self("successor", asked, stream, args.k)
+        return [futures[i * args.k:(i + 1) * args.k] for i in range(len(states))]
+
+
+# ------------------------------------------------------------------------------------------ rollout
+
+
+def rollout(model, chat, args, split, seeds, *, temperature, stream, prefixes=None):
+    """Plays an episode per seed, --rollout-batch-size at once; a dict each.
+
+    `stream` names the randomness: a row's replies depend on (--seed, stream, row, turn) alone.
+    `prefixes`: replies to replay first, a list per episode, so that play goes on from a state.
+    """
+    episodes, size = [], args.rollout_batch_size
+    for i in range(0, len(seeds), size):
+        streams = [(*stream, row) for row in range(i, min(i + size, len(seeds)))]
+        before = prefixes[i:i + size] if prefixes else [[]] * len(streams)
+        episodes += side_by_side(model, chat, args, split, seeds[i:i + size], streams, temperature,
+                                 before)
     return episodes
 
 
-def take_turn(world, episode, reply):
+@torch.no_grad()
+def side_by_side(model, chat, args, split, seeds, streams, temperature, prefixes):
+    """The `rollout` of episodes that share a cache, a stream for each."""
+    worlds, episodes = [], []
+    for seed, prefix in zip(seeds, prefixes):
+        world = envs.make(args.env, show_actions=args.show_actions)
+        observation, _ = world.reset(seed=seed, options={"split": split})
+        episode = new_episode(split, seed, observation)
+        for reply in prefix:
+            take_turn(world, episode, reply)
+        worlds.append(world)
+        episodes.append(episode)
+    play_on(model, chat, args, worlds, episodes, streams, temperature)
+    for world in worlds:
+        world.close()
+    return episodes
+
+
+def play_on(model, chat, args, worlds, episodes, streams, temperature):
+    """The policy plays until all is over. A full context ends an episode; no turn is dropped."""
+    prompts = []
+    for world, episode in zip(worlds, episodes):
+        messages = policy_messages(world, episode["history"])
+        prompts.append(chat.dialogue(with_shots("policy", messages, args)))
+    dialogues = common.Dialogues(model, chat, prompts)
+    word = FORCED["policy"] if args.prefill else ""
+    context = model.max_context - args.max_new_tokens - len(chat.encode(word))
+    live = [i for i, e in enumerate(episodes) if not e["over"]]
+    while True:
+        for i in live:
+            episodes[i]["truncated"] = len(dialogues.ids[i]) > context
+        live = [i for i in live if not episodes[i]["truncated"]]
+        if not live:
+            break
+        seeds = [common.row_seed(args.seed, *streams[i], len(episodes[i]["history"])) for i in live]
+        replies = dialogues.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature,
+                                  seeds=seeds, prefill=word)
+        for i, reply, complete in zip(live, replies.texts, replies.complete):
+            take_turn(worlds[i], episodes[i], reply, complete)
+        live = [i for i in live if not episodes[i]["over"]]
+        dialogues.extend(live, [episodes[i]["history"][-1] for i in live])
+    for i, e in enumerate(episodes):
+        _, mask, e["logprob"] = dialogues.sampled(i)
+        e["tokens"] = sum(mask)
+
+
+def new_episode(split, seed, observation):
+    return {"split": split, "seed": seed, "history": [observation], "valid": [], "complete": [],
+            "reward": 0.0, "won": False, "score": 0.0, "over": False, "truncated": False}
+
+
+def take_turn(world, episode, reply, complete=True):
     """One step of the world, written down in `episode`. Returns the world's info."""
-    observation, reward, terminated, truncated, info = world.step(parse_action(reply))
+    observation, reward, terminated, truncated, info = world.step(common.aloud(reply))
     episode["history"] += [reply, observation]
     episode["valid"].append(info["valid"])
+    episode["complete"].append(complete)
     episode["reward"] += reward
     episode.update(won=info["won"], score=info["score"], over=terminated or truncated)
     return info
 
 
 def transitions(episode):
-    """(s, a, s', done) as text. `turns`: from here to success, None for failure; read by --ablation mc-backup and by the logs alone."""
-    history, n = episode["history"], len(episode["history"]) // 2
-    return [{"seed": episode["seed"], "history": history[:2 * t + 1], "reply": history[2 * t + 1], "result": history[2 * t + 2],
-             "done": t == n - 1 and episode["over"], "won": episode["won"] and t == n - 1,
-             "turns": n - t if episode["won"] else None} for t in range(n)]
+    """(s, a, s', done) as text.
+
+    `turns`: from here to success, None for failure; read by logs and --ablation mc-backup alone.
+    """
+    history, found = episode["history"], []
+    count = len(history) // 2
+    for t in range(count):
+        last = t == count - 1
+        found.append({
+            "seed": episode["seed"], "history": history[:2 * t + 1], "reply": history[2 * t + 1],
+            "result": history[2 * t + 2], "complete": episode["complete"][t],
+            "done": last and episode["over"], "won": last and episode["won"],
+            "turns": count - t if episode["won"] else None})
+    return found
 
 
-def sampling_weights(buffer):
-    """Late turns are rare while most episodes are lost early, and they decide the others: departure 8."""
+def sample(buffer, args, rng, count):
+    """Transitions of the buffer, uniformly, or with --even-turns late ones more often than that.
+
+    They are rare while most episodes are lost early, and they decide the others.
+    """
     turns = Counter(len(t["history"]) for t in buffer)
-    return [turns[len(t["history"])] ** -0.5 for t in buffer]
+    weights = [turns[len(t["history"])] ** -0.5 for t in buffer] if args.even_turns else None
+    return rng.choices(buffer, weights, k=count) if buffer else []  # empty: no prompt had room
 
 
-# ------------------------------------------------------------------------------------------------------- critic and refiner
-
-
-class Parts:
-    """The parts of the one language model: which weights answer for which part, and how well they do."""
-
-    PARSERS = {"successor": parse_future, "successor_bar": parse_future, "backup": parse_future, "evaluator": parse_verdict}
-
-    def __init__(self, model, target, start, chat, world, args):
-        """`model`: theta; `target`: theta_bar, the EMA; `start`: a frozen copy of the start weights."""
-        self.chat, self.world, self.args = chat, world, args
-        unchanging = start if args.frozen_parts else model
-        self.weights = {"policy": model, "policy_bar": target, "successor": target, "successor_bar": target,
-                        "backup": start if args.frozen_parts else target, "evaluator": unchanging, "refiner": unchanging}
-        if args.ablation == "frozen-critic":
-            self.weights |= {"successor": start, "successor_bar": start}
-        self.tokens, self.asked, self.parsed = Counter(), Counter(), Counter()
-
-    def temperature(self, part):
-        return self.args.reader_temperature if part in ("backup", "evaluator") else self.args.temperature
-
-    @torch.no_grad()
-    def __call__(self, part, messages, stream, samples=1):
-        """Replies (texts), `samples` per entry of `messages`, prompt-major. A prompt beyond the context gets an empty, counted reply."""
-        model, args = self.weights[part], self.args
-        encode = self.chat.dialogue if part.startswith("policy") else self.chat.prompt
-        prompts = [encode(m) for m in messages]
-        fits = [i for i, p in enumerate(prompts) if len(p) + args.max_new_tokens <= model.config.max_position_embeddings]
-        texts = [""] * (len(prompts) * samples)
-        if fits:
-            rows = [i * samples + j for i in fits for j in range(samples)]
-            replies = common.generate(
-                model, self.chat, [prompts[i] for i in fits], max_new_tokens=args.max_new_tokens, temperature=self.temperature(part),
-                samples=samples, seeds=[common.row_seed(args.seed, *stream, part, row) for row in rows])
-            for row, text in zip(rows, replies.texts):
-                texts[row] = text
-            self.tokens[part] += sum(map(len, replies.ids))
-        parse = self.PARSERS.get(part, lambda text: parse_action(text) or None)
-        self.asked[part] += len(texts)
-        self.parsed[part] += sum(parse(text) is not None for text in texts)
-        return texts
+# ------------------------------------------------------------------------------- critic and refiner
 
 
 def bellman_targets(parts, batch, stream):
-    """B_L M_theta_bar(. | s, a) for each transition: the texts that L1 makes M write; None where one cannot be read."""
+    """(2) B_L M_bar(. | s, a) for each transition; empty where no text came of it."""
     world, args = parts.world, parts.args
     if args.ablation == "mc-backup":  # no bootstrap: what did happen, under the policy of that time
         return [future_text(t["result"], t["turns"]) for t in batch]
-    targets = [future_text(t["result"], 1 if t["won"] else None) if t["done"] else None for t in batch]  # terminal: the reward, in words
+    # terminal: the reward in words; the others are replaced
+    targets = [future_text(t["result"], 1 if t["won"] else None) for t in batch]
     live = [i for i, t in enumerate(batch) if not t["done"]]
     nexts = [[*batch[i]["history"], batch[i]["reply"], batch[i]["result"]] for i in live]  # s'
-    replies = parts("policy_bar", [policy_messages(world, s, args) for s in nexts], stream)  # a' ~ pi(. | s')
-    forecasts = parts("successor_bar", [successor_messages(world, s, parse_action(a)) for s, a in zip(nexts, replies)], stream)  # d'
-    merged = parts("backup", [backup_messages(world, batch[i]["history"], parse_action(batch[i]["reply"]), batch[i]["result"], forecast)
-                              for i, forecast in zip(live, forecasts)], stream)
-    for i, text in zip(live, merged):
-        targets[i] = text.strip() if parse_future(text) else None
+    replies = parts("policy_bar", [policy_messages(world, s) for s in nexts], stream)  # a'
+    asked = [successor_messages(world, s, action_of(world, a)) for s, a in zip(nexts, replies)]
+    asked_backup = []
+    for i, forecast in zip(live, parts("successor_bar", asked, stream)):  # d'
+        t = batch[i]
+        action = action_of(world, t["reply"])
+        messages = backup_messages(world, t["history"], action, t["result"], forecast)
+        asked_backup.append(messages)
+    for i, text in zip(live, parts("backup", asked_backup, stream)):
+        targets[i] = text
     return targets
 
 
-def refine(parts, histories, stream, replies=None):
-    """pi_r(. | s, a^1, Q_L(s, a^1), ..., a^m, Q_L(s, a^m)): critique and correct the policy's action, up to m rounds.
+def successor_lessons(parts, batch, stream):
+    """(3) What M shall learn to foresee -> (pairs for `likelihood_loss`, targets dropped)."""
+    if parts.args.ablation == "frozen-critic":
+        return [], 0
+    pairs, args = [], parts.args
+    for t, text in zip(batch, bellman_targets(parts, batch, stream)):
+        messages = successor_messages(parts.world, t["history"], action_of(parts.world, t["reply"]))
+        # a tiny model's slips would grow: where approval decides, M learns to tell ends alone
+        if text and (args.distil == "all" or parse_future(text)):
+            pairs.append(lesson(parts.chat, "successor", messages, text, args))
+    pairs = fitting(parts.model, pairs)
+    return pairs, len(batch) - len(pairs)
 
-    Returns a dict per state: `tries` (action, futures and critique of each round), `reply` (what L2 makes the policy say) and `kept`
-    (whether the refiner approved it). `replies`: judge these instead of asking the policy.
+
+def fitting(model, pairs):
+    """Those that the model can read whole."""
+    return [pair for pair in pairs if sum(map(len, pair)) <= model.max_context]
+
+
+def critique(parts, states, actions, stream):
+    """(4) Q_L(s, a) = E(s, a, d^(1..k)) -> (futures, critiques): k and one per state."""
+    futures = parts.foresee(states, actions, stream)
+    if parts.args.ablation == "blind-critic":  # futures of other states: a floor
+        shift = random.Random(str(stream)).randrange(1, max(2, len(futures)))
+        futures = futures[shift:] + futures[:shift]
+    asked = [evaluator_messages(parts.world, t["history"], action, future)
+             for t, action, future in zip(states, actions, futures)]
+    return futures, [" ".join(text.split()) for text in parts("evaluator", asked, stream)]
+
+
+def refine(parts, states, stream, replies=None):
+    """(5) Critique and correct the policy's action, up to m rounds.
+
+    A dict per state: `tries` (action, futures and critique of each round), `reply` (what L2 makes
+    the policy say, empty if there is nothing to teach) and `kept` (whether the refiner approved
+    it). `replies`: judge these instead of asking the policy.
     """
-    world, args = parts.world, parts.args
-    replies = replies or parts("policy", [policy_messages(world, h, args) for h in histories], stream)  # a^1 ~ pi(. | s)
-    refined = [{"tries": [], "reply": reply, "kept": False} for reply in replies]
-    live = list(range(len(histories)))
-    for r in range(args.m):
+    world = parts.world
+    if replies is None:  # a^1
+        replies = parts("policy", [policy_messages(world, t["history"]) for t in states], stream)
+    refined = [{"tries": [], "reply": common.aloud(reply), "kept": False} for reply in replies]
+    live = list(range(len(states)))
+    for r in range(parts.args.m):
         if not live:
             break
-        key = (*stream, r)
-        actions = [parse_action(refined[i]["reply"]) for i in live]
-        futures = parts("successor", [successor_messages(world, histories[i], a) for i, a in zip(live, actions)], key, args.k)
-        futures = [futures[j * args.k:(j + 1) * args.k] for j in range(len(live))]  # d^(1..k) ~ M(. | s, a)
-        if args.ablation == "blind-critic":  # futures of other states: a floor
-            shift = random.Random(str(key)).randrange(1, max(2, len(futures)))
-            futures = futures[shift:] + futures[:shift]
-        critiques = parts("evaluator", [evaluator_messages(world, histories[i], a, f) for i, a, f in zip(live, actions, futures)], key)
-        for i, action, future, critique in zip(live, actions, futures, critiques):
-            refined[i]["tries"].append({"action": action, "futures": future, "critique": " ".join(critique.split())})
-        for i, reply in zip(live, parts("refiner", [refiner_messages(world, histories[i], refined[i]["tries"]) for i in live], key)):
-            keep = parse_action(reply).rstrip(".").lower() == "keep"
-            refined[i]["kept"] = keep and parse_action(refined[i]["reply"]) != ""  # there is nothing to keep of an empty action
-            if not keep:
-                refined[i]["reply"] = ("Action: " if args.react else "") + parse_action(reply)
-        live = [i for i in live if not refined[i]["kept"]]
+        asked, key = [states[i] for i in live], (*stream, r)
+        actions = [action_of(world, refined[i]["reply"]) for i in live]
+        for i, action, futures, text in zip(live, actions, *critique(parts, asked, actions, key)):
+            refined[i]["tries"].append({"action": action, "futures": futures, "critique": text})
+        tries = [refined[i]["tries"] for i in live]
+        messages = [refiner_messages(world, t["history"], some) for t, some in zip(asked, tries)]
+        for i, reply in zip(live, parts("refiner", messages, key)):
+            take_refinement(world, refined[i], reply)
+        live = [i for i in live if refined[i]["reply"] and not refined[i]["kept"]]
     return refined
 
 
-# --------------------------------------------------------------------------------------------------------------------- loss
+def take_refinement(world, refined, reply):
+    """Keep approves of the last try; anything else is the next one, even the same again."""
+    if keeps(reply):
+        refined["kept"] = refined["tries"][-1]["action"] != ""  # or there is nothing to keep
+    else:
+        refined["reply"] = reply if action_of(world, reply) else ""
+
+
+def policy_lessons(parts, states, refined):
+    """(6) What the policy shall learn to say at once -> pairs for `likelihood_loss`."""
+    pairs = []
+    for t, r in zip(states, refined):
+        if teaches(parts.args, r):
+            messages = policy_messages(parts.world, t["history"])
+            pairs.append(lesson(parts.chat, "policy", messages, r["reply"], parts.args))
+    return fitting(parts.model, pairs)
+
+
+def teaches(args, refinement):
+    """All that says something does; with --distil kept, what the refiner approved of."""
+    return bool(refinement["reply"]) and (refinement["kept"] or args.distil == "all")
+
+
+def anchor_lessons(parts, fresh, rng):
+    """Some of what was just played: a sampled KL to the policy of this step (--anchor)."""
+    args = parts.args
+    if not args.anchor:
+        return []
+    whole, pairs = [t for t in fresh if t["complete"]], []
+    for t in rng.sample(whole, min(args.batch_size // 4 * updates_of(args), len(whole))):
+        messages = policy_messages(parts.world, t["history"])
+        pairs.append(lesson(parts.chat, "policy", messages, t["reply"], args))
+    return fitting(parts.model, pairs)
+
+
+# --------------------------------------------------------------------------------------------- loss
 
 
 def likelihood_loss(model, chat, pairs, weight, micro_batch_size, temperature=1.0):
-    """Accumulates the gradient of weight * mean over all target tokens of -log p(target | prompt); returns the unweighted mean.
+    """(3), (6) -log p(target | prompt), the mean over target tokens; backward of weight times it.
 
-    L1 = KL(B_L M_theta_bar || M_theta) up to a constant, with a sampled target; L2 = -log pi_theta(a^r | s).
-    `temperature` is the sampling temperature: at any other one, learning from own samples would sharpen (or flatten) step by step.
-    The mean spans all of `pairs` [(prompt ids, target ids)], so the gradient does not depend on the micro-batch.
+    `temperature` is that of sampling: at any other one, learning from own samples would sharpen
+    (or flatten) step by step. The mean spans all of `pairs` [(prompt ids, target ids)], so that the
+    gradient does not depend on the micro-batch.
     """
     total, mean = sum(len(target) for _, target in pairs), 0.0
-    pairs = sorted(pairs, key=lambda pair: len(pair[0]))  # neighbours of one length need little padding
+    pairs = sorted(pairs, key=lambda pair: len(pair[0]))  # neighbours need little padding
     for i in range(0, len(pairs), micro_batch_size):
-        logprobs, mask = common.target_logprobs(model, chat, *zip(*pairs[i:i + micro_batch_size]), temperature)  # [B, L]
-        loss = -(logprobs * mask).sum() / total
+        prompts, targets = zip(*pairs[i:i + micro_batch_size])
+        logprobs, _ = common.target_logprobs(model, chat, prompts, targets, temperature)
+        loss = -logprobs.sum() / total  # of [B, T - 1], 0 beside the targets
         (weight * loss).backward()
         mean += loss.item()
     return mean
 
 
-# ----------------------------------------------------------------------------------------------------- evaluation and records
+def updates_of(args):
+    """Gradient steps per step of the loop."""
+    return round(args.episodes_per_step * args.updates_per_episode)
 
 
-AT_ONCE = 256  # episodes of an evaluation that share a cache: what bounds its memory
+def update(model, target, chat, args, optimizer, step, forecasts, lessons, played):
+    """The gradient steps of a step, L1 + weight L2 + the anchor, and (7) after each -> metrics."""
+    metrics, count = Counter(l1=0.0, l2=0.0, anchor=0.0, grad_norm=0.0), updates_of(args)
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * min(1, step / 10)
+    for u in range(count):
+        pairs = {"l1": forecasts[u::count], "l2": lessons[u::count], "anchor": played[u::count]}
+        taught = len(pairs["l2"]) * count / args.actor_states  # states without a lesson count, too
+        weights = {"l1": 1.0, "l2": args.actor_weight * taught, "anchor": args.anchor}
+        loss = 0.0
+        for name, some in pairs.items():
+            if some:
+                mean = likelihood_loss(model, chat, some, weights[name], args.micro_batch_size,
+                                       args.temperature)
+                metrics[name] += mean / count
+                loss += weights[name] * mean
+        if any(pairs.values()):
+            metrics["grad_norm"] += common.gradient_step(model, optimizer, loss, pairs) / count
+        common.ema_update(target, model, args.ema)
+    return dict(metrics)
 
 
-def evaluate(model, chat, args, split, episodes):
-    """The plain policy on fixed test episodes: no critic, no refinement. Returns (success, standard error, episodes)."""
-    played = []
-    for i in range(0, episodes, AT_ONCE):
-        played += rollout(model, chat, args, split, range(i, min(i + AT_ONCE, episodes)), temperature=args.eval_temperature,
-                          stream=("evaluate",), first=i)
-    return *common.mean_se([float(e["won"]) for e in played]), played
+# --------------------------------------------------------------------------- evaluation and records
+
+
+def evaluate(model, chat, args, split, count):
+    """The plain policy on fixed episodes: no critic, no refinement -> (numbers, episodes)."""
+    played = rollout(model, chat, args, split, range(count), temperature=args.eval_temperature,
+                     stream=("evaluate",))
+    success, se = common.mean_se([float(e["won"]) for e in played])
+    return {"success": success, "se": se, "n": count}, played
+
+
+def episode_metrics(episodes):
+    """What was played; the entropy is an estimate, per sampled token."""
+    valid = [v for e in episodes for v in e["valid"]]
+    tokens, logprob = (sum(e[key] for e in episodes) for key in ("tokens", "logprob"))
+    return {"success": common.mean(e["won"] for e in episodes),
+            "return": common.mean(e["reward"] for e in episodes),
+            "turns": common.mean(len(e["valid"]) for e in episodes), "valid": common.mean(valid),
+            "truncated": sum(e["truncated"] for e in episodes),
+            "entropy": -logprob / max(1, tokens)}
+
+
+def refinement_metrics(world, refined):
+    """How often the refiner approves, how often it changes the action, how the critic sees it."""
+    verdicts = [parse_verdict(t["critique"]) for r in refined for t in r["tries"]]
+    changed = [changes(world, r) for r in refined]
+    return {"kept": common.mean(r["kept"] for r in refined), "changed": common.mean(changed),
+            "verdicts": {name: verdicts.count(i) for i, name in enumerate(VERDICTS)},
+            "sentiment": common.mean((v or 0) / 4 for v in verdicts)}
+
+
+def changes(world, refinement):
+    """Whether a refinement is another action than the first try."""
+    return action_of(world, refinement["reply"]) != refinement["tries"][0]["action"]
 
 
 def calibration(parts, batch, stream):
-    """Does what M foresees happen? One future per (s, a) that was just played, against what followed."""
-    futures = [parse_future(f) for f in parts("successor", [
-        successor_messages(parts.world, t["history"], parse_action(t["reply"])) for t in batch], stream)]
-    read = [(f, t) for f, t in zip(futures, batch) if f]
-    rate = lambda xs: sum(xs) / len(xs) if xs else None  # noqa: E731
-    return {"predicted_success": rate([f[1] is not None for f, _ in read]),
-            "won_if_predicted_success": rate([t["turns"] is not None for f, t in read if f[1] is not None]),
-            "won_if_predicted_failure": rate([t["turns"] is not None for f, t in read if f[1] is None]),
-            "next_observation_right": rate([f[0] == first_sentence(t["result"]) for f, t in read])}
+    """Does what M foresees happen? One future per (s, a) just played, against what followed."""
+    asked = []
+    for t in batch:
+        action = action_of(parts.world, t["reply"])
+        asked.append(successor_messages(parts.world, t["history"], action))
+    observed, hopeful, hopeless = [], [], []
+    for text, t in zip(parts("successor", asked, stream), batch):
+        if (future := parse_future(text)) is None:
+            continue
+        told, turns = future
+        observed.append(told == first_sentence(t["result"]))
+        (hopeless if turns is None else hopeful).append(t["turns"] is not None)
+
+    def share(values):
+        return sum(values) / len(values) if values else None
+
+    return {"predicted_success": share([True] * len(hopeful) + [False] * len(hopeless)),
+            "won_if_predicted_success": share(hopeful), "won_if_predicted_failure": share(hopeless),
+            "next_observation_right": share(observed)}
 
 
-def refinement_gain(parts, model, batch, refined, stream):
-    """Replays states that teach a changed action: success after a^1 and after a^r, the current policy going on."""
-    changed = [(t, r) for t, r in zip(batch, refined)
-               if (r["kept"] or parts.args.distil == "all") and parse_action(r["reply"]) != r["tries"][0]["action"]]
-    if not changed:
+def refinement_gain(parts, states, refined, stream):
+    """Replays states that teach another action: success after a^1 and a^r, the policy going on."""
+    args, world = parts.args, parts.world
+    pairs = [(t, r) for t, r in zip(states, refined) if teaches(args, r) and changes(world, r)]
+    if not pairs:
         return {"gain_states": 0}
-    won = [[float(e["won"]) for e in rollout(
-        model, parts.chat, parts.args, "train", [t["seed"] for t, _ in changed], temperature=parts.args.temperature,
-        stream=(*stream, which), prefixes=[[*t["history"][1::2], pick(r)] for t, r in changed])]
-        for which, pick in (("first", lambda r: r["tries"][0]["action"]), ("refined", lambda r: r["reply"]))]
-    return {"gain_states": len(changed), "success_first": sum(won[0]) / len(changed), "success_refined": sum(won[1]) / len(changed)}
+
+    def success_after(name, replies):
+        prefixes = [[*t["history"][1::2], reply] for (t, _), reply in zip(pairs, replies)]
+        seeds = [t["seed"] for t, _ in pairs]
+        played = rollout(parts.model, parts.chat, args, "train", seeds, prefixes=prefixes,
+                         temperature=args.temperature, stream=(*stream, name))
+        return common.mean(e["won"] for e in played)
+
+    first = success_after("first", [written(r["tries"][0]["action"]) for _, r in pairs])
+    refined = success_after("refined", [r["reply"] for _, r in pairs])
+    return {"gain_states": len(pairs), "success_first": first, "success_refined": refined}
 
 
 def with_thoughts(parts, episode, stream):
     """An episode with what the critic and the refiner say to each of its turns."""
     steps = transitions(episode)
-    judged = refine(parts, [t["history"] for t in steps], stream, replies=[t["reply"] for t in steps])
-    return episode | {"turns": [{"reply": t["reply"], "result": t["result"], **r} for t, r in zip(steps, judged)]}
+    judged = refine(parts, steps, stream, replies=[t["reply"] for t in steps])
+    turns = [{"reply": t["reply"], "result": t["result"], **r} for t, r in zip(steps, judged)]
+    return episode | {"turns": turns}
 
 
-def show(episode):
-    """An episode as a person reads it."""
-    line = lambda text: "".join(c if c.isprintable() else " " for c in text)[:100]  # noqa: E731
-    lines = [line(episode["history"][0])]
-    for played, turn in zip(episode["history"][1::2], episode["turns"]):
-        lines.append(f"> {line(played)}")
+def said(episode):
+    """Who says what in an episode `with_thoughts`, for `common.show`."""
+    history = episode["history"]
+    found = [("world", history[0])]
+    for reply, turn in zip(history[1::2], episode["turns"]):
+        found.append(("act", reply))
         for t in turn["tries"]:
-            lines += [f"    {line(t['action'])}?", *(f"      future: {line(future)}" for future in t["futures"][:2])]
-            lines.append(f"      critique: {line(t['critique'])}")
-        lines += [f"    refined: {line(turn['reply']) if turn['kept'] else '(nothing approved)'}", line(turn["result"])]
-    return "\n".join(lines)
+            found.append(("try", t["action"]))
+            found += [("future", future) for future in t["futures"][:2]]
+            found.append(("critique", t["critique"]))
+        found.append(("kept" if turn["kept"] else "refined", turn["reply"] or "(nothing)"))
+        found.append(("world", turn["result"]))
+    return found
 
 
-# ------------------------------------------------------------------------------------------------- warm-up of a tiny model
+# --------------------------------------------------------------------------------------------- main
+
+AT_LEAST = {
+    "k": 1, "m": 1, "forecast_tokens": 1, "critique_tokens": 1, "buffer_size": 1, "examples": 1,
+    "episodes_per_step": 1, "actor_states": 1, "actor_weight": 0, "anchor": 0, "critic_warmup": 0,
+    "reader_temperature": 0}
+
+
+def check_args(args):
+    """Everything that can be refused before a model is loaded. Returns the world."""
+    common.check_common(args)
+    common.check_at_least(args, AT_LEAST)
+    common.check(0 <= args.ema < 1, f"--ema must be in [0, 1), not {args.ema}")
+    updates = args.episodes_per_step * args.updates_per_episode
+    common.check(round(updates) >= 1 and abs(updates - round(updates)) < 1e-6,
+                 "--episodes-per-step x --updates-per-episode must be a whole number of gradient "
+                 f"steps, not {updates:g}")
+    try:
+        world = envs.make(args.env, show_actions=args.show_actions)
+    except ValueError as error:
+        common.refuse(error)
+    listed = world.reset(seed=0)[1]["admissible"]
+    common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
+    return world
+
+
+def check_room(chat, model, messages, room):
+    """Refuses a first prompt that leaves no room for `room` more tokens."""
+    length = len(chat.dialogue(messages))
+    common.check(length + room <= model.max_context,
+                 f"the first prompt has {length} tokens, replies may have {room}: "
+                 f"beyond the context of {model.max_context}")
+
+
+def check_model(model, chat, world, args):
+    """What only the loaded model can tell."""
+    first = policy_messages(world, [world.reset(seed=0)[0]])
+    check_room(chat, model, with_shots("policy", first, args), args.max_new_tokens)
+    common.check(not (args.prefill and chat.opened),
+                 "--prefill: the chat template of this model opens a thought before each reply")
+
+
+def start_weights(model, args):
+    """A copy of the weights at the start, if anything asks for it: memory for a large model."""
+    needed = args.frozen_parts or args.critic_warmup or args.ablation == "frozen-critic"
+    return copy.deepcopy(model) if needed else None
+
+
+def main():
+    """Algorithm 1."""
+    args = common.parse_args(Args, TINY)
+    if args.quick:
+        args = dataclasses.replace(args, **(QUICK if common.is_tiny(args.model) else QUICK_LARGE))
+    world = check_args(args)
+    run = None
+    if not args.eval_only:
+        run = common.Run("nlac", args, common.run_directory("nlac", args))
+    model, chat = load(world, args)
+    check_model(model, chat, world, args)
+    if args.eval_only:
+        numbers, _ = evaluate(model, chat, args, "test", args.eval_episodes)
+        return print(f"{args.env} {common.result_line('test', numbers)}")
+    run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
+    tqdm.write(
+        f"{args.env}: {common.count_parameters(model):,} parameters on "
+        f"{common.device_name(args.device)}; a step plays {args.episodes_per_step} episodes, takes "
+        f"{updates_of(args)} gradient steps of {args.batch_size} transitions and refines "
+        f"{args.actor_states} states; the policy learns from step {args.critic_warmup + 1}")
+    target, start = copy.deepcopy(model), start_weights(model, args)  # target: theta_bar
+    parts = Parts(model, target, start, chat, world, args)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95),
+                                  weight_decay=0.0)
+    state = run.resume()
+    if state:
+        model.load_state_dict(state["model"])
+        target.load_state_dict(state["target"])
+        optimizer.load_state_dict(state["optimizer"])
+    else:
+        before, played = evaluate(model, chat, args, "test", args.eval_episodes)
+        tqdm.write(f"before: {common.result_line('test', before)}")
+        episode = with_thoughts(parts, played[0], ("before",))
+        state = {"step": 0, "buffer": [], "totals": {}, "seconds": {}, "before": before,
+                 "before_episode": episode, "after": None, "after_episode": None}
+    buffer, seconds, told = state["buffer"], Counter(state["seconds"]), set()
+    totals = Counter(state["totals"])
+
+    bar = tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps,
+               desc="nlac", dynamic_ncols=True)
+    for step in bar:
+        clock, rng = common.Clock(seconds), random.Random(f"{args.seed} {step}")
+        parts.counts.clear()
+        actor = start if step <= args.critic_warmup else model  # M alone learns: pi stays as it is
+        first = args.seed * 1_000_000_007 + (step - 1) * args.episodes_per_step
+        episodes = rollout(actor, chat, args, "train", range(first, first + args.episodes_per_step),
+                           temperature=args.temperature, stream=("act", step))  # (1)
+        fresh = [t for e in episodes for t in transitions(e)]
+        buffer = (buffer + fresh)[-args.buffer_size:]
+        clock.lap("rollout")
+        batch = sample(buffer, args, rng, args.batch_size * updates_of(args))
+        forecasts, dropped = successor_lessons(parts, batch, ("bellman", step))  # (2)
+        clock.lap("backup")
+        states = sample(buffer, args, rng, args.actor_states if step > args.critic_warmup else 0)
+        refined = refine(parts, states, ("refine", step))  # (4), (5)
+        lessons = policy_lessons(parts, states, refined)
+        clock.lap("refinement")
+        losses = update(model, target, chat, args, optimizer, step, forecasts, lessons,
+                        anchor_lessons(parts, fresh, rng))  # (3), (6), (7)
+        clock.lap("update")
+
+        metrics = {"step": step, **episode_metrics(episodes), **losses,
+                   "lessons": len(lessons), "targets_dropped": dropped}
+        some = rng.sample(fresh, min(32, len(fresh)))
+        metrics |= calibration(parts, some, ("calibration", step))
+        metrics |= refinement_metrics(world, refined) if refined else {}
+        records = [{"step": step, **e} for e in episodes]
+        if evaluating := step % args.eval_every == 0 or step == args.steps:
+            metrics |= refinement_gain(parts, states, refined, ("gain", step)) if refined else {}
+            n = args.eval_episodes if step == args.steps else max(1, args.eval_episodes // 5)
+            after, played = evaluate(model, chat, args, "test", n)
+            metrics |= {"eval_success": after["success"], "eval_se": after["se"],
+                        "eval_episodes": n}
+            episode = with_thoughts(parts, played[0], ("after", step))
+            state |= {"after": after, "after_episode": episode}
+            records.append({"step": step, **episode})
+        clock.lap("watching")
+        parts.note_episodes(episodes)
+        totals.update(tokens=parts.total("tokens"), env_steps=len(fresh), episodes=len(episodes),
+                      gradient_steps=updates_of(args))
+        metrics |= parts.metrics() | dict(totals) | clock.seconds()
+        common.warn_cut(metrics, LIMITS, told)
+        run.log(metrics)
+        run.write_rollouts(records)
+        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("success", "l1", "l2")})
+        if evaluating:
+            tqdm.write(f"step {step}: {common.result_line('test', after)}, "
+                       f"{totals['env_steps']} environment steps")
+        if step % args.save_every == 0 or step == args.steps or run.stopping:
+            state |= {"step": step, "buffer": buffer, "totals": dict(totals),
+                      "seconds": dict(seconds)}
+            run.save(state | {"model": model.state_dict(), "target": target.state_dict(),
+                              "optimizer": optimizer.state_dict()})
+        if run.stopping:
+            sys.exit(run.stopping)
+    finish(run, args, state, totals, seconds, model, chat)
+
+
+def finish(run, args, state, totals, seconds, model, chat):
+    """Keeps the model and the summary first, then tells about them."""
+    ends = envs.ends(args.env, args.eval_episodes)
+    summary = common.summary("nlac", "nlac", args.ablation, args, {"test": state["before"]},
+                             {"test": state["after"]}, ends, totals, seconds)
+    run.finish(summary, model, chat)
+    for name in "before", "after":
+        episode = {"said": said(state[f"{name}_episode"])}
+        print(f"\n{name}\n{common.show(episode)}")
+    print()
+    common.print_table(summary)
+    print(f"whole episodes: {run.dir / 'rollouts.jsonl'}")
+
+
+# ---------------------------------------------------------------------------- only for --model tiny
+# What a model made from nothing is taught before NLAC begins, and the settings that suit it.
+
+TINY = dict(
+    steps=150, lr=1e-3, batch_size=64, micro_batch_size=16, rollout_batch_size=256, device="cpu",
+    max_new_tokens=40, forecast_tokens=40, critique_tokens=40, eval_episodes=500, k=4, m=2,
+    reader_temperature=0.0, ema=0.95, episodes_per_step=64, updates_per_episode=0.125,
+    actor_states=64, distil="kept", frozen_parts=True, anchor=0.3, critic_warmup=50,
+    even_turns=True)
+QUICK = dict(
+    steps=4, critic_warmup=2, episodes_per_step=8, updates_per_episode=0.125, batch_size=16,
+    micro_batch_size=16, actor_states=8, eval_episodes=20, eval_every=2, save_every=2, examples=800)
+QUICK_LARGE = dict(  # of any other model
+    steps=2, critic_warmup=0, episodes_per_step=2, updates_per_episode=0.5, batch_size=4,
+    micro_batch_size=1, actor_states=2, eval_episodes=2, eval_every=1, save_every=1)
+APPROVED = VERDICTS.index("good")  # what REFINER says
+MARKS = "Action: ", "Next: ", "\nEnd: ", "Futures: ", " Verdict: ", "\nNext action: "  # a token each
+READER = "You read. Repeat the first observation, the last observation and the action, a line each."
+
+
+def load(world, args):
+    """The model that plays all parts, and its chat; a tiny one is made from `warmup`."""
+    if common.is_tiny(args.model) and args.device == "cpu":
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more only wait for each other
+    parts = SUCCESSOR, BACKUP, EVALUATOR, REFINER, READER
+    constants = [policy_messages(world, [""])[0]["content"],
+                 *(part_messages(part, world, [""])[0]["content"] for part in parts), *MARKS]
+    return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants,
+                       device=args.device, dtype=args.dtype, thinking=args.thinking,
+                       max_context=args.max_context)
 
 
 def critique_text(ends):
     """How to read k endings (turns until success, or None): how many succeed, and how soon."""
-    worth = sum(0.98 ** (n - 1) for n in ends if n) / len(ends)
-    verdict = VERDICTS[sum(worth > x for x in (0.1, 0.35, 0.6, 0.85))]
-    return f"{sum(n is not None for n in ends)} of {len(ends)} futures succeed. Verdict: {verdict}."
+    won = sum(n is not None for n in ends)
+    return f"Futures: {won} of {len(ends)} succeed. Verdict: {VERDICTS[rank_of(ends)]}."
 
 
 def warmup(world, args):
-    """What a model made from nothing is taught before NLAC begins: to read, and the form of every part's reply.
+    """What a model made from nothing is taught: to read, and the form of every part's reply.
 
-    Episodes come from a random player on the train split, unfiltered. The policy learns to answer with any action. The successor
-    learns its form from the futures of *other, random* transitions, so it knows nothing of what follows what. B_L learns to copy a
-    result and to count one turn on; the evaluator to read outcomes, the refiner to keep an approved action or to name any untried one.
-    No part sees an expert.
+    Episodes come from a random player on the train split, unfiltered. The policy learns to answer
+    with any action. The successor learns its form from the futures of *other, random* transitions,
+    so it knows nothing of what follows what. B_L learns to copy a result and to count one turn on;
+    the evaluator to read outcomes, the refiner to keep an approved action or to name any untried
+    one. No part sees an expert.
     """
     rng = random.Random("warm-up")
     steps = []
     for seed in range(max(50, args.examples // 4)):
-        observation, info = world.reset(seed=seed, options={"split": "train"})
-        episode, possible = {"seed": seed, "history": [observation], "valid": [], "reward": 0.0, "over": False}, []
-        while not episode["over"]:
-            possible.append(info["admissible"])
-            info = take_turn(world, episode, rng.choice(possible[-1]))
+        episode, possible = random_episode(world, seed, rng)
         steps += [t | {"possible": actions} for t, actions in zip(transitions(episode), possible)]
     futures = [future_text(t["result"], t["turns"]) for t in steps]
-
-    def random_end(turns, chance=0.6):
-        return rng.randint(1, turns) if rng.random() < chance else None
-
     examples = []
     for _ in range(args.examples):
-        step, other = rng.choice(steps), rng.choice(steps)
-        history, action, actions = step["history"], step["reply"], step["possible"]
-        left = world.max_turns - len(history) // 2  # turns, this one counted
+        step = rng.choice(steps)
+        action = action_of(world, step["reply"])
+        first, last = first_sentence(step["history"][0]), first_sentence(step["history"][-1])
         examples += [
-            (policy_messages(world, history, args), ("Action: " if args.react else "") + rng.choice(actions)),
-            (successor_messages(world, history, action), rng.choice(futures)),
-            (part_messages(READER, world, history, f"> {action}"),
-             "\n".join([first_sentence(history[0]), first_sentence(history[-1]), action])),
-        ]
-        if not step["done"]:
-            n = random_end(left)
-            examples.append((backup_messages(world, history, action, step["result"], future_text(other["result"], n)),
-                             future_text(step["result"], n + 1 if n and n < left else None)))
-        chance = rng.random()
-        ends = [random_end(left, chance) for _ in range(args.k)]
-        seen = [future_text(rng.choice(steps)["result"], n) for n in ends]
-        examples.append((evaluator_messages(world, history, action, seen), critique_text(ends)))
-        tried = rng.sample(actions, rng.randint(1, max(1, min(args.m, len(actions) - 1))))
-        low = [[random_end(left, 0.2) for _ in range(args.k)] for _ in tried[1:]]  # earlier tries were not kept
-        critiques = [c if parse_verdict(c) < APPROVED else critique_text([None] * args.k) for c in map(critique_text, low)]
-        critiques.append(critique_text([random_end(left, chance) for _ in range(args.k)]))
-        keep = parse_verdict(critiques[-1]) >= APPROVED
-        examples.append((refiner_messages(world, history, [{"action": a, "critique": c} for a, c in zip(tried, critiques)]),
-                         "keep" if keep else rng.choice([a for a in actions if a not in tried] or actions)))
+            (policy_messages(world, step["history"]), written(rng.choice(step["possible"]))),
+            (successor_messages(world, step["history"], action), rng.choice(futures)),
+            (part_messages(READER, world, step["history"], next_action(action)),
+             "\n".join([first, last, envs.one_line(action)])),
+            *judging_examples(world, args, step, rng.choices(steps, k=args.k), rng)]
     facts = world.facts() if hasattr(world, "facts") else []
     for fact in facts * (4 * args.examples // max(1, len(facts))):
         examples.append(([{"role": "user", "content": " ".join(fact.split()[:-1])}], fact))
@@ -488,189 +1085,42 @@ def warmup(world, args):
     return examples
 
 
-# --------------------------------------------------------------------------------------------------------------------- main
+def judging_examples(world, args, step, others, rng):
+    """One each for B_L (unless the step ended the game), the evaluator and the refiner.
 
+    `others`: k random transitions, whose results stand in made-up futures.
+    """
+    history, actions, examples = step["history"], step["possible"], []
+    action = action_of(world, step["reply"])
+    left = world.max_turns - len(history) // 2  # turns, this one counted
 
-def check_args(args):
-    """Everything that can be refused before a model is loaded. Returns the world."""
-    common.check_common(args)
-    for name in "k", "m", "buffer_size", "episodes_per_step", "actor_states", "examples":
-        common.check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    common.check(0 <= args.ema < 1, f"--ema must be in [0, 1), not {args.ema}")
-    common.check(args.actor_weight >= 0, f"--actor-weight must be at least 0, not {args.actor_weight}")
-    common.check(args.anchor >= 0, f"--anchor must be at least 0, not {args.anchor}")
-    common.check(args.reader_temperature >= 0, f"--reader-temperature must be at least 0, not {args.reader_temperature}")
-    common.check(args.critic_warmup >= 0, f"--critic-warmup must be at least 0, not {args.critic_warmup}")
-    updates = args.episodes_per_step * args.updates_per_episode
-    common.check(round(updates) >= 1 and abs(updates - round(updates)) < 1e-6,
-                 f"--episodes-per-step x --updates-per-episode must be a whole number of gradient steps, not {updates:g}")
-    try:
-        return envs.make(args.env)
-    except ValueError as error:
-        common.refuse(error)
+    def random_end(chance=0.6):
+        return rng.randint(1, left) if rng.random() < chance else None
 
+    def random_ends(chance):
+        return [random_end(chance) for _ in range(args.k)]
 
-def load(world, args):
-    """The model that plays all parts, and its chat; a tiny one is made from `warmup`."""
-    if args.model.startswith("tiny") and args.device == "cpu":
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
-    constants = [f"{world.system}\n{part}" for part in (POLICY, POLICY_REACT, SUCCESSOR, BACKUP, EVALUATOR, REFINER, READER)]
-    model, chat = common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype)
-    return model.eval(), chat  # no dropout anywhere
-
-
-def main():
-    """Algorithm 1."""
-    args = common.parse_args(Args)
-    if args.quick:
-        args = dataclasses.replace(args, steps=4, critic_warmup=2, episodes_per_step=8, batch_size=16, actor_states=8, eval_episodes=20,
-                                   eval_every=2, save_every=2, examples=800)
-    world = check_args(args)
-    updates = round(args.episodes_per_step * args.updates_per_episode)  # gradient steps per step
-    run = None if args.eval_only else common.Run("nlac", args, args.out_dir or f"runs/nlac-{args.env.replace(':', '-')}-s{args.seed}")
-    model, chat = load(world, args)
-    first = chat.prompt(policy_messages(world, [world.reset(seed=0)[0]], args))
-    common.check(len(first) + args.max_new_tokens <= model.config.max_position_embeddings,
-                 f"the first prompt has {len(first)} tokens and --max-new-tokens is {args.max_new_tokens}: "
-                 f"beyond the model's context of {model.config.max_position_embeddings}")
-    if args.eval_only:
-        success, se, _ = evaluate(model, chat, args, "test", args.eval_episodes)
-        return print(f"{args.env} test: success {success:.3f} (se {se:.3f}, n {args.eval_episodes})")
-    run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
-    print(f"{args.env}: {common.count_parameters(model):,} parameters on {common.device_name(args.device)}; a step plays "
-          f"{args.episodes_per_step} episodes and takes {updates} gradient steps of {args.batch_size} transitions, "
-          f"with {args.actor_states} states refined; the policy learns from step {args.critic_warmup + 1}")
-
-    target = copy.deepcopy(model)  # theta_bar
-    start = copy.deepcopy(model)
-    parts, after, after_episode = Parts(model, target, start, chat, world, args), None, None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    buffer, totals, seconds, done = [], Counter(), Counter(), 0
-    if state := run.resume():
-        model.load_state_dict(state["model"])
-        target.load_state_dict(state["target"])
-        optimizer.load_state_dict(state["optimizer"])
-        buffer, totals, seconds, done = state["buffer"], Counter(state["totals"]), Counter(state["seconds"]), state["step"]
-        before, before_episode, after, after_episode = (state[key] for key in ("before", "before_episode", "after", "after_episode"))
-    else:
-        success, se, played = evaluate(model, chat, args, "test", args.eval_episodes)
-        before, before_episode = {"success": success, "se": se}, with_thoughts(parts, played[0], ("before",))
-        print(f"before: success {success:.3f} (se {se:.3f}, n {args.eval_episodes})")
-
-    def checkpoint(step):
-        run.save({"model": model.state_dict(), "target": target.state_dict(), "optimizer": optimizer.state_dict(), "buffer": buffer,
-                  "step": step, "totals": dict(totals), "seconds": dict(seconds), "before": before, "before_episode": before_episode,
-                  "after": after, "after_episode": after_episode})
-
-    bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, desc="nlac", dynamic_ncols=True)
-    for step in bar:
-        clock = common.Clock(seconds)
-        rng = random.Random(f"{args.seed} {step}")
-        for counter in (parts.tokens, parts.asked, parts.parsed):
-            counter.clear()
-
-        # 1. act
-        seeds = range((step - 1) * args.episodes_per_step, step * args.episodes_per_step)
-        seeds = [args.seed * 1_000_000_007 + i for i in seeds]
-        actor = start if step <= args.critic_warmup else model  # while only M learns, the start policy acts
-        episodes = rollout(actor, chat, args, "train", seeds, temperature=args.temperature, stream=("act", step))
-        fresh = [t for e in episodes for t in transitions(e)]
-        buffer = (buffer + fresh)[-args.buffer_size:]
-        clock.lap("rollout")
-
-        # 2. what M shall learn to foresee
-        weights = sampling_weights(buffer)
-        batch = rng.choices(buffer, weights, k=args.batch_size * updates)
-        targets = [None] * len(batch) if args.ablation == "frozen-critic" else bellman_targets(parts, batch, ("bellman", step))
-        critic = [(chat.prompt(successor_messages(world, t["history"], parse_action(t["reply"]))), chat.reply(text))
-                  for t, text in zip(batch, targets) if text]
-        clock.lap("backup")
-
-        # 4. what the policy shall learn to say
-        states, refined, lessons = [], [], []
-        if step > args.critic_warmup:
-            states = rng.choices(buffer, weights, k=args.actor_states)
-            refined = refine(parts, [t["history"] for t in states], ("refine", step))
-            lessons = [(chat.dialogue(policy_messages(world, t["history"], args)), chat.reply(r["reply"]))
-                       for t, r in zip(states, refined) if r["kept"] or args.distil == "all" and parse_action(r["reply"])]
-        played = rng.sample(fresh, min(args.batch_size // 4 * updates, len(fresh))) if args.anchor else []
-        anchor = [(chat.dialogue(policy_messages(world, t["history"], args)), chat.reply(t["reply"])) for t in played]
-        clock.lap("refinement")
-
-        # 3, 5, 6. L1 + weight * L2, then the EMA
-        losses = Counter()
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, step / 10)
-        for u in range(updates):
-            l1, l2, l3 = critic[u::updates], lessons[u::updates], anchor[u::updates]
-            if l1:
-                losses["l1"] += likelihood_loss(model, chat, l1, 1.0, args.micro_batch_size, args.temperature) / updates
-            if l2:  # states without a lesson count in the mean: few lessons, a small step
-                weight = args.actor_weight * len(l2) * updates / args.actor_states
-                losses["l2"] += likelihood_loss(model, chat, l2, weight, args.micro_batch_size, args.temperature) / updates
-            if l3:
-                losses["anchor"] += likelihood_loss(model, chat, l3, args.anchor, args.micro_batch_size, args.temperature) / updates
-            if l1 or l2 or l3:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-            common.ema_update(target, model, args.ema)
-        clock.lap("update")
-
-        metrics = {"step": step, "success": common.mean(e["won"] for e in episodes), "return": common.mean(e["reward"] for e in episodes),
-                   "l1": losses["l1"], "l2": losses["l2"], "anchor": losses["anchor"], "lessons": len(lessons),
-                   "entropy": -sum(e["logprob"] for e in episodes) / max(1, sum(e["tokens"] for e in episodes)),
-                   "turns": common.mean(len(e["valid"]) for e in episodes), "valid": common.mean(v for e in episodes for v in e["valid"]),
-                   "truncated": sum(e["truncated"] for e in episodes),
-                   "targets_dropped": 0 if args.ablation == "frozen-critic" else targets.count(None)}
-        metrics |= calibration(parts, rng.sample(fresh, min(32, len(fresh))), ("calibration", step))
-        if refined:
-            verdicts = [parse_verdict(t["critique"]) for r in refined for t in r["tries"]]
-            metrics |= {"kept": common.mean(r["kept"] for r in refined),
-                        "changed": common.mean(parse_action(r["reply"]) != r["tries"][0]["action"] for r in refined),
-                        "verdicts": {name: verdicts.count(i) for i, name in enumerate(VERDICTS)},
-                        "sentiment": common.mean((v or 0) / 4 for v in verdicts)}
-        evaluating = step % args.eval_every == 0 or step == args.steps
-        if evaluating:
-            if refined:
-                metrics |= refinement_gain(parts, model, states, refined, ("gain", step))
-            n = args.eval_episodes if step == args.steps else max(1, args.eval_episodes // 5)
-            success, se, played = evaluate(model, chat, args, "test", n)
-            after, after_episode = {"success": success, "se": se}, with_thoughts(parts, played[0], ("after", step))
-            metrics |= {"eval_success": success, "eval_se": se, "eval_episodes": n}
-        clock.lap("watching")
-        metrics |= {f"parse_{part}": parts.parsed[part] / asked for part, asked in parts.asked.items() if asked}
-        totals["tokens"] += sum(parts.tokens.values()) + sum(e["tokens"] for e in episodes)
-        totals["env_steps"] += len(fresh)
-        totals["episodes"] += len(episodes)
-        totals["gradient_steps"] += updates
-        metrics |= dict(totals) | {f"seconds_{name}": round(value, 2) for name, value in clock.laps.items()}
-        run.log(metrics)
-        run.write_rollouts([{"step": step, **e} for e in episodes])
-        if evaluating:
-            run.write_rollouts([{"step": step, **after_episode}])
-        bar.set_postfix(success=f"{metrics['success']:.2f}", l1=f"{losses['l1']:.3f}", l2=f"{losses['l2']:.3f}")
-        if evaluating:
-            tqdm.write(f"step {step}: test success {success:.3f} (se {se:.3f}, n {n}), {totals['env_steps']} environment steps")
-        if step % args.save_every == 0 or step == args.steps or run.stopping:
-            checkpoint(step)
-        if run.stopping:
-            sys.exit(run.stopping)
-
-    ends = {name: envs.mean_score(envs.make(args.env), player, args.eval_episodes, key="won") for name, player in
-            (("random", envs.random_player), ("expert", envs.expert_player))}
-    print(f"\nbefore\n{show(before_episode)}\n\nafter\n{show(after_episode)}\n")
-    run.finish({"script": "nlac", "method": "nlac", "arm": args.ablation, "env": args.env, "model": args.model, "seed": args.seed,
-                "split": "test", "eval_episodes": args.eval_episodes, "before": before, "after": after,
-                **{name: {"success": score, "se": se} for name, (score, se) in ends.items()},
-                "train_episodes": totals["episodes"], "env_steps": totals["env_steps"], "generated_tokens": totals["tokens"],
-                "gradient_steps": totals["gradient_steps"], "seconds": round(sum(seconds.values()), 1),
-                "peak_memory_bytes": common.peak_memory_bytes(args.device), "device": common.device_name(args.device),
-                "git_commit": common.git_commit()}, model, chat)
-    print(f"{'':10}{'success':>9}{'se':>8}   (n {args.eval_episodes})")
-    for name, (value, se) in {"before": before.values(), "after": after.values(), **ends}.items():
-        print(f"{name:10}{value:9.3f}{se:8.3f}")
-    print(f"whole episodes: {run.dir / 'rollouts.jsonl'}")
+    if not step["done"]:
+        n = random_end()
+        forecast = future_text(others[0]["result"], n)
+        merged = future_text(step["result"], n + 1 if n and n < left else None)
+        examples.append((backup_messages(world, history, action, step["result"], forecast), merged))
+    chance = rng.random()
+    ends = random_ends(chance)
+    seen = [future_text(t["result"], n) for t, n in zip(others, ends)]
+    examples.append((evaluator_messages(world, history, action, seen), critique_text(ends)))
+    tried = rng.sample(actions, rng.randint(1, max(1, min(args.m, len(actions) - 1))))
+    critiques = []
+    for _ in tried[1:]:  # earlier tries were not kept
+        ends = random_ends(0.2)
+        critiques.append(critique_text(ends if rank_of(ends) < APPROVED else [None] * args.k))
+    ends = random_ends(chance)
+    critiques.append(critique_text(ends))
+    untried = [a for a in actions if a not in tried] or actions
+    tries = [{"action": a, "critique": text} for a, text in zip(tried, critiques)]
+    reply = "keep" if rank_of(ends) >= APPROVED else rng.choice(untried)
+    examples.append((refiner_messages(world, history, tries), written(reply)))
+    return examples
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ import second_attempts  # noqa: E402
 import self_distillation  # noqa: E402
 
 RIVALS = {"ppo": "ppo", "nlql": "nlql", "self_distillation": "self-distillation", "ceiling": "ceiling"}  # file: method
-SMALL = dict(model="tiny:32x1", examples=60, max_new_tokens=12, steps=2, episodes_per_step=8, updates_per_episode=0.125, batch_size=8,
-             micro_batch_size=4, actor_states=6, eval_episodes=8, eval_every=1, critic_warmup=0, k=2)
+SMALL = dict(model="tiny:32x1", examples=60, max_new_tokens=12, forecast_tokens=12, critique_tokens=12, steps=2, episodes_per_step=8,
+             updates_per_episode=0.125, batch_size=8, micro_batch_size=4, actor_states=6, eval_episodes=8, eval_every=1, k=2,
+             critic_warmup=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,7 +90,7 @@ def test_a_rival_runs_and_leaves_what_nlac_leaves(runs, script):
     summary = json.loads((out / "summary.json").read_text())
     expected = """script method arm env model seed split eval_episodes before after random expert train_episodes env_steps generated_tokens
         gradient_steps seconds peak_memory_bytes device git_commit""".split()
-    assert set(expected) <= set(summary) <= {*expected, "simulation_steps"}
+    assert set(expected) <= set(summary) <= {*expected, "simulation_steps", "watched"}
     assert summary["method"] == RIVALS[script] and summary["script"] == f"docs/{script}.py"
     assert set(summary["after"]) == set(summary["expert"]) == {"success", "se"}
     metrics = lines(out / "metrics.jsonl")
@@ -139,7 +140,7 @@ def test_match_stops_at_the_steps_of_another_run(runs, cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(sys, "argv", ["ppo.py", *flags_of(**SMALL | {"steps": 1, "eval_every": 100}, match=other, out_dir=out)])
     monkeypatch.setattr(signal, "signal", lambda *a: None)  # the tests' own handlers stay
-    _loop.main("ppo", ppo.Args, ppo.PPO)
+    _loop.main("ppo", ppo.Args, ppo.PPO, ppo.TINY)
     steps = [m["env_steps"] for m in lines(out / "metrics.jsonl")]
     assert steps[-2] < limit <= steps[-1] and lines(out / "metrics.jsonl")[-1]["eval_episodes"] == 8
 
@@ -152,7 +153,7 @@ def test_bad_settings_are_refused_and_nothing_is_written(tmp_path, monkeypatch, 
     module = sys.modules[script[:-3]]
     learner = {"ppo": ppo.PPO, "nlql": nlql.NLQL, "ceiling": ceiling.Ceiling, "self_distillation": self_distillation.SelfDistillation}
     with pytest.raises(SystemExit) as end:
-        _loop.main("x", module.Args, learner[script[:-3]])
+        _loop.main("x", module.Args, learner[script[:-3]], getattr(module, "TINY", None))
     assert end.value.code == 2 and re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
     assert not any(tmp_path.iterdir())
 
@@ -212,7 +213,7 @@ def test_look_sees_each_turn_where_it_starts():
 @pytest.fixture(scope="module")
 def base(cache):
     """The small base model in this process: model, chat, world, args."""
-    args = nlac.Args(**SMALL)
+    args = nlac.Args(**nlac.TINY | SMALL)
     world = envs.make("repair")
     known, os.environ["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME"), str(cache)
     try:
@@ -225,7 +226,7 @@ def base(cache):
 
 def ppo_step(base, **settings):
     model, chat, world, args = base
-    args = ppo.Args(**SMALL | settings)
+    args = ppo.Args(**nlac.TINY | ppo.TINY | SMALL | settings)
     learner = ppo.PPO(copy.deepcopy(model), chat, world, args)
     episodes = learner.act(1, range(8))
     for i, episode in enumerate(episodes):
@@ -246,8 +247,8 @@ def test_ppo_starts_at_ratio_one_and_moves_every_parameter(base):
         assert len(ppo.reply_lengths(mask)) == len(episode["valid"]) and sum(mask) == episode["tokens"]
 
 
-def test_ppo_does_not_depend_on_the_micro_batch(base):
-    models = [ppo_step(base, micro_batch_size=n)[0].model for n in (2, 8)]
+def test_ppo_does_not_depend_on_micro_batch_and_rollout_batch(base):
+    models = [ppo_step(base, micro_batch_size=n, rollout_batch_size=m)[0].model for n, m in ((2, 3), (8, 256))]
     for a, b in zip(*(model.parameters() for model in models)):
         assert torch.allclose(a, b, atol=1e-4)
 
@@ -266,7 +267,7 @@ def played_state(seed, actions, env="repair"):
     history = [world.reset(seed=seed, options={"split": "train"})[0]]
     for action in actions:
         history += [action, world.step(action)[0]]
-    return {"seed": seed, "history": history}
+    return {"seed": seed, "history": history, "complete": True}
 
 
 def twins(env):
@@ -284,7 +285,7 @@ def twins(env):
 
 def parts_for(cls, base, module, **settings):
     model, chat, _, _ = base
-    args = module.Args(**SMALL | settings)
+    args = module.Args(**nlac.TINY | getattr(module, "TINY", {}) | SMALL | settings)
     world = envs.make(args.env)
     return cls(model, model, model, chat, world, args)
 
@@ -298,10 +299,14 @@ def test_the_ceiling_does_not_know_what_is_hidden(base, env):
     for seed in first, second:
         parts = parts_for(ceiling.Parts, base, ceiling, env=env, refiner="rule")
         state, prompts = played_state(seed, [], env), []
-        plain = parts.answer
-        parts.answer = lambda part, messages, *rest: prompts.append(messages) or plain(part, messages, *rest)  # noqa: B023
-        parts.live = [state] * 3
-        refined = nlac.refine(parts, [state["history"]] * 3, ("test",), replies=[action] * 3)
+
+        class Watched(type(parts)):
+            def __call__(self, part, messages, *rest):
+                prompts.append(messages)  # noqa: B023
+                return super().__call__(part, messages, *rest)
+
+        parts.__class__ = Watched
+        refined = nlac.refine(parts, [state] * 3, ("test",), replies=[action] * 3)
         outcomes.append((state["history"], refined, prompts, [e["history"] for e in parts.play([(state, action)] * 40, ("futures",))]))
     assert outcomes[0] == outcomes[1]
 
@@ -315,10 +320,12 @@ def test_the_ceiling_draws_all_that_fits_the_dialogue(base):
     seen = played_state(seed, ["check the power"])
     right = next(repair for finding, repair in envs.make("repair").faults["does not start"][1].items() if finding in seen["history"][-1])
     assert all(e["won"] for e in parts.play([(seen, right)] * 20, ("b",)))  # a finding that was seen stays
-    game = ceiling.restored("20q", played_state(3, ["Is it an animal?"], "20q"), random.Random(0))
-    assert game.hidden in game.consistent()
-    assert {ceiling.restored("20q", played_state(3, ["Is it an animal?"], "20q"), random.Random(i)).hidden for i in range(400)} == set(
-        game.consistent())
+    args, state = dataclasses.replace(parts.args, env="20q"), played_state(3, ["Is it an animal?"], "20q")
+    possible = set(ceiling.restored(args, state, random.Random(0)).consistent())
+    assert {ceiling.restored(args, state, random.Random(i)).hidden for i in range(400)} == possible
+    few = parts_for(ceiling.Parts, base, ceiling, rollout_batch_size=7)  # changes nothing
+    rows = [(played_state(seed, []), "check the power") for seed in range(20)]
+    assert [e["history"] for e in few.play(rows, ("c",))] == [e["history"] for e in parts.play(rows, ("c",))]
 
 
 def test_the_rules_of_the_ceiling_are_what_the_warm_up_teaches(base):
@@ -328,27 +335,26 @@ def test_the_rules_of_the_ceiling_are_what_the_warm_up_teaches(base):
         part = next((p for p in asked if messages[0]["content"].endswith(getattr(nlac, p.upper()))), None)
         if part:
             asked[part] += 1
-            parts.live = [None]
-            assert (parts(part, [messages], ("x",))[0] == reply) or (part == "refiner" and reply != "keep" and parts.live == [None])
+            [said] = parts(part, [messages], ("x",))
+            assert said == reply or part == "refiner" and not nlac.keeps(reply) and not nlac.keeps(said)
     assert min(asked.values()) == 200
 
 
 def test_the_rules_of_the_ceiling(base):
-    assert nlac.critique_text([1, 1, 1, 1]) == "4 of 4 futures succeed. Verdict: great."
-    assert nlac.critique_text([None, None]) == "0 of 2 futures succeed. Verdict: bad."
+    assert nlac.critique_text([1, 1, 1, 1]) == "Futures: 4 of 4 succeed. Verdict: great."
+    assert nlac.critique_text([None, None]) == "Futures: 0 of 2 succeed. Verdict: bad."
     assert nlac.parse_verdict(nlac.critique_text([2, None, 1, None])) == 2
     parts = parts_for(ceiling.Parts, base, ceiling, refiner="rule")
     state = played_state(0, [])
     futures = [nlac.future_text("It works again. You win.", 1), nlac.future_text("It is still broken.", None)]
     message = nlac.evaluator_messages(parts.world, state["history"], "swap the fuse", futures)
-    assert parts("evaluator", [message], ("x",)) == ["1 of 2 futures succeed. Verdict: fair."]
-    tries = [{"action": "swap the fuse", "critique": "0 of 2 futures succeed. Verdict: bad."}]
-    parts.live = [state] * 50
+    assert parts("evaluator", [message], ("x",)) == ["Futures: 1 of 2 succeed. Verdict: fair."]
+    tries = [{"action": "swap the fuse", "critique": "Futures: 0 of 2 succeed. Verdict: bad."}]
     replies = parts("refiner", [nlac.refiner_messages(parts.world, state["history"], tries)] * 50, ("x",))
-    assert set(replies) <= set(parts.actions) - {"swap the fuse"} and len(set(replies)) > 5
-    parts.live = [state]
-    tries.append({"action": "open the case", "critique": "2 of 2 futures succeed. Verdict: great."})
-    assert parts("refiner", [nlac.refiner_messages(parts.world, state["history"], tries)], ("x",)) == ["keep"] and parts.live == []
+    actions = {nlac.action_of(parts.world, reply) for reply in replies}
+    assert actions <= set(parts.actions) - {"swap the fuse"} and len(actions) > 5
+    tries.append({"action": "open the case", "critique": "Futures: 2 of 2 succeed. Verdict: great."})
+    assert parts("refiner", [nlac.refiner_messages(parts.world, state["history"], tries)], ("x",)) == ["Action: keep"]
 
 
 def test_self_distillation_plays_the_world_as_it_is(base):
@@ -360,35 +366,37 @@ def test_self_distillation_plays_the_world_as_it_is(base):
         world.reset(seed=seed, options={"split": "train"})
         right = world.faults[world.symptom][1][world.finding]
         wrong = next(r for r in world.repairs if r != right)
-        parts.live, parts.extra["env_steps"] = [state, state], 0
-        messages = [nlac.successor_messages(parts.world, state["history"], a) for a in (right, wrong)]
+        parts.args.k, parts.extra["env_steps"] = 3, 0
         won, lost = nlac.future_text("It works again.", 1), nlac.future_text("It is still broken.", None)
-        assert parts("successor", messages, ("x",), 3) == [won] * 3 + [lost] * 3
+        assert parts.foresee([state, state], [right, wrong], ("x",)) == [[won] * 3, [lost] * 3]
         assert parts.extra["env_steps"] == 6
     episode = {"history": ["o", "a", "p. q", "b", "r"], "won": True}
     assert parts.describe({"history": ["o"]}, episode) == "Next: p.\nEnd: success in 2 turns."
 
 
-def test_played_parts_notice_a_mix_up(base):
-    parts = parts_for(self_distillation.Parts, base, self_distillation)
-    a, b = (played_state(seed, []) for seed in (0, 1))
-    parts.live = [a]
-    with pytest.raises(RuntimeError):
-        parts("successor", [nlac.successor_messages(parts.world, b["history"], "swap the fuse")], ("x",))
-
-
-def test_refine_keeps_track_of_the_states_of_later_rounds(base):
+def test_played_futures_are_of_the_states_that_are_asked_about(base):
+    """In later rounds, too, when some states are settled: behind one dialogue there can be different hidden answers."""
     parts = parts_for(ceiling.Parts, base, ceiling, refiner="rule", m=4)
-    states = [played_state(seed, ["check the power"]) for seed in range(20)]
-    refined = parts.refine(states, ("x",))
+    states, asked = [played_state(seed, ["check the power"]) for seed in range(20)], []
+    plain = parts.play
+    parts.play = lambda rows, stream: asked.append(rows) or plain(rows, stream)
+    refined = nlac.refine(parts, states, ("x",))
     assert len(refined) == 20 and any(len(r["tries"]) > 1 for r in refined)
-    assert len(parts.live) == sum(not r["kept"] for r in refined)
+    for r, rows in enumerate(asked):
+        live = [i for i, found in enumerate(refined) if len(found["tries"]) > r]
+        wanted = [(states[i]["seed"], refined[i]["tries"][r]["action"]) for i in live for _ in range(parts.args.k)]
+        assert [(t["seed"], action) for t, action in rows] == wanted
 
 
 # ------------------------------------------------------------------------------------- Early Experience, a baseline of ACT
 
 
-EARLY = dict(env="repair", num_demos=8, eval_episodes=24, max_new_tokens=28)
+EARLY = dict(env="repair", num_demos=8, eval_episodes=24, max_new_tokens=28, choice_tokens=40, held_out=12)
+EARLY_ARGS = dataclasses.replace(act.Args(), **act.TINY | EARLY)
+
+
+def early_prompts(world):
+    return act.Prompts(world.system, [{"role": "user", "content": "shot"}], {act.CHOOSE: [], act.CHOOSE_NOW: []})
 
 
 @pytest.fixture(scope="module")
@@ -415,16 +423,16 @@ def test_early_experience_runs_and_says_what_actions_led_to(reflected):
     assert set(expected) <= set(summary) and summary["arm"] == "early-experience" and summary["expert"]["success"] == 1
     counts = summary["pair_counts"]
     assert counts["reflections"] == len(told) > 3 and counts["proposed"] == 2 * summary["expert_states"]
-    assert counts["tokens"] == summary["generated_tokens"] > counts["proposed"] + len(told)
+    assert counts["tokens"] == summary["generated_tokens"] > counts["proposed"] + len(told) and 0 <= counts["cut_choice"] < 1
     assert [row["step"] for row in lines(out / "metrics.jsonl")] == [1, 2, 3] and summary["gradient_steps"] == 3
-    args = act.Args(**EARLY)
+    args = EARLY_ARGS
     demos, test = act.demonstrations(args, "train", range(8)), act.demonstrations(args, "test", range(500))
     assert len(demos) == summary["expert_states"] and summary["train_episodes"] == 8
     for row in told:  # the train split alone: its seeds, its customers
         state = {key: value for key, value in row.items() if key != "reply"}
         assert state in demos and row["split"] == "train" and act.parse_action(row["reply"]) == row["expert"]
         words, action = row["reply"].split("<action>")
-        assert words.strip() and "<" not in words and action == f"{row['expert']}</action>"
+        assert words.strip() and "</action>" not in words and action == f"{row['expert']}</action>"
     assert not {customer(row) for row in told} & {customer(state) for state in test}
     [episode] = lines(out / "rollouts.jsonl")
     assert episode["split"] == "test" and "ids" not in episode and f"test: {summary['before']['success']:.3f} before" in result.stdout
@@ -435,7 +443,7 @@ def test_early_experience_runs_and_says_what_actions_led_to(reflected):
 def test_outcomes_by_replay_are_what_the_world_says(env):
     world, other, count = envs.make(env), envs.make(env), 0
     for split in "train", "test":
-        for state in act.demonstrations(act.Args(env=env), split, [3, 4]):
+        for state in act.demonstrations(dataclasses.replace(EARLY_ARGS, env=env), split, [3, 4]):
             earlier = [m["content"] for m in state["messages"][1::2]]
             actions = [state["expert"], *reversed(state["admissible"]), "dance", state["expert"]]
             found = early_experience.outcomes(world, state, actions)
@@ -447,7 +455,7 @@ def test_outcomes_by_replay_are_what_the_world_says(env):
 
 
 def test_a_world_that_does_not_repeat_itself_is_noticed(capsys):
-    first, second = act.demonstrations(act.Args(env="repair"), "train", [3])
+    first, second = act.demonstrations(EARLY_ARGS, "train", [3])
     other = second | {"messages": [*second["messages"][:2], {"role": "user", "content": "Hm."}]}
     for state in first | {"seed": 4}, first | {"split": "test"}, other:
         with pytest.raises(SystemExit) as end:
@@ -456,39 +464,54 @@ def test_a_world_that_does_not_repeat_itself_is_noticed(capsys):
 
 
 def test_a_reflection_is_the_models_own_words_and_the_experts_action(monkeypatch):
-    args, world, asked = act.Args(env="repair"), envs.make("repair"), []
-    states = act.demonstrations(args, "train", range(4))
-    said = ["It helps. <action>dance</action>", "no tags", "", "<action>dance</action>", "so </action> it is <action>", " <action>",
-            "a < b"]  # fmt: skip
+    args, world, asked = EARLY_ARGS, envs.make("repair"), []
+    states = act.demonstrations(args, "train", range(5))
+    said = {  # what the model says: the words of it
+        "It helps. <action>dance</action>": "It helps.", "no tags": "no tags", "": "", "<action>dance</action>": "",
+        "a < b, so </action> it is <action>": "a < b, so", " <ACTION>": "", "**Because** <Action>x</Action> y": "**Because**",
+        "<think>hm</think> So. <action>x</action>": "So."}  # fmt: skip
     candidates = [["check the power", "dance"], *[["swap the fuse"]] * (len(said) - 1)]  # of the last state: none
     pairs = [state | {"candidate": action} for state, actions in zip(states, candidates) for action in actions]
 
-    def answer(model, chat, args, prompts, stream):
+    def answer(model, chat, args, prompts, stream, limit):
         asked.extend(prompts)
-        return [{"text": text, "mask": [0, 1, 1]} for text in said]
+        assert limit == args.choice_tokens and not args.prefill
+        return [{"text": text, "mask": [0, 1, 1], "complete": [True]} for text in said]
 
     monkeypatch.setattr(act, "make_pairs", lambda *given: (pairs, {"proposed": 9, "tokens": 100}))
     monkeypatch.setattr(act, "answer", answer)
-    model, chat = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4096)), SimpleNamespace(dialogue=lambda messages: messages)
-    told, counts = early_experience.reflect(model, chat, world, args, states)
-    assert len(states) > len(said) == len(asked) and [row["reply"] for row in told] == [
-        f"{words} {act.tagged(state['expert'])}" for words, state in zip(["It helps.", "no tags"], states)]
-    assert [{key: value for key, value in row.items() if key != "reply"} for row in told] == states[:2]
+    model, chat = SimpleNamespace(max_context=4096), SimpleNamespace(dialogue=lambda messages: messages)
+    prompts, args = early_prompts(world), dataclasses.replace(args, prefill=True)
+    told, counts = early_experience.reflect(model, chat, world, args, prompts, states)
+    wanted = [(state, words) for state, words in zip(states, said.values()) if words]
+    assert len(states) > len(said) == len(asked)
+    assert [row["reply"] for row in told] == [f"{words} {act.tagged(state['expert'])}" for state, words in wanted]
+    assert [{key: value for key, value in row.items() if key != "reply"} for row in told] == [state for state, _ in wanted]
     steps = sum((len(actions) + 1) * (state["turn"] + 1) for state, actions in zip(states, candidates))  # of the replays
-    assert counts == {"proposed": 9, "tokens": 100 + 2 * len(said), "reflections": 2, "unreadable": 5, "env_steps": steps}
+    assert counts == {"proposed": 9, "tokens": 100 + 2 * len(said), "reflections": 5, "unreadable": 3, "env_steps": steps,
+                      "cut_choice": 0}  # fmt: skip
     for prompt, state, actions in zip(asked, states, candidates):
-        *before, last = act.dialogue(world, state["messages"])
+        system, _, *before, last = act.dialogue(prompts, state["messages"])  # without the worked example
         actions = [*actions, state["expert"]]  # the last one is the one to be praised
         results = [envs.replay(world, state["seed"], [*(m["content"] for m in state["messages"][1::2]), a])[0] for a in actions]
-        assert prompt == [*before, {"role": "user", "content": "\n".join([
-            last["content"], early_experience.REFLECT, *(f"{a}: {act.event(result)}" for a, result in zip(actions, results))])}]
+        assert prompt == [system, *before, {"role": "user", "content": "\n".join([
+            last["content"], *(f"{a}: {result}" for a, result in zip(actions, results)), early_experience.REFLECT])}]
+    model.max_context = 0  # nothing fits: nothing is asked
+    said.clear()
+    told, counts = early_experience.reflect(model, chat, world, args, prompts, states)
+    assert told == [] and counts["reflections too long"] == len(candidates)
+
+
+def test_words_that_were_cut_off_before_the_action_are_no_reflection():
+    for text, complete, words in ("So it", False, ""), ("So it", True, "So it"), ("So. <action>x", False, "So."):
+        assert early_experience.words_of({"text": text, "complete": [complete]}) == words
 
 
 def test_its_warm_up_sees_train_alone_and_no_expert(monkeypatch):
     def forbidden(self):
         raise AssertionError("the warm-up asked the expert")
 
-    world, splits, args = envs.make("household"), set(), act.Args(env="household", examples=20)
+    world, splits, args = envs.make("household"), set(), dataclasses.replace(EARLY_ARGS, env="household", examples=20)
     monkeypatch.setattr(type(world), "expert", forbidden)
     reset = world.reset
     monkeypatch.setattr(world, "reset", lambda **k: splits.add(k["options"]["split"]) or reset(**k))
@@ -499,7 +522,7 @@ def test_its_warm_up_sees_train_alone_and_no_expert(monkeypatch):
     plain = act.warmup(world, args)
     assert len(own) == 20 and len(rest) == len(plain) and all(messages in plain for messages in rest)
     for *_, asked, reply in own:  # what it says of two random actions is what it was told
-        one, two = asked["content"].split("\n")[-2:]
+        one, two = asked["content"].split("\n")[-3:-1]
         assert reply == {"role": "assistant", "content": f"{one} {two} {act.tagged(two.split(':')[0])}"}
 
 
@@ -510,8 +533,8 @@ def test_its_warm_up_sees_train_alone_and_no_expert(monkeypatch):
 def acted(reflected, cache):
     """A small run of act.py, greedy in evaluation, that starts from the model at hand."""
     out = cache / "early" / "act"
-    flags = flags_of(**EARLY | {"eval_temperature": 0}, model=reflected[0] / "model", batch_size=8, micro_batch_size=4, group_size=4,
-                     pipeline="act,il", steps=1, out_dir=out)
+    flags = flags_of(**EARLY | {"eval_temperature": 0, "choice_tokens": 28}, model=reflected[0] / "model", batch_size=8,
+                     micro_batch_size=4, group_size=4, pipeline="act,il", steps=1, out_dir=out)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signal, "signal", lambda *a: None)  # the tests' own handlers stay
         patch.setattr(sys, "argv", ["act.py", *flags])
@@ -548,30 +571,33 @@ def test_rationale_of_a_finished_run(ask, acted, tmp_path, capsys, stage):
 
 
 def test_a_reply_begins_with_the_thought_it_is_given(monkeypatch):
-    asked, chat = [], SimpleNamespace(encode=lambda text: [text])
+    asked, chat, orders = [], SimpleNamespace(encode=lambda text: [text]), [False, True, False]
     pairs = [{"expert": action, "candidate": "dance", "admissible": None} for action in ("look", "go", "sing")]
 
-    def answer(model, chat, args, prompts, stream, temperature):
-        asked.append((prompts, temperature))
-        return [{"text": text} for text in answers]
+    def answer(model, chat, args, prompts, stream, limit, temperature):
+        asked.append((prompts, limit, temperature))
+        return [{"text": text, "complete": [True]} for text in answers]
+
+    def accuracy(thoughts):
+        return rationale.accuracy(None, chat, EARLY_ARGS, [["a"], ["b"], ["c"]], thoughts, pairs, orders)
 
     monkeypatch.setattr(act, "answer", answer)
-    answers = ["Hm. <action>look</action>", "<action>dance</action>", "sing"]
-    assert rationale.accuracy(None, chat, None, [["a"], ["b"], ["c"]], [None] * 3, pairs) == (1 / 3, answers)
-    assert asked.pop() == ([["a"], ["b"], ["c"]], 0)
-    answers = ["look</action>", "go", "sing</action>"]  # what follows the tag
-    found = rationale.accuracy(None, chat, None, [["a"], ["b"], ["c"]], ["", "x ", "Hm. "], pairs)
-    assert found == (2 / 3, ["<action>look</action>", "<action>go", "<action>sing</action>"])
-    assert asked.pop() == ([["a", "<action>"], ["b", "x <action>"], ["c", "Hm. <action>"]], 0)
+    answers = ["Hm. <action>look</action>", "<action>Action 1</action>", "sing"]
+    assert accuracy([None] * 3) == (1 / 3, answers)
+    assert asked.pop() == ([["a"], ["b"], ["c"]], 40, 0)
+    answers = ["look</action>", "Action 2</action>", "sing"]  # what follows the tag
+    found = accuracy(["", "x ", "Hm. "])
+    assert found == (2 / 3, ["<action>look</action>", "x <action>Action 2</action>", "Hm. <action>sing"])
+    assert asked.pop() == ([["a", "<action>"], ["b", "x <action>"], ["c", "Hm. <action>"]], 40, 0)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7, 30])
 def test_a_wrong_thought_is_about_another_state(ask, acted, tmp_path, monkeypatch, count):
     shutil.copytree(acted, tmp_path / "run")
-    states = act.demonstrations(act.Args(env="repair"), "test", range(count))[::2]
+    states = act.demonstrations(EARLY_ARGS, "test", range(count))[::2]
     pairs, asked = [state | {"candidate": "dance"} for state in states], []
 
-    def accuracy(model, chat, args, prompts, thoughts, of):
+    def accuracy(model, chat, args, prompts, thoughts, of, orders):
         asked.append((prompts, thoughts, of))
         return 0.5, [f"{n} {pair['seed']} <action>dance</action>" for n, pair in enumerate(of)]
 
@@ -622,7 +648,7 @@ def test_calibration_and_lucky_answers_by_hand():
 @pytest.fixture(scope="module")
 def trained(cache):
     """What docs/judge.py reads of a finished run: settings, a judge and an agent."""
-    args, out = reagent.Args(model="tiny:32x1", examples=60, judge_tokens=60), cache / "trained"
+    args, out = reagent.Args(**reagent.TINY | {"model": "tiny:32x1", "examples": 60, "judge_tokens": 60}), cache / "trained"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         model = reagent.load(reagent.check_args(args), args)
@@ -687,7 +713,7 @@ def test_second_attempts_differ_in_the_critique_alone(trained, monkeypatch, caps
     world = envs.make("search")
     for e, critique in zip(first, by_annotator):
         world.reset(seed=e["seed"], options={"split": "test"})
-        flaws = reagent.process_flaws(world.task, e["history"], e["valid"])
+        flaws = reagent.process_flaws(world, e["history"], e["valid"])
         assert e["split"] == "test" and critique in reagent.annotate(flaws) and flaws
     rows = json.loads((trained / "second_attempts.json").read_text())
     assert set(rows) == {"first", *second_attempts.WAYS} and rows["judge"]["all"]["n"] == 6 and "annotator" in capsys.readouterr().out
@@ -738,7 +764,7 @@ def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypat
     world = envs.make("search")
     for e in rollouts:
         world.reset(seed=e["seed"], options={"split": "train"})
-        flaws = reagent.process_flaws(world.task, e["history"], e["valid"])
+        flaws = reagent.process_flaws(world, e["history"], e["valid"])
         assert e["judgement"]["score"] == pytest.approx(reagent.process_score(flaws)) and e["judgement"]["parsed"]
         assert e["return"] == pytest.approx(e["rule"] + 0.3 * e["judgement"]["score"])
 

@@ -1,4 +1,4 @@
-"""nlac.py: parsers, targets, refinement, loss, what may leak, whole runs, bad input, kills and resume."""
+"""nlac.py: flags, parsers, targets, refinement, loss, shots, what may leak, whole runs, bad input, kills and resume."""
 
 import copy
 import dataclasses
@@ -18,6 +18,8 @@ import helpers
 import pytest
 import torch
 from helpers import CHECKPOINT, LOG, PAD, SUMMARY, Bigram, everything_under, lines, refused, same_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import common
@@ -27,9 +29,36 @@ import nlac
 torch.set_num_threads(1)
 SMALL = (  # of the tiny model that --quick builds too; taught little, it writes unreadable things now and then
     "--model tiny --examples 800 --steps 4 --batch-size 8 --micro-batch-size 4 --eval-episodes 4 --eval-every 2 --save-every 2 "
-    "--episodes-per-step 4 --updates-per-episode 0.5 --actor-states 4 --critic-warmup 1 --distil all --max-new-tokens 20"
+    "--episodes-per-step 4 --updates-per-episode 0.5 --actor-states 4 --critic-warmup 1 --distil all --max-new-tokens 24 "
+    "--forecast-tokens 20 --critique-tokens 20"
 )
 UNTAUGHT = SMALL.replace("--model tiny --examples 800", "--model tiny:16x1 --examples 60 --k 2")
+ARGS = dataclasses.replace(nlac.Args(), **nlac.TINY)
+ALL_WORLDS = [*envs.WORLDS, "20q"]
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+PAPER = {  # the sheet: one future, one round, all refinements taught, shared weights, no anchor, no warm-up, a plain buffer
+    "k": 1, "m": 1, "distil": "all", "frozen_parts": False, "anchor": 0.0, "critic_warmup": 0, "even_turns": False}  # fmt: skip
+
+
+def test_defaults_are_the_papers_and_say_so():
+    told = {field.name: field.metadata["help"] for field in dataclasses.fields(nlac.Args)}
+    assert {name for name, text in told.items() if "(paper)" in text} == set(PAPER)
+    args = common.parse_args(nlac.Args, nlac.TINY, ["--model", "Qwen/Qwen2.5-7B-Instruct"])
+    assert args == nlac.Args(model="Qwen/Qwen2.5-7B-Instruct") and {name: getattr(args, name) for name in PAPER} == PAPER
+    assert args.micro_batch_size == 1 and args.rollout_batch_size == 64 and args.max_new_tokens >= 512
+    nlac.check_args(args)
+
+
+def test_a_tiny_model_has_its_own_defaults():
+    for argv in [], ["--model", "tiny:32x1"]:
+        args = common.parse_args(nlac.Args, nlac.TINY, argv)
+        assert dataclasses.replace(args, model="tiny") == ARGS
+    assert set(nlac.TINY) <= {field.name for field in dataclasses.fields(nlac.Args)} and nlac.TINY["k"] == 4
+    for sizes, base in (nlac.QUICK, ARGS), (nlac.QUICK_LARGE, nlac.Args()):
+        nlac.check_args(dataclasses.replace(base, **sizes))
 
 
 # ------------------------------------------------------------------------------------------------------------- parsers
@@ -58,15 +87,20 @@ def random_strings(count):
             yield rng.choice(PIECES) * rng.randrange(200)
 
 
+WORLD = envs.make("repair")
+
+
 def parse_everything(text):
-    action = nlac.parse_action(text)
+    action = nlac.action_of(WORLD, text)
     assert len(action.splitlines()) <= 1 and action == action.strip()
     future = nlac.parse_future(text)
     assert future is None or len(future) == 2 and isinstance(future[0], str) and (future[1] is None or isinstance(future[1], int))
     assert nlac.parse_verdict(text) in {None, 0, 1, 2, 3, 4}
-    assert text.strip().startswith(nlac.first_sentence(text))
-    assert nlac.transcript(["Hello.", text, "Bye."]) == f"Hello.\n> {action}\nBye."
-    assert nlac.transcript([text]) == text
+    assert isinstance(nlac.keeps(text), bool)
+    sentence = nlac.first_sentence(text)
+    assert "\n" not in sentence and sentence == " ".join(sentence.split())
+    assert nlac.transcript(WORLD, ["Hello.", text, "Bye."]) == f"Hello.\n> {action}\nBye."
+    assert nlac.transcript(WORLD, [text]) == text
     return future is not None, nlac.parse_verdict(text) is not None
 
 
@@ -80,89 +114,285 @@ def test_ten_thousand_random_strings_at_every_parser():
     assert counts["future"] > 100 and counts["verdict"] > 100  # the strings are not all hopeless
 
 
+@given(st.text() | st.lists(st.sampled_from(PIECES)).map("".join))
+@settings(max_examples=300, deadline=None)
+def test_no_reply_raises(text):
+    parse_everything(text)
+    for name in "search", "20q":
+        world = envs.make(name)
+        observation, _ = world.reset(seed=0)
+        episode = nlac.new_episode("train", 0, observation)
+        nlac.take_turn(world, episode, text)
+        nlac.refiner_messages(world, episode["history"], [{"action": nlac.action_of(world, text), "critique": text}])
+        refined = {"tries": [{"action": "x"}], "reply": "Action: x", "kept": False}
+        nlac.take_refinement(world, refined, common.aloud(text))
+
+
 @pytest.mark.parametrize(
-    "unit", ["a", "\n", "Next: ", "Next: a\n", "Next: a\nEnd: success in 1", "Action:", "Verdict: ", "Verdict: x", ". ", "  ", "9"]
+    "unit", ["a", "\n", "Next: ", "Next: a\n", "Next: a\nEnd: success in 1", "Verdict: x", "no succ", ". ", "  ", "9", "keep ("]
 )
 def test_megabytes_take_bounded_time(unit):
-    text = unit * (3_000_000 // len(unit))
+    text = unit * (1_000_000 // len(unit))
     start = time.perf_counter()
-    for megabytes in text, f"Next: {text}", f"Next: a\nEnd: success in {text}":
-        parse_everything(megabytes)
-    assert time.perf_counter() - start < 5
+    for megabyte in text, f"Next: {text}", f"Next: a\nEnd: success in {text}":
+        parse_everything(megabyte)
+    assert time.perf_counter() - start < 8
 
 
 def test_future_round_trip():
-    observed = [
-        "A screw is loose. 4 turns left.",
-        "Yes. 7 things are still possible.",
-        "It works again.",
-        "No",
-        "Is it?  Well.",
-        "  padded. x",
-    ]
+    observed = ["A screw is loose. 4 turns left.", "Yes. 7 things are still possible.", "It works again.", "No", "Is it?  Well.", " pad. x"]
     for text, turns in itertools.product(observed, [None, 1, 2, 20, 9999]):
         future = nlac.future_text(text, turns)
-        for dressed in future, f"  {future}\n", future.removesuffix("."):
+        for dressed in future, f"  {future}\n", future.removesuffix("."), f"I think.\n{future}", future.replace("\n", "\nIt goes on.\n"):
             assert nlac.parse_future(dressed) == (nlac.first_sentence(text), turns)
     assert nlac.future_text("A screw is loose. 4 turns left.", 1) == "Next: A screw is loose.\nEnd: success in 1 turn."
-    assert nlac.parse_future("Next: x\nEnd: failure.") == ("x", None)
+    listing = f"A screw is loose. 4 turns left.{envs.LISTING}open the case\ncheck the power"
+    assert nlac.future_text(listing, None) == "Next: A screw is loose.\nEnd: failure."
 
 
-@pytest.mark.parametrize("text", [
-    "", "failure", "Next: x", "Next: x\nEnd: success", "Next: x\nEnd: success in many turns.", "Next: \nEnd: failure.",
-    "End: failure.\nNext: x", "Next: x\nEnd: failure. And more", "Well.\nNext: x\nEnd: failure.", "Next: x\n\nEnd: failure.",
-    "Next: x\nEnd: success in -1 turns.", "Next: x\nEnd: success in 12345 turns.",
+FUTURES = {  # the turns until success, None for failure, "?" where no end is told
+    # as it was asked for
+    "Next: A screw is loose.\nThe player tightens it.\nEnd: success in 2 turns.": 2,
+    "Next: Nothing.\nEnd: failure": None,
+    "Next: x\nEnd: success in 1 turn": 1,
+    "Next: x\nEnd: Success in 12 turns.": 12,
+    "NEXT: x\nEND: FAILURE.": None,
+    # as chat models write it
+    "**Next:** A screw is loose.\n\nThen it works.\n\n**End:** success in 2 turns, this one counted.": 2,
+    "**Next**: x\n**End**: **failure**": None,
+    "## Next: x\n\n## End:\n\n- success in 3 turns": 3,
+    "Sure! Next: x. After that it is repaired.\nEnd: success": 0,
+    "Next: x\nEnd: Success (in three turns).": 3,
+    "Next: x\nEnd: success in two more turns": 2,
+    "Next: x\nEnd: The episode ends in failure, because the first repair is the last one.": None,
+    "Next: x\nEnd: the player succeeds in 4 turns": 4,
+    "Next: x\nEnd: the player fails": None,
+    "Next: x\nEnd: Failed.": None,
+    "Next: x\nEnd: the customer is lost": None,
+    "Next: x\nEnd: you win after 3 turns": 3,
+    "Next: x\nEnd: You do not win.": None,
+    "Next: x\nEnd: no success": None,
+    "Next: x\nEnd: unsuccessful": None,
+    "Next: x\nEnd: not a success": None,
+    "Next: x\nEnd: never succeeds": None,
+    "Next: x\nEnd: unlikely to succeed": None,
+    "Next: x\nEnd: `success in 2 turns`": 2,
+    "Next: x\nEnd: *Success* in 1-2 turns": 1,
+    "Next: x\nEnd: success in a few turns": 0,
+    "Next: x\nEnd: success in turn 3": 0,
+    "Next: x\nEnd: success in 5 remaining turns": 5,
+    "Next: x\nend : success in 2 turns": 2,
+    "Next: x End: success in 2 turns": 2,
+    "Next: x\nEnd: failure\n\nLet me revise.\nNext: y\nEnd: success in 2 turns": 2,
+    "End: success in 2 turns\nNext: x": 2,
+    "End: success in 2 turns": 2,
+    # no end is told
+    "": "?",
+    "failure": "?",
+    "Next: x": "?",
+    "The device will be repaired soon.": "?",
+    "Next: x\nEnd:": "?",
+    "Next: x\nEnd: unclear": "?",
+    "Next: x\nEnd: success or failure": "?",
+    "Next: x\nEnd: failure, or success in so many turns": "?",
+    "Next: x\nEnd: it is closed": "?",
+    "Next: x\nIn the end it works": "?",
+    "I cannot foresee that.": "?",
+    "End of the story": "?",
+}
+
+
+@pytest.mark.parametrize("text", FUTURES)
+def test_futures_as_models_write_them(text):
+    found = nlac.parse_future(text)
+    assert (found[1] if found else "?") == FUTURES[text]
+
+
+VERDICTS = {
+    # as it was asked for
+    "Futures: 4 of 4 succeed. Verdict: great.": 4,
+    "Futures: failure.\nVerdict: bad": 0,
+    "Futures: one fails. It is better to test first.\nVerdict: weak": 1,
+    "Verdict: fair": 2,
+    "Verdict: good": 3,
+    "verdict: GREAT!": 4,
+    # as chat models write it
+    "**Futures:** both fail.\n\n**Verdict:** bad": 0,
+    "**Verdict**: **good**": 3,
+    "## Verdict:\n\nweak": 1,
+    "Verdict:\n- fair": 2,
+    "Verdict: `great`": 4,
+    "Verdict: \"good\"": 3,
+    "Verdict: Good, because it settles the fault.": 3,
+    "Verdict: very bad": 0,
+    "Verdict: a good action": 3,
+    "Verdict: good, not great": 3,
+    "The verdict: fair": 2,
+    "Final Verdict: weak.": 1,
+    "Verdict : good": 3,
+    "My verdict is below.\nVerdict: good\n": 3,
+    "Verdict: bad\nOn second thought:\nVerdict: good": 3,
+    "Verdict: good\n\nVerdict:": 3,
+    "> Verdict: great": 4,
+    "1. Futures: x\n2. Verdict: bad": 0,
+    "*Verdict:* fair": 2,
+    "Verdict: good\n\nLet me know if you need more.": 3,
+    "good": 3,
+    "**Great.**": 4,
+    "Verdict:good": 3,
+    "Verdict: weak (one of four futures succeeds)": 1,
+    # none
+    "": None,
+    "The action is good.": None,
+    "Verdict: so-so": None,
+    "Verdict: bad, weak, fair, good or great": None,
+    "Verdict: good/great": None,
+    "Verdict: good or fair": None,
+    "Verdict: 4/5": None,
+    "Verdict: goodness": None,
+    "Verdict:": None,
+    "Verdict: the repair may be good, the test may be bad": None,
+    "I can't judge that.": None,
+    "great and good": None,
+}
+
+
+@pytest.mark.parametrize("text", VERDICTS)
+def test_verdicts_as_models_write_them(text):
+    assert nlac.parse_verdict(text) == VERDICTS[text]
+
+
+KEEPS = {
+    # as it was asked for
+    "It finds the fault.\nAction: keep": True,
+    "Action: keep": True,
+    "Action: Keep.": True,
+    "keep": True,
+    "Keep!": True,
+    # as chat models write it
+    "**Action:** keep": True,
+    "**Action**: **Keep**": True,
+    "## Action:\n\nkeep": True,
+    "Action:\n- keep": True,
+    "Action: `keep`": True,
+    'Action: "keep"': True,
+    "Action: keep it": True,
+    "Action: keep the last try": True,
+    "Action: Keep the same action.": True,
+    "Action: keep the tried action": True,
+    "Action: keep the current action": True,
+    "Action: keep (open the case)": True,
+    "Action: keep - it was judged great": True,
+    "Action: keep: the test shows the fault": True,
+    "Action: keep, as it was judged good": True,
+    "Action: keep as it is": True,
+    "Action: keep this": True,
+    "Action: keep going": True,
+    "action: KEEP": True,
+    "Action: keep\n\nThis is best.": True,
+    "keep\nbecause it is good": True,
+    "Action: open the case\nNo.\nAction: keep": True,
+    "> Action: keep": True,
+    # another action
+    "": False,
+    "Action:": False,
+    "Action: open the case": False,
+    "I would keep it.\nAction: open the case": False,
+    "Action: keep\nAction: open the case": False,
+    "Action: upkeep": False,
+    "Action: keeper": False,
+    "Action: keep dry": False,
+    "Action: keep open the case": False,
+    "Action: do not keep": False,
+    "Let me think about what to keep": False,
+    "open the case": False,
+    "Action: bookkeep": False,
+    "Action: keeps": False,
+    "Action: keep testing": False,
+}
+
+
+@pytest.mark.parametrize("text", KEEPS)
+def test_what_keeps_the_last_try(text):
+    assert nlac.keeps(text) == KEEPS[text]
+
+
+CALL = envs.tool_call("search", "Mira Velden") if hasattr(envs, "tool_call") else ""
+
+
+@pytest.mark.parametrize("world, text, action", [
+    ("repair", "open the case", "open the case"), ("repair", " open the case \nand more", "open the case"),
+    ("repair", "I think.\nAction: open the case", "open the case"), ("repair", "Action: no. Action: yes", "yes"),
+    ("repair", "Action:", ""), ("repair", "", ""), ("repair", "\n\n", ""), ("repair", "Action:\n\n go", "go"),
+    ("repair", "<think>Action: no</think>Action: yes", "yes"), ("repair", "Action: no</think>\nyes", "yes"),
+    ("repair", "<think>Action: no", ""), ("repair", "**Action:** `open the case`.", "open the case."),
+    ("search", f"I look her up.\nAction:\n{CALL}", CALL), ("search", CALL, CALL),
 ])  # fmt: skip
-def test_unreadable_futures(text):
-    assert nlac.parse_future(text) is None
+def test_what_is_done(world, text, action):
+    assert nlac.action_of(envs.make(world), text) == action
 
 
-@pytest.mark.parametrize("text, action", [
-    ("open the case", "open the case"), (" open the case \nand more", "open the case"),
-    ("I think.\nAction: open the case", "open the case"), ("Action: no. Action: yes", "yes"), ("Action:", ""), ("", ""), ("\n\n", ""),
-    ("a\x85b", "a"), ("Action:\n\n go", "go"),
-])  # fmt: skip
-def test_parse_action(text, action):
-    assert nlac.parse_action(text) == action
+@pytest.mark.parametrize("name", ALL_WORLDS)
+def test_the_experts_actions_as_the_policy_writes_them_win(name):
+    """Whatever stands before Action:, in every world, and through the rollout's own turn."""
+    world = envs.make(name)
+    for seed in range(10):
+        observation, _ = world.reset(seed=seed, options={"split": "test"})
+        episode = nlac.new_episode("test", seed, observation)
+        while not episode["over"]:
+            reply = ("", "I think this helps.\n", "<think>Action: wait</think>")[seed % 3] + nlac.written(world.expert())
+            info = nlac.take_turn(world, episode, reply)
+            assert info["action"] == nlac.action_of(world, reply)
+        assert episode["won"] and all(episode["valid"])
+        for line in nlac.transcript(world, episode["history"]).split("\n> ")[1:]:  # one line per action
+            assert line.split("\n")[0].strip() and "Action:" not in line.split("\n")[0]
+        t = nlac.transitions(episode)[-1]
+        assert t["done"] and t["won"] and t["turns"] == 1
 
 
-def test_parse_verdict():
-    assert [nlac.parse_verdict(f"2 of 4 futures succeed. Verdict: {word}.") for word in nlac.VERDICTS] == [0, 1, 2, 3, 4]
-    assert nlac.parse_verdict("Verdict: GREAT") == 4
-    assert nlac.parse_verdict("Verdict: so-so") is nlac.parse_verdict("great") is nlac.parse_verdict("") is None
+def test_transcripts_show_only_the_last_list():
+    world = envs.make("repair", show_actions=True)
+    observation, _ = world.reset(seed=0)
+    episode = nlac.new_episode("train", 0, observation)
+    nlac.take_turn(world, episode, "<think>Hm.</think>I look.\nAction: open the case")
+    text = nlac.transcript(world, episode["history"])
+    assert text.count("Possible actions:") == 1 == episode["history"][0].count("Possible actions:")
+    assert "\n> open the case\n" in text and text.endswith("renew the belt") and "Hm" not in text and "I look" not in text
+    messages = nlac.backup_messages(world, episode["history"][:1], "x", episode["history"][2], "f")
+    assert "Possible" not in messages[-1]["content"].split("Seen after it")[1]
 
 
 # ------------------------------------------------------------------------------------- the parts, with canned replies
 
 PROMPTS = {name: getattr(nlac, name.upper()) for name in ("policy", "successor", "backup", "evaluator", "refiner")}
-WORLD = envs.make("repair")
-LINES = [f"{envs.make(name).system}\n{text}" for name in ("repair", "20q") for text in PROMPTS.values()]
+LINES = list(PROMPTS.values())
 CHAT = common.Chat(common.tiny_tokenizer(["system\nuser\nassistant\n"], LINES))
 
 
 class Puppet:
-    """Stands where `common.generate` does: answers by part, and notes which weights were asked what."""
+    """Stands where `common.generate` does: answers by part, and notes which weights were asked what. `cut`: parts whose limit cuts."""
 
-    def __init__(self, **replies):
-        self.replies, self.calls = replies, []
+    def __init__(self, cut=(), **replies):
+        self.replies, self.calls, self.limits, self.cut = replies, [], {}, cut
 
     def __call__(self, model, chat, prompts, *, max_new_tokens, temperature, seeds, samples=1, rows=None):
-        assert len(seeds) == len(set(seeds)) == len(prompts) * samples and not torch.is_grad_enabled()
+        assert len(seeds) == len(set(seeds)) == len(prompts) * samples and not torch.is_grad_enabled() and rows
         texts = []
         for ids in prompts:
             prompt = chat.tokenizer.decode(ids)
             [part] = [name for name, text in PROMPTS.items() if text in prompt]
             self.calls.append((part, model.name, prompt))
+            self.limits[part] = max_new_tokens
             reply = self.replies[part]
             texts += [reply(prompt) if callable(reply) else reply for _ in range(samples)]
-        return common.Replies([chat.encode(text) for text in texts], [], texts, [True] * len(texts))
+        return common.Replies([chat.encode(text) for text in texts], [], texts, [part not in self.cut] * len(texts))
 
     def asked(self, part):
         return [prompt for name, _, prompt in self.calls if name == part]
 
 
 def fake_model(name, context=4096):
-    return SimpleNamespace(name=name, config=SimpleNamespace(max_position_embeddings=context), device=torch.device("cpu"))
+    return SimpleNamespace(name=name, max_context=context, device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -170,7 +400,7 @@ def parts_of(monkeypatch):
     def build(puppet, world=WORLD, context=4096, **settings):
         monkeypatch.setattr(common, "generate", puppet)
         models = [fake_model(name, context) for name in ("theta", "bar", "start")]
-        return nlac.Parts(*models, CHAT, world, dataclasses.replace(nlac.Args(), **settings))
+        return nlac.Parts(*models, CHAT, world, dataclasses.replace(ARGS, **settings))
 
     return build
 
@@ -180,7 +410,7 @@ def played(actions, seed=0, world="repair", **hidden):
     env = envs.make(world)
     observation, _ = env.reset(seed=seed)
     vars(env).update(hidden)
-    episode = {"seed": seed, "history": [observation], "valid": [], "reward": 0.0, "won": False, "over": False}
+    episode = nlac.new_episode("train", seed, observation)
     for action in actions:
         nlac.take_turn(env, episode, action)
     return nlac.transitions(episode), env
@@ -203,9 +433,9 @@ def test_bellman_targets(parts_of):
     won, _ = played(["open the case", "tighten the screw"], **LOUD)
     lost, _ = played(["check the power", "clean the gears"], **LOUD)
     timeout, _ = played(["check the power"] * 5, **LOUD)
-    merged = "Next: A screw is loose.\nEnd: success in 2 turns."
-    puppet = Puppet(policy="tighten the screw", successor=FORECAST, backup=f"\n{merged} ")
-    parts = parts_of(puppet)
+    merged = "Next: A screw is loose.\nWhoever sees that tightens it.\nEnd: success in 2 turns."
+    puppet = Puppet(policy="I see it.\nAction: tighten the screw", successor=FORECAST, backup=f"\n{merged} ")
+    parts = parts_of(puppet, forecast_tokens=31, critique_tokens=32, max_new_tokens=33)
     targets = nlac.bellman_targets(parts, [won[0], won[1], lost[1], timeout[4]], ("bellman", 1))
     assert targets == [
         merged,
@@ -215,23 +445,35 @@ def test_bellman_targets(parts_of):
     ]
     # a' at s', d' after it, and both the seen result and d' at the backup: in that order, by theta_bar (B_L: the start weights)
     assert [call[:2] for call in puppet.calls] == [("policy", "bar"), ("successor", "bar"), ("backup", "start")]
+    assert puppet.limits == {"policy": 33, "successor": 31, "backup": 31}
     (policy,), (successor,), (backup,) = (puppet.asked(part) for part in ("policy", "successor", "backup"))
     s, a, s1 = won[0]["history"][0], "open the case", "A screw is loose. 4 turns left."
     assert s in policy and a in policy and policy.rstrip().endswith(f"user\n{s1}<|im_end|>\n<|im_start|>assistant")
-    assert f"{s}\n> {a}\n{s1}\n> tighten the screw<|im_end|>" in successor
-    assert f"{s}\n> {a}\n{s1}\nForecast: {FORECAST}<|im_end|>" in backup
-    assert parts.asked == {"policy_bar": 1, "successor_bar": 1, "backup": 1} == parts.parsed
-    assert parts.tokens["successor_bar"] == len(CHAT.encode(FORECAST))
+    assert f"{s}\n> {a}\n{s1}\nNext action: tighten the screw<|im_end|>" in successor
+    assert f"{s}\nNext action: {a}\nSeen after it: {s1}\nForecast from there: {FORECAST}<|im_end|>" in backup
+    assert parts.metrics() == {f"{what}_{part}": 1.0 - (what == "cut") for what in ("parse", "cut")
+                               for part in ("policy_bar", "successor_bar", "backup")} | {"overlong": 0}  # fmt: skip
+    assert parts.counts["tokens", "successor_bar"] == len(CHAT.encode(FORECAST)) and parts.total("tokens") > 5
 
 
-@pytest.mark.parametrize(
-    "bad", ["", "Next: x", "failure", "As seen, the case is open.", "Next: x\nEnd: success in 2 turns. Then more", "<think>"]
-)
-def test_malformed_merged_text_is_dropped_and_counted(parts_of, bad):
+@pytest.mark.parametrize("text", ["As seen, the case is open.", "Next: x", "<think>so</think>It will work soon.", "failure", "x" * 500])
+def test_any_words_are_a_target_and_none_is_none(parts_of, text):
     steps, _ = played(["open the case", "tighten the screw"], **LOUD)
-    parts = parts_of(Puppet(policy="x", successor=bad, backup=bad))
-    assert nlac.bellman_targets(parts, steps, ("b",)) == [None, FORECAST]
-    assert parts.asked["backup"] == parts.asked["successor_bar"] == 1 and not parts.parsed["backup"] and not parts.parsed["successor_bar"]
+    parts = parts_of(Puppet(policy="x", successor=text, backup=text), distil="all")
+    assert nlac.bellman_targets(parts, steps, ("b",)) == [common.aloud(text), FORECAST]
+    pairs, dropped = nlac.successor_lessons(parts, steps, ("b",))
+    assert dropped == 0 and [CHAT.decode(target) for _, target in pairs] == [common.aloud(text), FORECAST]
+    assert parts.metrics()["parse_backup"] == 0
+    parts.args.distil = "kept"  # a tiny model's: an end must be told
+    assert nlac.successor_lessons(parts, steps, ("b",))[1] == 1
+
+
+@pytest.mark.parametrize("text", ["", " \n", "<think>I am not done"])
+def test_an_empty_target_is_dropped_and_counted(parts_of, text):
+    steps, _ = played(["open the case", "tighten the screw"], **LOUD)
+    parts = parts_of(Puppet(cut=["backup"], policy="x", successor=text, backup=text), distil="all")
+    pairs, dropped = nlac.successor_lessons(parts, steps, ("b",))
+    assert dropped == 1 and len(pairs) == 1 and parts.metrics()["cut_backup"] == 1 and parts.metrics()["cut_successor_bar"] == 0
 
 
 def test_mc_backup_asks_nobody(parts_of):
@@ -260,8 +502,10 @@ def test_a_prompt_beyond_the_context_is_an_empty_reply(parts_of):
     puppet = Puppet(policy="x", successor=FORECAST, backup=FORECAST)
     parts = parts_of(puppet, context=300)
     steps, _ = played(["y" * 400, "open the case"], **LOUD)
-    assert nlac.bellman_targets(parts, steps[:1], ("b",)) == [None] and not puppet.calls
-    assert parts.asked["backup"] == 1 and not any(parts.parsed.values())
+    assert nlac.bellman_targets(parts, steps[:1], ("b",)) == [""] and not puppet.calls
+    assert parts.metrics() == {"overlong": 3}
+    terminal = [steps[1] | {"done": True}]  # composed, and too long to be learnt
+    assert nlac.successor_lessons(parts, terminal, ("b",)) == ([], 1)
 
 
 # --- refine
@@ -273,19 +517,21 @@ def who(prompt):
     return re.findall(r"(\w+) brings", prompt)[-1]
 
 
-APPROVE, REJECT = "4 of 4 futures succeed. Verdict: great.", "0 of 4 futures succeed. Verdict: bad."
+STATES = [{"history": history, "seed": i} for i, history in enumerate(HISTORIES)]
+APPROVE, REJECT = "Futures: 4 of 4 succeed. Verdict: great.", "Futures: 0 of 4 succeed. Verdict: bad."
 
 
 def test_keep_stops_at_once(parts_of):
-    for keep in "keep", " Keep.\n", "keep\nbecause it is good":
-        puppet = Puppet(policy="open the case", successor=FORECAST, evaluator=APPROVE, refiner=keep)
-        refined = nlac.refine(parts_of(puppet, m=3, k=4), HISTORIES, ("r",))
+    for keep in "Action: keep", "It is best.\nAction: Keep.\n", "keep\nbecause it is good":
+        said = "I look inside.\nAction: open the case"
+        puppet = Puppet(policy=f"<think>Hm.</think>{said}", successor=FORECAST, evaluator=APPROVE, refiner=keep)
+        refined = nlac.refine(parts_of(puppet, m=3, k=4, critique_tokens=17), STATES, ("r",))
         for r in refined:
-            assert r["kept"] and r["reply"] == "open the case" and len(r["tries"]) == 1
+            assert r["kept"] and r["reply"] == said and len(r["tries"]) == 1  # what the policy said aloud is what it is taught
             assert r["tries"] == [{"action": "open the case", "futures": [FORECAST] * 4, "critique": APPROVE}]
         for prompt in puppet.asked("evaluator"):
-            assert prompt.count(f"Future: {FORECAST}") == 4 and "> open the case\n" in prompt
-        assert len(puppet.asked("refiner")) == len(HISTORIES)
+            assert all(f"Future {i}: {FORECAST}" in prompt for i in range(1, 5)) and "Next action: open the case\n" in prompt
+        assert len(puppet.asked("refiner")) == len(STATES) and puppet.limits["evaluator"] == 17
 
 
 @pytest.mark.parametrize("m", [1, 2, 4])
@@ -293,28 +539,30 @@ def test_rounds_go_on_until_approved_and_earlier_tries_are_shown(parts_of, m):
     tests = WORLD.repairs
 
     def refiner(prompt):
-        tries = re.findall(r"Try: (.+?)\. (.+)", prompt)
-        return "keep" if who(prompt) == "Cleo" and len(tries) == 2 else f"{tests[len(tries) % 4]}"
+        tries = re.findall(r"Try: (.+)\nCritique: (.+)", prompt)
+        return "keep" if who(prompt) == "Cleo" and len(tries) == 2 else f"A reason.\nAction: {tests[len(tries) % 4]}"
 
     puppet = Puppet(
         policy=tests[0],
         successor=FORECAST,
-        evaluator=lambda prompt: f"Seen:\n  {re.findall('> (.+)', prompt)[-1]}. Verdict: bad",
+        evaluator=lambda prompt: f"Seen:\n  {re.findall('Next action: (.+)', prompt)[-1]}. Verdict: bad",
         refiner=refiner,
     )
-    refined = dict(zip((who(h[0]) for h in HISTORIES), nlac.refine(parts_of(puppet, m=m, k=1), HISTORIES, ("r",))))
+    refined = dict(zip((who(h[0]) for h in HISTORIES), nlac.refine(parts_of(puppet, m=m, k=1), STATES, ("r",))))
     for name, r in refined.items():
         rounds = min(m, 2) if name == "Cleo" else m
         assert [t["action"] for t in r["tries"]] == [tests[i] for i in range(rounds)]
-        assert r["kept"] == (name == "Cleo" and m >= 2) and r["reply"] == tests[rounds % 4 if not r["kept"] else rounds - 1]
+        assert r["kept"] == (name == "Cleo" and m >= 2)  # the thought is taught, too
+        assert r["reply"] == f"A reason.\nAction: {tests[rounds % 4 if not r['kept'] else rounds - 1]}"
     prompts = [prompt for prompt in puppet.asked("refiner") if who(prompt) == "Ada"]
     assert len(prompts) == m
-    for n, prompt in enumerate(prompts, 1):  # all earlier tries and critiques, oldest first, each on one line
-        assert re.findall(r"Try: (.+)", prompt.replace("<|im_end|>", "\n")) == [f"{t}. Seen: {t}. Verdict: bad" for t in tests[:n]]
+    for n, prompt in enumerate(prompts, 1):  # all earlier tries and critiques, oldest first
+        tried = re.findall(r"Try: (.+)\nCritique: (.+)", prompt.replace("<|im_end|>", "\n"))
+        assert tried == [(t, f"Seen: {t}. Verdict: bad") for t in tests[:n]]
     assert len([p for p in puppet.asked("refiner") if who(p) == "Cleo"]) == min(m, 2)
 
 
-def test_an_empty_action_is_never_approved(parts_of):
+def test_an_empty_action_is_never_approved_nor_taught(parts_of):
     for policy, refiner in (
         ("open the case", lambda prompt: "keep" if prompt.count("Try: ") > 1 else ""),
         ("", "keep"),
@@ -322,13 +570,57 @@ def test_an_empty_action_is_never_approved(parts_of):
         ("x", "Action:"),
     ):
         puppet = Puppet(policy=policy, successor="", evaluator="", refiner=refiner)
-        for r in nlac.refine(parts_of(puppet, m=3), HISTORIES, ("r",)):
-            assert nlac.parse_action(r["reply"]) or not r["kept"]
+        parts = parts_of(puppet, m=3, distil="all")
+        refined = nlac.refine(parts, STATES, ("r",))
+        for r in refined:
+            assert nlac.action_of(WORLD, r["reply"]) or not r["kept"]
+        assert nlac.policy_lessons(parts, STATES, refined) == []
+
+
+def test_a_refinement_cut_before_its_action_teaches_nothing(parts_of):
+    for text, taught in ("I would look inside, as", 0), ("I look.\nAction: open the case\nThis shows", 6):
+        puppet = Puppet(cut=["refiner"], policy="Action: x", successor="It works.", evaluator="Fine.", refiner=text)
+        parts = parts_of(puppet, distil="all", m=1)
+        assert len(nlac.policy_lessons(parts, STATES, nlac.refine(parts, STATES, ("r",)))) == taught
+        assert parts.metrics()["cut_refiner"] == 1 and parts.metrics()["cut_policy"] == 0
+
+
+def test_what_is_taught(parts_of):
+    """With --distil all every refinement with its reason, with kept the approved ones."""
+    def refiner(prompt):
+        return "keep" if who(prompt) == "Ada" else "I test first.\nAction: check the power"
+
+    for distil, names in ("all", [who(h[0]) for h in HISTORIES]), ("kept", ["Ada"]):
+        puppet = Puppet(policy="Well.\nAction: open the case", successor="Fine.", evaluator="Fine.", refiner=refiner)
+        parts = parts_of(puppet, distil=distil, m=1, k=1)
+        pairs = nlac.policy_lessons(parts, STATES, nlac.refine(parts, STATES, ("r",)))
+        assert [who(CHAT.tokenizer.decode(prompt)) for prompt, _ in pairs] == names
+        assert CHAT.decode(pairs[0][1]) == "Well.\nAction: open the case"
+        assert all(CHAT.decode(target) == "I test first.\nAction: check the power" for _, target in pairs[1:])
+        assert all(target[-1] == CHAT.eos[0] for _, target in pairs)
+
+
+def test_what_was_played_is_imitated_where_it_is_whole(parts_of):
+    parts = parts_of(Puppet(), batch_size=64)
+    steps, _ = played(["Action: open the case", "so I would"], **LOUD)
+    steps[1]["complete"] = False
+    pairs = nlac.anchor_lessons(parts, steps, random.Random(0))
+    assert [CHAT.decode(target) for _, target in pairs] == ["Action: open the case"]
+    parts.args.anchor = 0.0
+    assert nlac.anchor_lessons(parts, steps, random.Random(0)) == []
+
+
+def test_the_buffer_is_plain_or_even():
+    buffer = [{"history": [""] * n} for n in [1] * 90 + [3] * 10]
+    for even, low, high in (False, 0.07, 0.13), (True, 0.21, 0.29):  # even: by the root of the counts, 9.49 to 3.16
+        drawn = nlac.sample(buffer, dataclasses.replace(ARGS, even_turns=even), random.Random(0), 4000)
+        assert low < sum(len(t["history"]) == 3 for t in drawn) / 4000 < high
+    assert nlac.sample([], ARGS, random.Random(0), 5) == []
 
 
 def test_given_replies_are_judged_as_they_are(parts_of):
     puppet = Puppet(successor=FORECAST, evaluator=APPROVE, refiner="keep")
-    refined = nlac.refine(parts_of(puppet), HISTORIES[:2], ("r",), replies=["I think.\nAction: open the case", "nonsense"])
+    refined = nlac.refine(parts_of(puppet), STATES[:2], ("r",), replies=["I think.\nAction: open the case", "nonsense"])
     assert [r["tries"][0]["action"] for r in refined] == ["open the case", "nonsense"]
     assert refined[0]["reply"] == "I think.\nAction: open the case" and not puppet.asked("policy")
 
@@ -343,7 +635,7 @@ def test_the_blind_critic_reads_futures_of_others(parts_of, count):
             refiner="check the power",
         )
         parts = parts_of(owners, ablation="blind-critic", k=2, m=2)
-        refined = nlac.refine(parts, HISTORIES[:count], ("r", trial))
+        refined = nlac.refine(parts, STATES[:count], ("r", trial))
         for r in range(2):
             read = [nlac.parse_future(x["tries"][r]["futures"][0])[0].rstrip(".") for x in refined]
             assert sorted(read) == sorted(who(h[0]) for h in HISTORIES[:count])  # permuted across states, k at a time
@@ -397,20 +689,18 @@ def test_gradient_does_not_depend_on_the_micro_batch():
 # --------------------------------------------------------------------------------------------------------------- leaks
 
 
-def prompts_about(parts_of, steps, env, **settings):
+def prompts_about(parts_of, steps, world, **settings):
     """Every prompt of every part about these transitions, asked through a world in this very state."""
     puppet = Puppet(policy="open the case", successor=FORECAST, backup=FORECAST, evaluator=REJECT, refiner="check the power")
-    parts = parts_of(puppet, world=env, **settings)
+    parts = parts_of(puppet, world=world, **settings)
     nlac.bellman_targets(parts, [t | {"done": False} for t in steps], ("b",))
-    nlac.refine(parts, [t["history"] for t in steps], ("r",))
+    nlac.refine(parts, steps, ("r",))
     nlac.calibration(parts, steps, ("c",))
     return [(part, prompt) for part, _, prompt in puppet.calls]
 
 
-@pytest.mark.parametrize("settings", [{}, {"frozen_parts": False}, {"react": True}, {"ablation": "blind-critic"}])
-def test_prompts_do_not_change_with_what_is_hidden(parts_of, monkeypatch, settings):
-    if settings.get("react"):
-        monkeypatch.setitem(PROMPTS, "policy", nlac.POLICY_REACT)
+@pytest.mark.parametrize("settings", [{}, {"frozen_parts": False}, {"shots": 2, "prefill": True}, {"ablation": "blind-critic"}])
+def test_prompts_do_not_change_with_what_is_hidden(parts_of, settings):
     pairs = [
         (("repair", ["check the power", "nonsense", "check the power"]), dict(symptom="is too loud", finding="A screw is loose."),
          dict(symptom="is too loud", finding="The gears are dusty.")),
@@ -421,7 +711,7 @@ def test_prompts_do_not_change_with_what_is_hidden(parts_of, monkeypatch, settin
         seen = []
         for hidden in one, other:
             steps, env = played(actions, world=world, **hidden)
-            seen.append(prompts_about(parts_of, steps, env, **settings))
+            seen.append(prompts_about(parts_of, steps, env, env=world, **settings))
         assert seen[0] == seen[1] and {part for part, _ in seen[0]} == set(PROMPTS)
 
 
@@ -436,9 +726,9 @@ def close_to(observed, expected, freedom=None):
 def corpus(name, **settings):
     world = envs.make(name)
     by_part = defaultdict(list)
-    for messages, reply in nlac.warmup(world, dataclasses.replace(nlac.Args(), **settings)):
+    for messages, reply in nlac.warmup(world, dataclasses.replace(ARGS, **settings)):
         system = messages[0]["content"]
-        part = next((part for part, text in PROMPTS.items() if system == f"{world.system}\n{text}"), "other")
+        part = next((part for part, text in PROMPTS.items() if system.endswith(f"\n{text}")), "other")
         by_part[part].append((messages, reply))
     return world, by_part
 
@@ -452,7 +742,7 @@ def situation(text):
     """What matters to a player in a transcript: what came in (the symptom), and what was last said."""
     first, last = (
         text.split("\n")[0],
-        [line for line in text.split("\n") if not line.startswith(("> ", "Try: ", "Future: ", "Forecast: "))][-1],
+        [line for line in text.split("\n") if not line.startswith(("> ", "Try: ", "Critique: "))][-1],
     )
     return {"first": re.sub(r"^.* that ", "", first), "last": re.split(r"(?<=[.?!]) ", last)[0], "long": "\n> " in text}
 
@@ -466,7 +756,8 @@ def test_warm_up_policy_is_uniform(taught):
         observed, expected = Counter(), Counter()
         for messages, reply in examples:
             group = situation(f"{messages[1]['content']}\n{messages[-1]['content']}")[what]
-            observed[group, reply] += 1
+            assert reply.startswith("Action: ")
+            observed[group, nlac.action_of(world, reply)] += 1
             for action in actions:
                 expected[group, action] += 1 / len(actions)
         close_to(observed, expected)
@@ -480,12 +771,13 @@ def test_warm_up_refiner_keeps_by_the_verdict_and_else_says_anything_untried(tau
     tables = {what: (Counter(), Counter()) for what in kinds}
     for messages, reply in by_part["refiner"]:
         text = messages[1]["content"]
-        tried = re.findall(r"^Try: (.+?)[.] (\d of \d futures succeed. Verdict: \w+[.])$", text, re.M)
+        tried = re.findall(r"^Try: (.+)\nCritique: (Futures: \d of \d succeed. Verdict: \w+[.])$", text, re.M)
         approved = [nlac.parse_verdict(critique) >= nlac.APPROVED for _, critique in tried]
-        assert approved and not any(approved[:-1]) and (reply == "keep") == approved[-1]
+        assert approved and not any(approved[:-1]) and nlac.keeps(reply) == approved[-1]
         untried = [action for action in actions if action not in [action for action, _ in tried]]
         assert len(untried) == len(actions) - len(tried)
-        if reply != "keep":
+        if not nlac.keeps(reply):
+            reply = nlac.action_of(world, reply)
             groups = situation(text) | {"tried": tried[-1][0], "critique": tried[-1][1]}
             for what, (observed, expected) in tables.items():
                 observed[groups[what], reply] += 1
@@ -504,12 +796,13 @@ def test_warm_up_successor_and_evaluator_know_no_consequences():
     for part in "successor", "evaluator":
         rows = defaultdict(list)
         for messages, reply in by_part[part]:
-            text, action = messages[1]["content"], re.findall("^> (.+)$", messages[1]["content"], re.M)[-1]
+            text = messages[1]["content"]
+            action = re.search("^Next action: (.+)$", text, re.M)[1]
             symptom = next(symptom for symptom in world.faults if symptom in text.split("\n")[0])
             found = [finding for finding in right_repairs() if finding in text]
             futures = [nlac.parse_future(reply)] if part == "successor" else [
-                nlac.parse_future(f) for f in re.findall(r"^Future: (Next: .+\nEnd: .+)$", text, re.M)]  # fmt: skip
-            assert futures and all(futures) and (part == "successor" or len(futures) == nlac.Args().k)
+                nlac.parse_future(f) for f in re.findall(r"^Future \d: (Next: .+\nEnd: .+)$", text, re.M)]  # fmt: skip
+            assert futures and all(futures) and (part == "successor" or len(futures) == ARGS.k)
             success, works = futures[0][1] is not None, futures[0][0] == "It works again."
             if action in world.tests:
                 rows["test", action == world.faults[symptom][0]].append((success, works))
@@ -526,39 +819,93 @@ def test_warm_up_backup_and_evaluator_only_read_their_prompt(taught):
     verdicts = defaultdict(set)
     for messages, reply in by_part["backup"]:
         text = messages[1]["content"]
-        told = re.search(r"^> (?:.+)\n(.+)\nForecast: (Next: .+\nEnd: .+)$", text, re.M)
-        turns, left = nlac.parse_future(told[2])[1], world.max_turns - text.count("\n> ") + 1
+        told = re.search(r"^Next action: .+\nSeen after it: (.+)\nForecast from there: (Next: .+\nEnd: .+)$", text, re.M)
+        turns, left = nlac.parse_future(told[2])[1], world.max_turns - text.count("\n> ")
         assert reply == nlac.future_text(told[1], turns + 1 if turns and turns < left else None)
     for messages, reply in by_part["evaluator"]:
         ends = re.findall(r"^End: (.+)$", messages[1]["content"], re.M)
         verdicts[tuple(sorted(ends))].add(reply)
-        assert int(reply[0]) == sum("success" in end for end in ends) and nlac.parse_verdict(reply) is not None
+        assert int(reply.split()[1]) == sum("success" in end for end in ends) and nlac.parse_verdict(reply) is not None
     assert all(len(replies) == 1 for replies in verdicts.values())
     assert {nlac.parse_verdict(reply) for replies in verdicts.values() for reply in replies} == {0, 1, 2, 3, 4}
 
 
 def test_warm_up_shows_nothing_of_the_test_split():
     test = {envs.make("repair").reset(seed=seed, options={"split": "test"})[0].split(" that ")[0] for seed in range(3000)}
-    text = str(nlac.warmup(envs.make("repair"), dataclasses.replace(nlac.Args(), examples=1000)))
+    text = str(nlac.warmup(envs.make("repair"), dataclasses.replace(ARGS, examples=1000)))
     openings = set(re.findall(r"\w+ brings a \w+ \w+", text))
     assert len(openings) > 100 and len(test) > 80 and not openings & test
     world = envs.make("20q")
-    text = str(nlac.warmup(world, dataclasses.replace(nlac.Args(), examples=1000)))
-    won = {thing for thing in world.things if f"Yes, it is {envs.PHRASES[thing]}!" in text}
+    text = str(nlac.warmup(world, dataclasses.replace(ARGS, examples=1000)))
+    won = {thing for thing in world.things if f"Yes, it is {world.guess(thing)[6:-1]}!" in text}
     assert len(won) > 10 and not won & set(world.hidden_in["test"])
 
 
 def test_warm_up_formats_are_what_the_parts_write():
-    for settings in {"react": True}, {"k": 1, "m": 1}, {"m": 40}:
-        _, by_part = corpus("repair", examples=200, **settings)
-        assert set(by_part) >= {"successor", "backup", "evaluator", "refiner", "other"}
-        for part, parse in nlac.Parts.PARSERS.items():
-            assert all(parse(reply) is not None for _, reply in by_part.get(part, []))
-    examples = dataclasses.replace(nlac.Args(), examples=100)
+    for sizes in {"k": 1, "m": 1}, {"m": 40}:
+        world, by_part = corpus("repair", examples=200, **sizes)
+        assert set(by_part) == {*PROMPTS, "other"}
+        for part, word in nlac.FORCED.items():
+            assert all(reply.startswith(word) for _, reply in by_part[part])
+        assert all(nlac.parse_future(reply) for part in ("successor", "backup") for _, reply in by_part[part])
+        assert all(nlac.parse_verdict(reply) is not None for _, reply in by_part["evaluator"])
+    examples = dataclasses.replace(ARGS, examples=100)
     assert nlac.warmup(envs.make("repair"), examples) == nlac.warmup(envs.make("repair"), examples)  # the cache is named after it
 
 
-# ---------------------------------------------------------------------------------------------------- whole runs: set-up
+# -------------------------------------------------------------------------------------------- worked examples, forced words
+
+
+@pytest.mark.parametrize("name", ALL_WORLDS)
+def test_worked_examples_are_honest_and_in_good_form(name):
+    world = envs.make(name, show_actions=True)
+    found = nlac.shots_of_all(name, 2, True, False, 2)
+    assert set(found) == set(nlac.FORCED)
+    for part, messages in found.items():
+        assert [m["role"] for m in messages] == ["user", "assistant"] * 2 and all(m["shot"] for m in messages[1::2])
+        for asked, reply in zip(messages[::2], messages[1::2]):
+            said = reply["content"]
+            assert nlac.FORCED[part] in said and len(said) < 3000
+            assert part not in ("policy", "refiner") or nlac.keeps(said) or nlac.action_of(world, said)
+            assert part not in ("successor", "backup") or nlac.parse_future(said)
+            if part == "evaluator":  # it reads what it is shown
+                futures = [nlac.parse_future(f) for f in re.split(r"Future \d: ", asked["content"])[1:]]
+                assert nlac.parse_verdict(said) == nlac.rank_of([turns for _, turns in futures]) and len(futures) == 2
+            assert asked["content"].count("Possible actions:") == 1
+    if name == "repair":  # a random player wins there: both labels
+        assert {nlac.keeps(m["content"]) for m in found["refiner"][1::2]} == {True, False}
+        assert len({nlac.parse_verdict(m["content"]) for m in found["evaluator"][1::2]}) == 2
+    forced = nlac.shots_of_all(name, 2, True, True, 2)
+    for part, messages in forced.items():
+        assert all(m["content"].startswith(nlac.FORCED[part]) for m in messages[1::2])
+
+
+def test_forced_words_and_shots_are_no_targets(parts_of):
+    """Every part's prompt ends in its word, replies begin with it, and the word is not learnt."""
+    replies = dict(policy=" open the case", successor=FORECAST[5:], backup=FORECAST[5:], evaluator=APPROVE[8:], refiner=" check the power")
+    for forced in {"prefill": True}, {"prefill": True, "shots": 2}:
+        puppet = Puppet(**replies)
+        parts = parts_of(puppet, distil="all", m=1, **forced)
+        steps, _ = played(["Action: open the case", "Action: tighten the screw"], **LOUD)
+        pairs = nlac.successor_lessons(parts, steps, ("b",))[0]
+        assert [CHAT.decode(target) for _, target in pairs] == [FORECAST[5:]] * 2
+        refined = nlac.refine(parts, steps, ("r",))
+        assert [r["reply"] for r in refined] == ["Action: check the power"] * 2 and refined[0]["tries"][0]["critique"] == APPROVE
+        pairs = nlac.policy_lessons(parts, steps, refined)
+        assert [CHAT.decode(target) for _, target in pairs] == [" check the power"] * 2
+        for part, _, prompt in puppet.calls:
+            assert prompt.endswith("assistant\n" + nlac.FORCED[part])
+            if part != "policy":
+                assert prompt.count("<|im_start|>assistant") == 1 + forced.get("shots", 0)
+    puppet = Puppet(**replies)
+    nlac.refine(parts_of(puppet), STATES, ("r",))  # nothing of it by default
+    assert all(prompt.endswith("assistant\n") and prompt.count("<|im_start|>assistant") == 1 for _, _, prompt in puppet.calls)
+
+
+def test_a_thought_that_the_template_opens_stays_empty():
+    chat = SimpleNamespace(opened="<think>", dialogue=lambda messages, word: [1], reply=lambda text: text)
+    taught = lambda text: nlac.lesson(chat, "policy", [], text, ARGS)[1]  # noqa: E731
+    assert taught("Action: x") == "</think>\n\nAction: x" and taught("<think>Hm.</think>Action: x") == "Hm.</think>Action: x"
 
 
 # ------------------------------------------------------------------------------------------------ whole runs: as a user
@@ -589,7 +936,7 @@ def test_quick_by_subprocess(run_as_user, tmp_path):
     for row in rollouts:
         assert len(row["history"]) == 2 * len(row["valid"]) + 1 and "expert" not in row
     words = result.stdout
-    for piece in "before: success", "\nbefore\n", "\nafter\n", "critique:", "random", "expert", "rollouts.jsonl", "success":
+    for piece in "before: test: success", "\nbefore\n", "\nafter\n", "critique:", "random", "expert", "rollouts.jsonl", "success":
         assert piece in words
     model, chat = common.load(str(run / "model"))  # in the Hugging Face format
     saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["state"]["model"]
@@ -607,23 +954,94 @@ def test_eval_only_writes_nothing(run_script, whole, tmp_path):
     assert again.status == 0 and everything_under(whole) == before
 
 
-def test_the_same_seed_gives_the_same_metrics_and_another_does_not(run_script, whole, tmp_path):
-    assert run_script(f"{SMALL} --out-dir again", tmp_path).status == 0
-    same_run(whole, tmp_path / "again")
+def test_another_seed_gives_another_run(run_script, whole, tmp_path):
     assert run_script(f"{SMALL} --out-dir other --seed 9223372036854775807 --steps 1", tmp_path).status == 0
     assert lines(tmp_path / "other" / "rollouts.jsonl")[0]["history"] != lines(whole / "rollouts.jsonl")[0]["history"]
 
 
 def test_other_settings_run(run_script, tmp_path):
-    small = UNTAUGHT.replace("--steps 4", "--steps 2").replace("--eval-every 2", "--eval-every 1")
+    small = UNTAUGHT.replace("--steps 4", "--steps 2").replace("--eval-episodes 4", "--eval-episodes 2")
     for i, (flags, arm) in enumerate([
-        ("--env 20q --ablation blind-critic --distil kept", "blind-critic"), ("--react True --frozen-parts False --ema 0", "none"),
-        ("--ablation mc-backup --k 1 --m 1", "mc-backup"),
+        ("--env 20q --ablation blind-critic --distil kept", "blind-critic"),
+        ("--shots 1 --prefill --show-actions --frozen-parts False --ema 0 --critic-warmup 0 --even-turns False "
+         "--rollout-batch-size 3", "none"),
+        ("--ablation mc-backup --k 1 --m 1 --env search --max-context 900", "mc-backup"),
     ]):  # fmt: skip
         result = run_script(f"{small} --out-dir {i} {flags}", tmp_path)
         assert result.status == 0, result.stderr
         assert json.loads((tmp_path / str(i) / "summary.json").read_text())["arm"] == arm
-    assert all(row["targets_dropped"] == 0 for row in lines(tmp_path / "2" / "metrics.jsonl"))
+    played = [row for row in lines(tmp_path / "1" / "rollouts.jsonl") if row["split"] == "train"]
+    assert all(reply.startswith("Action:") for row in played for reply in row["history"][1::2])
+    assert all("Possible actions:" in row["history"][0] for row in played)
+    assert {"cut_policy", "cut_successor", "cut_evaluator", "cut_refiner", "overlong"} <= set(lines(tmp_path / "1" / "metrics.jsonl")[-1])
+
+
+WORLD_FILE = """
+import envs
+class Lamp(envs.World):
+    name, system, max_turns = "lamp", "There is a lamp. You win when it is on.", 2
+    def begin(self, rng, split):
+        return "It is dark."
+    def admissible(self):
+        return ["turn on the lamp", "wait"]
+    def act(self, text):
+        self.won = text == "turn on the lamp"
+        return "There is light." if self.won else "It stays dark.", True
+"""
+
+
+def test_a_world_from_a_file(run_script, tmp_path):
+    (tmp_path / "my lamp.py").write_text(WORLD_FILE)
+    (tmp_path / "lamp.py").write_text(WORLD_FILE)
+    result = run_script(f"{UNTAUGHT.replace('--steps 4', '--steps 2')} --env ./lamp.py:Lamp", tmp_path)
+    assert result.status == 0, result.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"nlac-[\w.-]+-s0", run.name)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["env"] == "./lamp.py:Lamp" and summary["random"]["success"] > 0 and "expert" not in summary  # it has none
+
+
+BROKEN_PRINT = """
+import builtins
+say = builtins.print
+def fail(*words, **options):
+    if "before" in "".join(map(str, words)):
+        raise UnicodeEncodeError("ascii", "x", 0, 1, "cannot say that")
+    say(*words, **options)
+builtins.print = fail
+"""
+
+
+def test_model_and_summary_come_before_any_words_and_the_same_seed_gives_the_same(run_script, whole, tmp_path):
+    result = run_script(f"{SMALL} --out-dir run", tmp_path, BROKEN_PRINT)
+    assert result.status == 1 and "UnicodeEncodeError" in result.stderr
+    same_run(whole, tmp_path / "run")
+
+
+NOT_FINITE = """
+STEP, loss, update = [0], nlac.likelihood_loss, nlac.update
+def poisoned(model, *all_of_it, **options):
+    mean = loss(model, *all_of_it, **options)
+    if STEP[0] == 3:
+        next(model.parameters()).grad[0, 0] = float("nan")
+    return mean
+def counted(*all_of_it):
+    STEP[0] = all_of_it[5]
+    return update(*all_of_it)
+nlac.update, nlac.likelihood_loss = counted, poisoned
+"""
+
+
+def test_a_gradient_that_is_not_finite_stops_before_its_step(run_script, whole, tmp_path):
+    result = run_script(f"{SMALL} --out-dir run", tmp_path, NOT_FINITE)
+    told = [line for line in result.stderr.replace("\r", "\n").splitlines() if "error" in line]
+    assert result.status == 1 and len(told) == 1 and "not_finite.pt" in told[0] and "Traceback" not in result.stderr
+    kept = torch.load(tmp_path / "run" / "not_finite.pt", weights_only=True)
+    assert set(kept) == {"l1", "l2", "anchor"} and kept["l1"]
+    assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]["step"] == 2
+    again = run_script(f"{SMALL} --out-dir run --resume", tmp_path)
+    assert again.status == 0, again.stderr
+    same_run(whole, tmp_path / "run")
 
 
 # -------------------------------------------------------------------------------------------- whole runs: what is trained
@@ -667,8 +1085,10 @@ def test_frozen_critic_and_ema_off(main_here):
     moved = [name for name, now in parts.theta.named_parameters() if not torch.equal(now, parts.first[name])]
     assert moved  # the policy still learns, from L2
     assert all(torch.equal(a, b) for a, b in zip(parts.theta.parameters(), parts.bar.parameters()))  # EMA 0: a copy
-    assert all(row["l1"] == 0 for row in lines("b/metrics.jsonl")) and lines("b/metrics.jsonl")[-1]["l2"] > 0
+    metrics = lines("b/metrics.jsonl")
+    assert all(row["l1"] == 0 for row in metrics) and any(row["l2"] > 0 for row in metrics)
     prompts = [nlac.successor_messages(WORLD, history, "open the case") for history in HISTORIES]
+    parts.counts.clear()
     now = parts("successor", prompts, ("same",), 2), parts("successor_bar", prompts, ("same",), 2)
     parts.start.load_state_dict(parts.first)
     assert now == (parts("successor", prompts, ("same",), 2), parts("successor_bar", prompts, ("same",), 2))  # M answers as at the start
@@ -686,19 +1106,21 @@ def test_critic_warm_up_trains_m_alone(main_here):
 
 save_llama = functools.partial(
     helpers.save_llama,
-    text=[WORLD.system, nlac.SUCCESSOR, nlac.BACKUP, nlac.EVALUATOR, nlac.REFINER, FORECAST, *envs.make("20q").moves],
+    text=[WORLD.system, nlac.TOLD, nlac.SUCCESSOR, nlac.BACKUP, nlac.EVALUATOR, nlac.REFINER, FORECAST, *envs.make("20q").moves],
 )
 
 
 def test_a_llama_without_a_clue_runs_through_every_line(run_script, llama, tmp_path):
-    flags = SMALL.replace("--model tiny", "--model " + str(llama)).replace("--steps 4", "--steps 2") + " --max-new-tokens 12"
+    flags = SMALL.replace("--model tiny", "--model " + str(llama)).replace("--steps 4", "--steps 2")
+    flags += " --max-new-tokens 12 --lr 1e-3 --prefill --anchor 0.3 --k 2"
     result = run_script(f"{flags} --out-dir run --eval-every 1", tmp_path)
     assert result.status == 0, result.stderr
     metrics, rollouts = lines(tmp_path / "run" / "metrics.jsonl"), lines(tmp_path / "run" / "rollouts.jsonl")
     parsed = {key: value for key, value in metrics[-1].items() if key.startswith("parse_")}
     assert set(parsed) == {f"parse_{p}" for p in ("policy", "policy_bar", "successor", "successor_bar", "backup", "evaluator", "refiner")}
     assert parsed["parse_successor"] == parsed["parse_backup"] == parsed["parse_evaluator"] == 0  # generated, read, counted as malformed
-    assert metrics[-1]["targets_dropped"] > 0 and metrics[-1]["valid"] == 0 and metrics[-1]["l2"] > 0 and metrics[-1]["tokens"] > 0
+    assert metrics[-1]["targets_dropped"] == 0 and metrics[-1]["valid"] == 0 and metrics[-1]["l2"] > 0 and metrics[-1]["tokens"] > 0
+    assert metrics[-1]["cut_policy"] > 0.5 and result.stderr.count("raise --max-new-tokens") == 3  # once per part
     assert all(len(row["valid"]) == 5 for row in rollouts)
     trained, chat = common.load(str(tmp_path / "run" / "model"))
     start, _ = common.load(str(llama))
@@ -707,7 +1129,7 @@ def test_a_llama_without_a_clue_runs_through_every_line(run_script, llama, tmp_p
 
 
 def test_a_context_that_fills_up_ends_episodes(run_script, llama, tmp_path):
-    room = len(common.load(str(llama))[1].prompt(nlac.policy_messages(WORLD, [WORLD.reset(seed=0)[0]], nlac.Args()))) + 60
+    room = len(common.load(str(llama))[1].prompt(nlac.policy_messages(WORLD, [WORLD.reset(seed=0)[0]]))) + 60
     save_llama(tmp_path / "short", context=room)
     flags = SMALL.replace("--model tiny", "--model " + "short").replace("--steps 4", "--steps 2") + " --max-new-tokens 16"
     result = run_script(f"{flags} --out-dir run --eval-every 1", tmp_path)
@@ -745,7 +1167,10 @@ def bad_models(llama, tmp_path_factory):
     ("--lr -1", "--lr"), ("--lr inf", "--lr"), ("--batch-size 10 --micro-batch-size 4", "multiple of --micro-batch-size"),
     ("--batch-size 0", "--batch-size"), ("--micro-batch-size 0", "--micro-batch-size"), ("--max-new-tokens 0", "--max-new-tokens"),
     ("--temperature 0", "--temperature"), ("--temperature nan", "--temperature"), ("--eval-temperature -1", "--eval-temperature"),
-    ("--reader-temperature -1", "--reader-temperature"), ("--eval-episodes 0", "--eval-episodes"), ("--eval-every 0", "--eval-every"),
+    ("--reader-temperature -1", "--reader-temperature"), ("--forecast-tokens 0", "--forecast-tokens"),
+    ("--critique-tokens 0", "--critique-tokens"), ("--shots -1", "--shots"), ("--rollout-batch-size 0", "--rollout-batch-size"),
+    ("--max-context 0", "--max-context"), ("--env nowhere.py:World", "no file"),
+    ("--eval-episodes 0", "--eval-episodes"), ("--eval-every 0", "--eval-every"),
     ("--save-every -1", "--save-every"), ("--seed -1", "--seed"), ("--k 0", "--k"), ("--m -1", "--m"), ("--ema 1", "--ema"),
     ("--ema -0.1", "--ema"), ("--ema nan", "--ema"), ("--buffer-size 0", "--buffer-size"),
     ("--episodes-per-step 0", "--episodes-per-step"), ("--actor-states 0", "--actor-states"), ("--actor-weight -1", "--actor-weight"),
@@ -753,7 +1178,7 @@ def bad_models(llama, tmp_path_factory):
     ("--critic-warmup -1", "--critic-warmup"), ("--examples 0", "--examples"), ("--updates-per-episode 0", "--updates-per-episode"),
     ("--updates-per-episode -1", "--updates-per-episode"), ("--updates-per-episode nan", "--updates-per-episode"),
     ("--episodes-per-step 3 --updates-per-episode 0.5", "whole number"), ("--ablation none-such", "--ablation"),
-    ("--distil some", "--distil"), ("--frozen-parts maybe", "--frozen-parts"), ("--nonsense 1", "--nonsense"),
+    ("--distil some", "--distil"), ("--react True", "--react"), ("--frozen-parts maybe", "--frozen-parts"), ("--nonsense 1", "--nonsense"),
     ("--device warp", "--device"), ("--dtype float16", "--dtype"), ("--resume", "no run"), ("--out-dir {bad}/garbage", "exists"),
     ("--out-dir {bad}/file", "exists"), ("--out-dir {bad}/file/run", "--out-dir"),
 ])  # fmt: skip
