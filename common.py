@@ -248,8 +248,8 @@ class Chat:
         return ids, mask
 
     def reply(self, text) -> list[int]:
-        """Ids of a reply that says `text` and ends: a likelihood target."""
-        return [*self.encode(text), self.eos[0]]
+        """Ids of a reply that says `text` and ends: a likelihood target. What the template opens stands before it."""
+        return [*self.encode(text.removeprefix(self.opened)), self.eos[0]]
 
     def encode(self, text) -> list[int]:
         """Ids of a text inside a message."""

@@ -29,8 +29,6 @@ runs() { # NAME "SEEDS" SCRIPT [FLAGS...]
 }
 best() { "$python" docs/report.py --results "$kept" --design 2 best "$1" 2>/dev/null || true; } # the flags of the best arm NAME...; before the search: none
 
-tokens() { "$python" docs/report.py --results "$kept" --design 2 tokens "$1" 2>/dev/null || echo 1; } # what a finished run sampled
-
 # the claim: the learned language critic does it
 runs nlac               "0 1 2 3 4" nlac.py
 runs frozen-critic      "0 1 2 3 4" nlac.py --ablation frozen-critic
@@ -87,9 +85,7 @@ runs self-guide-immediate  "0 1 2" self_guide.py --trust immediate
 runs self-guide-no-anneal  "0 1 2" self_guide.py --trust no-anneal
 runs self-guide-dapo       "0 1 2" self_guide.py --estimator dapo
 runs self-guide-grpo-dapo  "0 1 2" self_guide.py --estimator dapo --guide off
-for seed in 0 1 2; do # plain GRPO with as many sampled tokens as the full method had
-    runs self-guide-grpo-tokens "$seed" self_guide.py --guide off --token-budget "$(tokens "self-guide-full-s$seed")"
-done
+runs self-guide-grpo-long  "0 1 2" self_guide.py --guide off --steps 250 # its curve reaches the full method's sampled tokens
 
 # ACT: the pipelines at equal epochs, the baseline of another paper, and pairs that another size of model proposed
 for pipeline in act,il il,il il,rl act,il,rl; do runs "act-$pipeline" "0 1 2 3 4" act.py --pipeline "$pipeline"; done

@@ -33,7 +33,7 @@ def cached(model, chat, worlds, histories, turns):
     dialogues = common.Dialogues(model, chat, [chat.dialogue(messages) for messages in histories])
     rows, count = list(range(len(worlds))), 0
     for turn in range(turns):
-        replies = dialogues.reply(rows, max_new_tokens=NEW_TOKENS, temperature=0, seeds=rows)
+        replies = dialogues.reply(rows, max_new_tokens=NEW_TOKENS, temperature=0, seeds=rows).texts
         observations = [world.step(reply)[0] for world, reply in zip(worlds, replies)]
         for messages, reply, observation in zip(histories, replies, observations):
             messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": observation}]
@@ -94,7 +94,8 @@ def episodes(model_20q, rounds=3):
 
 def outside(cache, steps=6):
     """Runs nlac.main here, with timers around forward and backward."""
-    model, _ = common.load("tiny", corpus=lambda: nlac.warmup(envs.make("repair"), nlac.Args()), constants=CONSTANTS["repair"])
+    args = dataclasses.replace(nlac.Args(), **nlac.TINY)
+    model, _ = nlac.load(envs.make("repair"), args)
     inside, depth, started = [0.0], [0], []
 
     def timed(function):
@@ -162,19 +163,14 @@ def memory(rounds=1):
     print(f"memory: {peak / 2**20:.0f} MiB beyond the {imports / 2**20:.0f} MiB of the imports (target 1024)")
 
 
-PARTS = nlac.POLICY, nlac.POLICY_REACT, nlac.SUCCESSOR, nlac.BACKUP, nlac.EVALUATOR, nlac.REFINER, nlac.READER
-CONSTANTS = {name: [f"{envs.make(name).system}\n{part}" for part in PARTS] for name in ("repair", "20q")}
-
-
 def main():
     torch.set_num_threads(1)
     wanted = sys.argv[1:] or ["episodes", "outside", "memory"]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
         if "episodes" in wanted:
-            args = dataclasses.replace(nlac.Args(), env="20q", examples=400)
-            constants = CONSTANTS["20q"] + [f"{envs.make('20q', max_turns=turns + 1).system}\n{nlac.POLICY}" for turns in TURNS]
-            episodes(common.load("tiny", corpus=lambda: nlac.warmup(envs.make("20q"), args), constants=constants))
+            args = dataclasses.replace(nlac.Args(), **nlac.TINY | {"env": "20q", "examples": 400})
+            episodes(nlac.load(envs.make("20q"), args))
         if "outside" in wanted:
             outside(cache)
         if "memory" in wanted:

@@ -475,5 +475,5 @@ def test_every_command_of_experiments_can_be_parsed(dry):
     for line in dry()[0]:
         script, *flags = line.split()[2:]
         name = Path(script).stem.replace("early_experience", "act")  # it has the flags of act.py
-        args = common.parse_args(importlib.import_module(name).Args, flags)
+        args = common.parse_args(importlib.import_module(name).Args, argv=flags)
         assert dataclasses.is_dataclass(args)

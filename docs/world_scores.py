@@ -1,4 +1,4 @@
-"""The players' scores behind README's tables of worlds: python docs/worlds.py writes docs/worlds.json (a minute or two).
+"""The players' scores behind README's tables of worlds: python docs/world_scores.py writes docs/worlds.json (a minute or two).
 
 Per world, split and player: mean score, share won, their standard errors, n. Episodes are the seeds 0 .. n-1 of the split.
 """
