@@ -16,9 +16,10 @@ start policy without and with its ratings; --trust zero lets ratings steer but n
 
 Departures from the paper, and why:
  1. Rating and acting are turns of one growing dialogue; the paper gives each call a prompt of its
-    own. So a rollout encodes every token once, and the model sees its earlier ratings and thoughts.
-    A full context ends the episode.
- 2. What is possible now is not listed, as lists would pile up in a dialogue: --show-actions does.
+    own over the history, earlier ratings included. So a rollout encodes every token once, the model
+    sees its earlier thoughts too, and the labels are explained once. A full context ends the episode.
+ 2. What is possible now is not listed, as lists would pile up in a dialogue; --show-actions does it,
+    as the paper's prompts for ALFWorld and WebShop do (its SciWorld prompt does not).
  3. A rating without a label counts as neutral (the paper does not say), and is counted.
 The paper leaves open: group size, learning rate and KL weight of its GRPO runs (here: those of its
 DAPO runs), the scale of R_env (1 as written; a public script has 10), gradient steps per batch.
@@ -27,7 +28,7 @@ DAPO runs), the scale of R_env (1 as written; a public script has 10), gradient 
     python self_guide.py --guide off --out-dir runs/grpo         # an arm wants its own directory
     python self_guide.py --model smollm2 --shots 2 --prefill --show-actions --guide inference \\
         --eval-episodes 20 --max-new-tokens 24 --rate-tokens 48  # a chat model on a laptop
-    python self_guide.py --model Qwen/Qwen3-1.7B --env household-full --thinking False
+    python self_guide.py --model Qwen/Qwen3-1.7B --env household-full
 """
 
 import copy
@@ -299,9 +300,8 @@ def sample_groups(model, chat, args, step, task, weight, **how):
         played += fresh
         for start in range(0, len(fresh), args.group_size):
             group = fresh[start:start + args.group_size]
-            returns = [total_return(args, episode, weight) for episode in group]
             last = args.estimator == "grpo" or attempt == args.resample
-            if last or not without_spread(returns, args.group_size):
+            if last or any(guided_advantages(args, group, weight)):
                 batch += group
         if len(batch) == args.batch_size:
             break
@@ -478,7 +478,8 @@ def watch(episodes) -> dict:
              "truncated": common.mean(episode.truncated for episode in episodes),
              "cut_act": sum(episode.cut["act"] for episode in episodes) / max(1, turns)}
     for pattern in ("looping", "redundant_exploration", "wrong_object"):
-        found[f"lost_by_{pattern}"] = common.mean(pattern in errors(episode) for episode in lost)
+        share = common.mean(pattern in errors(episode) for episode in lost)
+        found[f"lost_by_{pattern}"] = share if lost else None
     if ratings:
         found["unrated_steps"] = turns - ratings  # the last of each episode
         found["cut_rate"] = sum(episode.cut["rate"] for episode in episodes) / ratings
@@ -495,7 +496,8 @@ def watch_labels(episodes) -> dict:
     means = [total / len(episode.labels) for total, episode in zip(sums, episodes)]
     won = [episode.won for episode in episodes]
     for name, side in ("won", True), ("lost", False):
-        found[f"ratings_if_{name}"] = common.mean(s for s, w in zip(sums, won) if w == side)
+        some = [total for total, w in zip(sums, won) if w == side]
+        found[f"ratings_if_{name}"] = common.mean(some) if some else None
     varied = len(set(means)) > 1 and len(set(won)) > 1
     found["label_outcome_correlation"] = float(np.corrcoef(means, won)[0, 1]) if varied else None
     return found
@@ -558,6 +560,7 @@ def check_args(args) -> envs.World:
         world = envs.make(args.env, show_actions=args.show_actions)
     except ValueError as error:
         common.refuse(error)
+    common.check(not args.dose or common.is_tiny(args.model), "--dose is of a tiny model's warm-up")
     common.check(not args.dose or hasattr(world, "possibilities"),
                  f"--dose: --env {args.env} cannot say what a step was worth")
     return world

@@ -406,7 +406,7 @@ def test_counts_by_hand():
         label_outcome_correlation=1)  # fmt: skip
     assert {name: seen[name] for name in expected} == pytest.approx(expected)
     alone = sg.watch([won])
-    assert alone["label_outcome_correlation"] is None and alone["ratings_if_lost"] == 0
+    assert alone["label_outcome_correlation"] is alone["ratings_if_lost"] is alone["lost_by_looping"] is None
     assert not any(name.startswith(("label", "ratings", "unrated", "cut_rate")) for name in sg.watch([never]))
 
 
