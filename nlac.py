@@ -547,6 +547,7 @@ def play_on(model, chat, args, worlds, episodes, streams, temperature):
 
 
 def new_episode(split, seed, observation):
+    """An episode before its first turn; `take_turn` writes the turns into it."""
     return {"split": split, "seed": seed, "history": [observation], "valid": [], "complete": [],
             "reward": 0.0, "won": False, "score": 0.0, "over": False, "truncated": False}
 
