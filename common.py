@@ -68,10 +68,11 @@ def is_tiny(name) -> bool:
         return False
 
 
-def parse_args(cls, tiny=None, argv=None):
+def parse_args(cls, tiny=None, argv=None, quick=None):
     """The dataclass `cls` filled from `argv` (default: the command line). Any parser failure ends in `refuse`.
 
-    `tiny`: defaults that a tiny model replaces before parsing, so that --help tells them where --model is tiny.
+    `tiny`: defaults that a tiny model replaces before parsing, so that --help tells them where --model is tiny. `quick`: values
+    that --quick puts in the place of whatever was given.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     title = (sys.modules[cls.__module__].__doc__ or "").strip().split("\n")[0]
@@ -86,7 +87,15 @@ def parse_args(cls, tiny=None, argv=None):
     except (ValueError, TypeError) as error:  # the dataclass's own __post_init__
         refuse(error)
     check(not unknown, f"unknown arguments: {' '.join(unknown)} (see --help)")
-    return args
+    return dataclasses.replace(args, **quick) if quick and args.quick else args
+
+
+def checked(make, *args, **options):
+    """What `make` returns; its ValueError is the user's mistake."""
+    try:
+        return make(*args, **options)
+    except ValueError as error:
+        refuse(error)
 
 
 def default_device() -> str:
@@ -94,7 +103,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-DTYPES = "auto", "float32", "bfloat16"  # float16 would need loss scaling
+DTYPES = "auto", "float32", "mixed", "bfloat16"  # float16 would need loss scaling
 
 
 def check_common(args):
@@ -116,6 +125,8 @@ def check_common(args):
     demand("eval_temperature", lambda v: v >= 0, "at least 0")
     demand("batch_size", lambda v: v % values.get("micro_batch_size", 1) == 0, "a multiple of --micro-batch-size")
     demand("dtype", lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}")
+    check(values.get("dtype") != "bfloat16" or values.get("eval_only"),  # at lr 1e-6 most weights would never move
+          "--dtype bfloat16 is for --eval-only: weights of so few digits do not learn; mixed computes in bfloat16 over float32 weights")
     demand("device", _device_exists, "a device of this machine (cpu, cuda, cuda:1, mps)")
 
 
@@ -525,7 +536,7 @@ class Dialogues:
     def __init__(self, model, chat, prompts):
         if not all(prompts):
             raise ValueError("a prompt is empty")
-        self.model, self.chat, self.ids = model, chat, [list(prompt) for prompt in prompts]
+        self.model, self.chat, self.ids, self.trained = model, chat, [list(prompt) for prompt in prompts], True
         self.mask = [[0] * len(prompt) for prompt in prompts]
         self.logprobs = [[0.0] * len(prompt) for prompt in prompts]
         self._cached, self._seen = [], {}  # the rows in the cache, in its order; how many ids of each it holds
@@ -565,11 +576,17 @@ class Dialogues:
             last = torch.tensor([self.ids[row][-1] for row in rows], device=device)
             replies = _decode(self.model, self.chat, fork, self._attention, last, max_new_tokens, temperature, seeds)
         for row, ids, logprobs, complete in zip(rows, replies.ids, replies.logprobs, replies.complete):
-            self._append(row, ids, 1, logprobs)
+            self._append(row, ids, int(self.trained), logprobs if self.trained else None)
             self._append(row, [] if complete else self.chat.eos[:1], 0)
         opened = self.chat.opened
         replies.texts = [opened + prefill + text.removeprefix(opened) for text in replies.texts]
         return replies
+
+    def read_by(self, model):
+        """The same dialogues, which go on to be shared, with another model that replies; what it says has mask 0."""
+        other = copy.copy(self)
+        other.model, other.trained, other._cached, other._seen = model, False, [], {}
+        return other
 
     def extend(self, rows, texts):
         """Appends a user turn that says `text` to each listed row."""
@@ -580,10 +597,6 @@ class Dialogues:
         """What a loss needs of a row: ids and mask up to the last sampled id, and the log-prob of all sampled ids."""
         end = len(self.mask[row]) - self.mask[row][::-1].index(1) if any(self.mask[row]) else len(self.mask[row])
         return self.ids[row][:end], self.mask[row][:end], sum(self.logprobs[row])
-
-    def append(self, row, ids):
-        """Appends ids that others sampled, with mask 0."""
-        self._append(row, ids, 0)
 
     def _append(self, row, ids, mask, logprobs=None):
         self.ids[row] += ids
@@ -664,9 +677,9 @@ def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto",
     """A causal language model and its `Chat`; what cannot be loaded ends in `refuse`, which names the `option` it came from.
 
     `name`: "tiny" or "tiny:WIDTHxLAYERS" (built at first use, see `build_tiny`), "smollm2", a .gguf file, a local directory, or
-    a hub id. `corpus`: a function without arguments that returns the examples, called for a tiny model only. `dtype`: "auto" is
-    float32 weights, computing in bfloat16 on an NVIDIA GPU; "float32"; "bfloat16" is weights and all. The model gets the
-    attribute `max_context`, tokens: what it can read, at most the argument of that name.
+    a hub id. `corpus`: a function without arguments that returns the examples, called for a tiny model only. `dtype`: "mixed" is
+    float32 weights that compute in bfloat16; "auto" is that on an NVIDIA GPU, else "float32"; "bfloat16" is weights and all.
+    The model gets the attribute `max_context`, tokens: what it can read, at most the argument of that name.
     """
     cache = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tiny-models")).expanduser()
     if name.split(":")[0] == "tiny":
@@ -684,7 +697,8 @@ def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto",
     room = model.get_input_embeddings().num_embeddings
     check(len(tokenizer) <= room, f"{option} {name}: {len(tokenizer)} tokens, but embeddings for {room}")
     model.to(device).eval()  # eval: no dropout, or ratios to old log-probs would not start at 1
-    model.compute_dtype = torch.bfloat16 if dtype == "auto" and model.device.type == "cuda" else None
+    mixed = dtype == "mixed" or dtype == "auto" and model.device.type == "cuda"
+    model.compute_dtype = torch.bfloat16 if mixed else None
     limits = [getattr(config, "max_position_embeddings", None), max_context]
     model.max_context = min((limit for limit in limits if limit), default=2**31)
     return model, Chat(tokenizer, model, thinking)
@@ -1032,10 +1046,15 @@ class Run:
         saved = {"script": self.script, "args": self.args, "offsets": {name: self._size(name) for name in self.LOGS}, "state": state}
         _write_atomic(self.checkpoint, lambda file: torch.save(saved, file))
 
-    def complete(self, model, chat, method, arm, before, after, ends, **extra):
-        """The end of a run: model/, then summary.json, then, with nothing left to lose, the table on the screen."""
+    def complete(self, model, chat, method, arm, before, after, ends, shown=(), **extra):
+        """The end of a run: model/, then summary.json, then, with nothing left to lose, words on the screen.
+
+        `shown`: an episode from before and one from after, as rollouts.jsonl keeps them.
+        """
         found = summary(self.script, method, arm, self.settings, before, after, ends, self.totals, self.seconds)
         self.finish(found | extra, model, chat)
+        for when, episode in zip(("before", "after"), shown):
+            print(f"\n{when}\n{show(episode)}\n")
         print_table(found)
         print(f"whole episodes: {self.dir / 'rollouts.jsonl'}")
 

@@ -74,7 +74,7 @@ class Args:
     out_dir: str = flag("", "default: runs/self_guide-ENV-sSEED")
     resume: bool = flag(False, "continue the run in --out-dir")
     device: str = flag(common.default_device(), "cpu, cuda, cuda:1, mps")
-    dtype: str = flag("auto", "auto (float32 weights; bfloat16 compute on a GPU), float32, bfloat16")
+    dtype: str = flag("auto", "mixed: float32 weights, bfloat16 compute; auto: mixed on a GPU, else float32; bfloat16: --eval-only")
     thinking: bool = flag(False, "let a thinking model think natively before each reply")
     shots: int = flag(0, "worked examples before the first turn of every part, by a random player on train")
     prefill: bool = flag(False, "begin every reply with its marked word, such as Action: (no room to reason before it)")
@@ -123,7 +123,7 @@ LABELS = ["negative", "neutral", "positive"]
 FORCED = 16  # tokens, room for the words of --prefill and the end of a reply that was cut
 
 
-def written(action) -> str:
+def written(action):
     """An action as the policy writes it."""
     return f"Action: {action}"
 
@@ -134,44 +134,42 @@ def parse_rating(reply) -> int | None:
     return None if label is None else label - 1
 
 
-def to_rate(observation) -> str:
+def to_rate(observation):
     """The user turn that asks for a rating."""
     return f"{envs.bare(observation)}\n{RATE}"
 
 
-def to_act(observation) -> str:
+def to_act(observation):
     """The user turn that asks for an action after a rating; what is possible stands here."""
     return ACT + observation.removeprefix(envs.bare(observation))
 
 
-def opening(world, args, guided) -> list[dict]:
+def opening(world, args, guided):
     """The messages that a dialogue starts with; the first turn has no step to rate."""
-    system = "\n".join([world.system, POLICY, GUIDED] if guided else [world.system, POLICY])
-    first = {"role": "user", "content": world.observation}
+    system = "\n".join([world.system, POLICY] + [GUIDED] * guided)
     shots = worked_examples(args.env, args.shots, args.show_actions, guided)
+    first = {"role": "user", "content": world.observation}
     return [{"role": "system", "content": system}, *shots, first]
 
 
 @functools.lru_cache(maxsize=8)
-def worked_examples(env, count, show_actions, guided) -> list[dict]:
+def worked_examples(env, count, show_actions, guided):
     """--shots: what a random player met and did on train; with guidance also how a step is rated.
 
-    Every other rated step cannot be done, so that both labels are seen; none of them ends a game.
+    Every other rated step cannot be done, so that both labels are seen.
     """
     world, messages = envs.make(env, show_actions=show_actions), []
     for seed in range(10**6, 10**6 + count):  # far from the seeds that are learnt from
         rng = random.Random(seed)
-        for _ in range(20):
-            observation, info = world.reset(seed=seed, options={"split": "train"})
-            wasted = guided and seed % 2 == 1
-            step = "sing a song" if wasted else envs.random_player(world, info, rng)
-            seen, _, over, _, info = world.step(step)
-            if not over:  # the last step is never rated
-                break
+        observation, info = world.reset(seed=seed, options={"split": "train"})
+        wasted = guided and seed % 2 == 1
+        step = "sing a song" if wasted else envs.random_player(world, info, rng)
+        seen, _, over, _, info = world.step(step)
         said = [observation, written(step)]
-        if guided and not over:
-            reason = f"I have learnt this: {event(seen)}" if info["valid"] else "It changed nothing."
-            rating = f"Reason: {reason}\nLabel: {'positive' if info['valid'] else 'negative'}"
+        if guided and not over:  # the last step is never rated
+            rating = f"Reason: I have learnt this: {event(seen)}\nLabel: positive"
+            if not info["valid"]:
+                rating = "Reason: It changed nothing.\nLabel: negative"
             action = envs.random_player(world, info, rng)
             said += [to_rate(seen), rating, to_act(seen), written(action)]
         for role, text in zip(itertools.cycle(["user", "assistant"]), said):
@@ -180,7 +178,7 @@ def worked_examples(env, count, show_actions, guided) -> list[dict]:
     return messages
 
 
-def event(observation) -> str:
+def event(observation):
     """What an observation says first."""
     return re.split(r"(?<=[.?!])\s", observation.strip(), maxsplit=1)[0]
 
@@ -190,7 +188,7 @@ def event(observation) -> str:
 
 @dataclass
 class Episode:
-    """One trajectory. `ids`, `mask` (1: sampled by the policy) and `logprob` are for the loss."""
+    """One trajectory. `ids` and `mask` (1: sampled by the policy) are for the loss."""
 
     split: str
     seed: int
@@ -204,9 +202,11 @@ class Episode:
     over: bool = False
     truncated: bool = False  # the context was full
     wrong: bool = False  # the world's word on a wrong object, where it has one
+    tokens: int = 0  # sampled, by whatever weights
+    advantage: float = 0.0
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
-    logprob: float = 0.0  # of all sampled tokens, in decoding
+    logprob: float = 0.0  # of all tokens under the mask, in decoding
 
 
 def rollout(model, chat, args, split, seeds, **how) -> list[Episode]:
@@ -225,46 +225,44 @@ def side_by_side(model, chat, args, split, seeds, first, *, guided, temperature,
     `stream` names the randomness: a row's replies depend on (--seed, stream, row, turn, part) alone.
     `rater`: other weights that rate (--frozen-rater); what they say is not trained.
     """
-    worlds = [envs.make(args.env, show_actions=args.show_actions) for _ in seeds]
-    episodes = [Episode(split, seed) for seed in seeds]
-    for world, episode in zip(worlds, episodes):
-        observation, _ = world.reset(seed=episode.seed, options={"split": split})
-        episode.said.append(["world", observation])
-    prompts = [chat.dialogue(opening(world, args, guided)) for world in worlds]
+    worlds, episodes, prompts = [], [], []
+    for seed in seeds:
+        worlds.append(envs.make(args.env, show_actions=args.show_actions))
+        observation, _ = worlds[-1].reset(seed=seed, options={"split": split})
+        episodes.append(Episode(split, seed, said=[["world", observation]]))
+        prompts.append(chat.dialogue(opening(worlds[-1], args, guided)))
     actors = common.Dialogues(model, chat, prompts)
-    raters = common.Dialogues(rater, chat, prompts) if rater else actors
-
-    def tell(texts):
-        for dialogues in {actors, raters}:
-            dialogues.extend(live, texts)
+    raters = actors.read_by(rater) if rater else actors
 
     def ask(part, speakers, limit, word):
         seeds = [common.row_seed(args.seed, *stream, first + i, turn, part) for i in live]
         replies = speakers.reply(live, max_new_tokens=limit, temperature=temperature,
                                  seeds=seeds, prefill=word if args.prefill else "")
-        for i, text, complete in zip(live, replies.texts, replies.complete):
+        for i, ids, text, complete in zip(live, replies.ids, replies.texts, replies.complete):
             episodes[i].said.append([part, text])
+            episodes[i].tokens += len(ids)
             episodes[i].cut[part] += not complete
-            for listeners in (actors, raters):  # whoever has not heard it yet
-                listeners.append(i, speakers.ids[i][len(listeners.ids[i]):])
         return replies.texts
 
     for turn in itertools.count():
-        live = [i for i, e in enumerate(episodes) if not e.over and not e.truncated]
+        live = [i for i, episode in enumerate(episodes) if not episode.over]
         rating = guided and turn > 0
         if turn:
-            tell([to_rate(worlds[i].observation) if guided else worlds[i].observation for i in live])
+            seen = [worlds[i].observation for i in live]
+            actors.extend(live, map(to_rate, seen) if guided else seen)
         for i in live:  # a full context ends the episode; no turn is ever dropped
-            room = FORCED + args.max_new_tokens + (args.rate_tokens if rating else 0)
-            room += len(chat.turn(to_act(worlds[i].observation))) if rating else 0
-            episodes[i].truncated = len(actors.ids[i]) + room > model.max_context
-        live = [i for i in live if not episodes[i].truncated]
+            room = FORCED + args.max_new_tokens
+            if rating:
+                room += args.rate_tokens + len(chat.turn(to_act(worlds[i].observation)))
+            if len(actors.ids[i]) + room > model.max_context:
+                episodes[i].truncated = episodes[i].over = True
+        live = [i for i in live if not episodes[i].over]
         if not live:
             break
         if rating:
             for i, reply in zip(live, ask("rate", raters, args.rate_tokens, "Reason:")):  # (1)
                 episodes[i].labels.append(parse_rating(reply))
-            tell([to_act(worlds[i].observation) for i in live])
+            actors.extend(live, [to_act(worlds[i].observation) for i in live])
         for i, reply in zip(live, ask("act", actors, args.max_new_tokens, "Action:")):  # (2)
             take_turn(worlds[i], episodes[i], reply)
     for i, episode in enumerate(episodes):
@@ -284,24 +282,22 @@ def take_turn(world, episode, reply):
     episode.wrong = bool(getattr(world, "wrong_object", False))
 
 
-def sample_groups(model, chat, args, step, task, weight, **how):
+def sample_groups(model, chat, args, step, task, trust, **how):
     """The groups of one step, from task number `task` on -> (batch, all that was played).
 
-    DAPO's dynamic sampling: groups without spread in R are replaced by others, --resample times;
-    what is left of them fills the batch up in the end.
+    DAPO's dynamic sampling: groups without advantages are replaced by others, --resample times;
+    what is left of them fills the batch up in the end. Writes `Episode.advantage`.
     """
-    batch, played = [], []
-    for attempt in range(1 + args.resample * (args.estimator == "dapo")):
-        missing = (args.batch_size - len(batch)) // args.group_size
-        first = args.seed * 1_000_000_007 + task + len(played) // args.group_size
-        seeds = [first + i // args.group_size for i in range(missing * args.group_size)]
-        fresh = rollout(model, chat, args, "train", seeds, temperature=args.temperature,
-                        stream=("train", step, attempt), **how)
-        played += fresh
-        for start in range(0, len(fresh), args.group_size):
-            group = fresh[start:start + args.group_size]
-            last = args.estimator == "grpo" or attempt == args.resample
-            if last or any(guided_advantages(args, group, weight)):
+    batch, played, first = [], [], args.seed * 1_000_000_007 + task
+    tries = 1 + args.resample if args.estimator == "dapo" else 1
+    for attempt in range(tries):
+        start, missing = len(played), args.batch_size - len(batch)
+        seeds = [first + i // args.group_size for i in range(start, start + missing)]
+        played += rollout(model, chat, args, "train", seeds, temperature=args.temperature,
+                          stream=("train", step, attempt), **how)
+        for group in groups(played[start:], args.group_size):
+            guided_advantages(args, group, trust)
+            if attempt == tries - 1 or any(episode.advantage for episode in group):
                 batch += group
         if len(batch) == args.batch_size:
             break
@@ -310,65 +306,63 @@ def sample_groups(model, chat, args, step, task, weight, **how):
 
 # ------------------------------------------------------------------------------ returns, advantages
 
+TRUST = {  # lambda at the four --trust-points: a line between them, level before and after
+    "schedule": [0, 1, 1, 0], "zero": [0, 0, 0, 0], "immediate": [1, 1, 1, 1], "no-anneal": [0, 1, 1, 1]}
 
-def trust(args, share) -> float:
+
+def trust_schedule(args, share):
     """(4) lambda(u) when `share` of the run is done, in [0, 1), or an arm of the ablation.
 
     In a group whose R_env are all equal, (5) divides by the spread of the ratings alone: there they
     get full-size advantages whatever lambda > 0 or --reward-scale (metric groups_flat_env).
     """
-    start, full, fade, end = args.trust_points
-    if args.trust in ("zero", "immediate"):
-        return float(args.trust == "immediate")
-    if share < full:
-        return max(0.0, (share - start) / (full - start))
-    if share < fade or args.trust == "no-anneal":
-        return 1.0
-    return max(0.0, (end - share) / (end - fade))
+    return float(np.interp(share, args.trust_points, TRUST[args.trust]))
 
 
-def environment_return(args, episode) -> float:
+def environment_return(args, episode):
     """R_env(tau)"""
     return args.reward_scale * episode.score - args.invalid_penalty * episode.valid.count(False)
 
 
-def rating_return(args, episode) -> float:
+def rating_return(args, episode):
     """sum_t g(z_t). Not divided by its length, as in the paper: long self-praise pays."""
     total = args.rating_reward * sum(label or 0 for label in episode.labels)
     return total / max(1, len(episode.labels)) if args.mean_rating else total
 
 
-def total_return(args, episode, weight) -> float:
+def total_return(args, episode, trust):
     """(3) R(tau; u) = R_env(tau) + lambda(u) sum_t g(z_t)"""
-    return environment_return(args, episode) + weight * rating_return(args, episode)
+    return environment_return(args, episode) + trust * rating_return(args, episode)
 
 
-def group_advantages(returns, group_size) -> list[float]:
-    """A_i = (R_i - mean) / std over each group of consecutive episodes; 0 where all its R are equal."""
-    advantages = []
-    for start in range(0, len(returns), group_size):
-        group = np.array(returns[start:start + group_size])
-        spread = group.max() > group.min()  # not std > 0: rounding would make advantages of nothing
-        scaled = (group - group.mean()) / (group.std(ddof=1) + 1e-6)
-        advantages += scaled.tolist() if spread else [0.0] * len(group)
-    return advantages
+def groups(items, size):
+    """Consecutive items, `size` in each."""
+    return [items[start:start + size] for start in range(0, len(items), size)]
 
 
-def without_spread(returns, group_size) -> int:
+def group_advantages(returns):
+    """(5) A_i = (R_i - mean) / std within one group; 0 where all R are equal."""
+    if max(returns) == min(returns):  # not std == 0: rounding would make advantages of nothing
+        return [0.0] * len(returns)
+    centred = np.array(returns) - np.mean(returns)
+    return (centred / (np.std(returns, ddof=1) + 1e-6)).tolist()
+
+
+def without_spread(returns, group_size):
     """How many groups have no advantages, as all of their episodes got the same."""
-    groups = [returns[i:i + group_size] for i in range(0, len(returns), group_size)]
-    return sum(max(group) == min(group) for group in groups)
+    return sum(max(group) == min(group) for group in groups(returns, group_size))
 
 
-def guided_advantages(args, episodes, weight) -> list[float]:
-    """(5) of the returns (3); with --flat-groups False, 0 in groups whose R_env are all equal."""
-    size = args.group_size
-    advantages = group_advantages([total_return(args, e, weight) for e in episodes], size)
-    for start in range(0, len(episodes), size):
-        rewards = [environment_return(args, e) for e in episodes[start:start + size]]
-        if not args.flat_groups and max(rewards) == min(rewards):
-            advantages[start:start + size] = [0.0] * size
-    return advantages
+def guided_advantages(args, group, trust):
+    """Writes the advantages (5) of the returns (3) into the episodes of one group.
+
+    With --flat-groups False, ratings earn nothing where all R_env are equal.
+    """
+    flat = without_spread([environment_return(args, episode) for episode in group], len(group))
+    trust = 0.0 if flat and not args.flat_groups else trust
+    returns = [total_return(args, episode, trust) for episode in group]
+    for episode, advantage in zip(group, group_advantages(returns)):
+        episode.advantage = advantage
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -381,25 +375,25 @@ def sampled_logprobs(model, chat, episodes, temperature):
     return common.token_logprobs(model, ids, mask, temperature), mask[:, 1:].to(model.device)
 
 
-def micro_batches(episodes, rows, size) -> list[list[int]]:
-    """The indices `rows` in batches of `size`; neighbours of one length need little padding."""
-    rows = sorted(rows, key=lambda i: len(episodes[i].ids))
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
+def micro_batches(episodes, args):
+    """The micro-batches of each gradient step; neighbours of one length need little padding."""
+    shares = groups(episodes, len(episodes) // args.updates)
+    by_length = [sorted(share, key=lambda episode: len(episode.ids)) for share in shares]
+    return [groups(share, args.micro_batch_size) for share in by_length]
 
 
 @torch.no_grad()
-def old_logprobs(model, chat, args, episodes) -> list[torch.Tensor]:
-    """`sampled_logprobs` by these weights, a [T_i - 1] per episode: a training forward, no decoding."""
-    out = [None] * len(episodes)
-    for rows in micro_batches(episodes, range(len(episodes)), args.micro_batch_size):
-        some = [episodes[i] for i in rows]
-        logprobs, _ = sampled_logprobs(model, chat, some, args.temperature)
-        for i, row in zip(rows, logprobs):
-            out[i] = row[:len(episodes[i].ids) - 1]
-    return out
+def old_logprobs(model, chat, args, steps):
+    """`sampled_logprobs` of all `micro_batches` by these weights: a training forward, no decoding."""
+    found = []
+    for batches in steps:
+        found.append([])
+        for batch in batches:
+            found[-1].append(sampled_logprobs(model, chat, batch, args.temperature)[0])
+    return found
 
 
-def token_weights(mask, count, tokens=None) -> torch.Tensor:
+def token_weights(mask, count, tokens=None):
     """What a token counts in the loss, [B, T - 1]; the divisors are those of the whole gradient step.
 
     GRPO: the mean over `count` trajectories of the mean over their tokens. DAPO: the mean over
@@ -410,100 +404,102 @@ def token_weights(mask, count, tokens=None) -> torch.Tensor:
     return mask / (count * mask.sum(1, keepdim=True).clamp(min=1))
 
 
-def surrogate(logprobs, old, advantages, low, high) -> torch.Tensor:
-    """- min(rho A, clip(rho, 1 - low, 1 + high) A) per token, rho = exp(logprobs - old); A [B, 1]."""
+def surrogate(logprobs, old, advantages, low, high):
+    """(6) - min(rho A, clip(rho, 1 - low, 1 + high) A) per token, rho = exp(logprobs - old); A [B, 1]."""
     ratio = (logprobs - old).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
-def kl_estimate(logprobs, reference) -> torch.Tensor:
+def kl_estimate(logprobs, reference):
     """KL(pi || reference) per token, of low variance: e^d - d - 1 with d = log reference - log pi."""
     d = reference - logprobs
     return d.exp() - d - 1
 
 
-def update(model, reference, chat, args, optimizer, episodes, advantages, clip, token_mean=False):
+def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=False):
     """--updates gradient steps, each on its share of the groups -> metrics per sampled token.
 
     `clip`: (low, high). With one step the ratio is 1, and the old log-probs are those of its forward.
     """
-    old = old_logprobs(model, chat, args, episodes) if args.updates > 1 else None
-    ref = old_logprobs(reference, chat, args, episodes) if args.kl else None
-    sums, norms, share = Counter(), [], len(episodes) // args.updates
-    for start in range(0, len(episodes), share):
-        part, step_loss = range(start, start + share), 0.0
-        tokens = max(1, sum(sum(episodes[i].mask) for i in part))
-        for rows in micro_batches(episodes, part, args.micro_batch_size):
-            some = [episodes[i] for i in rows]
-            logprobs, mask = sampled_logprobs(model, chat, some, args.temperature)  # [B, T - 1]
-            before = padded(old, rows) if old else logprobs.detach()
-            scale = torch.tensor([advantages[i] for i in rows], device=mask.device)[:, None]
-            loss = surrogate(logprobs, before, scale, *clip)
-            if args.kl:
-                kl = kl_estimate(logprobs, padded(ref, rows))  # 0 where the mask is 0
+    steps = micro_batches(episodes, args)
+    old = old_logprobs(model, chat, args, steps) if args.updates > 1 else None
+    ref = old_logprobs(reference, chat, args, steps) if args.kl else None
+    sums, norms = Counter(), []
+    for step, batches in enumerate(steps):
+        share = [episode for batch in batches for episode in batch]
+        tokens = max(1, sum(sum(episode.mask) for episode in share))
+        step_loss = 0.0
+        for i, batch in enumerate(batches):
+            logprobs, mask = sampled_logprobs(model, chat, batch, args.temperature)  # [B, T - 1]
+            before = old[step][i] if old else logprobs.detach()
+            advantages = torch.tensor([[e.advantage] for e in batch], device=mask.device)  # [B, 1]
+            loss = surrogate(logprobs, before, advantages, *clip)
+            if ref:
+                kl = kl_estimate(logprobs, ref[step][i])  # 0 where the mask is 0
                 loss = loss + args.kl * kl
                 sums["kl"] += kl.sum().item()
-            loss = (loss * token_weights(mask, share, tokens if token_mean else None)).sum()
+            loss = (loss * token_weights(mask, len(share), tokens if token_mean else None)).sum()
             loss.backward()
             step_loss += loss.item()
             ratio = (logprobs.detach() - before).exp()
             sums["clipped"] += ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])).sum().item()
             sums["entropy"] -= before.sum().item()  # an estimate, from what was sampled
-            sums["logprob_gap"] += sum(e.logprob for e in some) - before.sum().item()  # of decoding
-        sums["tokens"] += tokens
-        batch = [(episodes[i].ids, episodes[i].mask, advantages[i]) for i in part]
-        norms.append(common.gradient_step(model, optimizer, step_loss, batch))
-        sums["loss"] += step_loss * tokens
+            sums["logprob_gap"] += sum(e.logprob for e in batch) - before.sum().item()  # of decoding
+        kept = [(episode.ids, episode.mask, episode.advantage) for episode in share]
+        norms.append(common.gradient_step(model, optimizer, step_loss, kept))
+        sums.update(tokens=tokens, loss=step_loss * tokens)
     tokens = sums.pop("tokens")
     return {name: value / tokens for name, value in sums.items()} | {"grad_norm": max(norms)}
-
-
-def padded(store, rows) -> torch.Tensor:
-    """Some of `old_logprobs`, [B, T - 1]."""
-    return torch.nn.utils.rnn.pad_sequence([store[i] for i in rows], batch_first=True)
 
 
 # --------------------------------------------------------------------------------------- evaluation
 
 
-def watch(episodes) -> dict:
-    """What can be counted over episodes: outcome, validity, error patterns, cuts, labels."""
-    turns = sum(len(episode.valid) for episode in episodes)
-    ratings = sum(len(episode.labels) for episode in episodes)
-    lost = [episode for episode in episodes if not episode.won]
+def watch_rewards(args, batch, trust):
+    """Both parts of (3), and how many groups have no advantages by each."""
+    returns = [total_return(args, episode, trust) for episode in batch]
+    environment = [environment_return(args, episode) for episode in batch]
+    return {"trust": trust, "return": common.mean(returns), "reward_env": common.mean(environment),
+            "reward_guide": common.mean(rating_return(args, episode) for episode in batch),
+            "groups_flat": without_spread(returns, args.group_size),
+            "groups_flat_env": without_spread(environment, args.group_size)}
+
+
+def watch(episodes):
+    """What can be counted over episodes: outcome, validity, cuts, error patterns, labels."""
+    valid = [ok for episode in episodes for ok in episode.valid]
+    labels = [label for episode in episodes for label in episode.labels]
+    lost = [errors(episode) for episode in episodes if not episode.won]
     found = {"success": common.mean(episode.won for episode in episodes),
              "score": common.mean(episode.score for episode in episodes),
-             "turns": turns / len(episodes),
-             "invalid": sum(episode.valid.count(False) for episode in episodes) / max(1, turns),
+             "turns": len(valid) / len(episodes),
+             "invalid": valid.count(False) / max(1, len(valid)),
              "truncated": common.mean(episode.truncated for episode in episodes),
-             "cut_act": sum(episode.cut["act"] for episode in episodes) / max(1, turns)}
+             "cut_act": sum(episode.cut["act"] for episode in episodes) / max(1, len(valid))}
     for pattern in ("looping", "redundant_exploration", "wrong_object"):
-        share = common.mean(pattern in errors(episode) for episode in lost)
-        found[f"lost_by_{pattern}"] = share if lost else None
-    if ratings:
-        found["unrated_steps"] = turns - ratings  # the last of each episode
-        found["cut_rate"] = sum(episode.cut["rate"] for episode in episodes) / ratings
-        found |= watch_labels([episode for episode in episodes if episode.labels])
+        found[f"lost_by_{pattern}"] = common.mean_se(pattern in seen for seen in lost)[0]
+    if labels:
+        found["unrated_steps"] = len(valid) - len(labels)  # the last of each episode
+        found["cut_rate"] = sum(episode.cut["rate"] for episode in episodes) / len(labels)
+        found["label_malformed"] = labels.count(None) / len(labels)
+        for i, name in enumerate(LABELS):
+            found[f"label_{name}"] = labels.count(i - 1) / len(labels)
+        found |= watch_outcomes([episode for episode in episodes if episode.labels])
     return found
 
 
-def watch_labels(episodes) -> dict:
-    """The shares of the labels, and how they go with the outcome."""
-    labels = [label for episode in episodes for label in episode.labels]
-    found = {f"label_{name}": labels.count(i - 1) / len(labels) for i, name in enumerate(LABELS)}
-    found["label_malformed"] = labels.count(None) / len(labels)
-    sums = [sum(label or 0 for label in episode.labels) for episode in episodes]
-    means = [total / len(episode.labels) for total, episode in zip(sums, episodes)]
-    won = [episode.won for episode in episodes]
-    for name, side in ("won", True), ("lost", False):
-        some = [total for total, w in zip(sums, won) if w == side]
-        found[f"ratings_if_{name}"] = common.mean(some) if some else None
-    varied = len(set(means)) > 1 and len(set(won)) > 1
-    found["label_outcome_correlation"] = float(np.corrcoef(means, won)[0, 1]) if varied else None
-    return found
+def watch_outcomes(episodes):
+    """How the ratings go with the outcome: their sum by outcome, the correlation of their mean."""
+    won = np.array([episode.won for episode in episodes])
+    sums = np.array([sum(label or 0 for label in episode.labels) for episode in episodes])
+    means = sums / [len(episode.labels) for episode in episodes]
+    varied = won.std() > 0 and means.std() > 0
+    return {"ratings_if_won": common.mean_se(sums[won])[0],
+            "ratings_if_lost": common.mean_se(sums[~won])[0],
+            "label_outcome_correlation": np.corrcoef(means, won)[0, 1].item() if varied else None}
 
 
-def errors(episode) -> list[str]:
+def errors(episode):
     """The error patterns of the paper's appendix B that an episode shows; how to tell them is ours.
 
     looping: one action three times on one observation; redundant exploration: three observations met
@@ -512,28 +508,26 @@ def errors(episode) -> list[str]:
     seen = [re.sub(r"\d+ turns? left", "", text) for who, text in episode.said if who == "world"]
     done = Counter(zip(seen, episode.actions))
     again = [text for text, ok in zip(seen[1:], episode.valid) if ok]
-    found = ["looping"] * (max(done.values(), default=0) > 2)
-    found += ["redundant_exploration"] * (len(again) - len(set(again)) > 2)
-    return found + ["wrong_object"] * episode.wrong
+    found = {"looping": max(done.values(), default=0) > 2, "wrong_object": episode.wrong,
+             "redundant_exploration": len(again) - len(set(again)) > 2}
+    return [name for name, shown in found.items() if shown]
 
 
 def evaluate(model, chat, args, splits, count, guided, rater=None):
-    """The policy on `count` fixed episodes of each split -> ({split: metrics}, an episode of the first)."""
-    found, first = {}, None
+    """The policy on `count` fixed episodes of each split -> ({split: metrics}, an episode of the last)."""
+    found = {}
     for split in splits:
         played = rollout(model, chat, args, split, range(count), guided=guided, rater=rater,
                          temperature=args.eval_temperature, stream=("evaluate",))
         _, se = common.mean_se([float(episode.won) for episode in played])
         found[split] = watch(played) | {"se": se, "n": count}
-        first = first or record(played[0])
         tqdm.write(common.result_line(split, found[split]))
-    return found, first
+    return found, record(played[0])
 
 
-def record(episode) -> dict:
+def record(episode):
     """An episode as rollouts.jsonl keeps it: words, not ids."""
-    fields = dataclasses.asdict(episode)
-    return {name: value for name, value in fields.items() if name not in ("ids", "mask")}
+    return {name: value for name, value in vars(episode).items() if name not in ("ids", "mask")}
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -548,97 +542,77 @@ def check_args(args) -> envs.World:
     common.check_common(args)
     common.check_at_least(args, AT_LEAST)
     common.check_multiple(args, "batch_size", "group_size", "updates")
-    points = [0.0, *args.trust_points, 1.0]
-    common.check(len(points) == 6 and points == sorted(points) and len(set(args.trust_points)) == 4,
-                 f"--trust-points must be four growing shares of --steps, not {args.trust_points}")
+    points = args.trust_points
+    common.check(len(points) == 4 and 0 <= points[0] < points[1] < points[2] < points[3] <= 1,
+                 f"--trust-points must be four growing shares of --steps, not {points}")
     common.check(args.reward_scale > 0, f"--reward-scale must be above 0, not {args.reward_scale}")
-    common.check(0 <= args.dose <= 1, f"--dose must be between 0 and 1, not {args.dose}")
-    for name, default in ("trust", "schedule"), ("frozen_rater", False):
-        common.check(args.guide == "on" or getattr(args, name) == default,
-                     f"--{name.replace('_', '-')} belongs to --guide on")
-    try:
-        world = envs.make(args.env, show_actions=args.show_actions)
-    except ValueError as error:
-        common.refuse(error)
-    common.check(not args.dose or common.is_tiny(args.model), "--dose is of a tiny model's warm-up")
-    common.check(not args.dose or hasattr(world, "possibilities"),
-                 f"--dose: --env {args.env} cannot say what a step was worth")
-    return world
+    common.check(args.guide == "on" or args.trust == "schedule", "--trust belongs to --guide on")
+    common.check(args.guide == "on" or not args.frozen_rater, "--frozen-rater belongs to --guide on")
+    return common.checked(envs.make, args.env, show_actions=args.show_actions)
 
 
-def check_room(chat, model, messages, room):
-    """Refuses a first prompt that leaves no room for `room` more tokens."""
+def check_room(args, chat, model, messages, room):
+    """Refuses a first prompt that leaves no room for `room` more tokens, and words before a thought."""
     length = len(chat.dialogue(messages))
     common.check(length + room <= model.max_context,
                  f"the first prompt has {length} tokens, replies may have {room}: "
                  f"beyond the context of {model.max_context}")
+    common.check(not args.prefill or not chat.opened,
+                 "--prefill: the chat template of this model opens a thought before each reply")
 
 
 def main():
     """The loop of the docstring."""
-    args = common.parse_args(Args, TINY)
-    args = dataclasses.replace(args, **QUICK) if args.quick else args
+    args = common.parse_args(Args, TINY, quick=QUICK)
     world = check_args(args)
-    training, ending = args.guide == "on", args.guide != "off"  # guidance while, and after
-    scheduled = training and args.trust in ("schedule", "no-anneal")  # lambda is of shares of --steps
+    guided, guided_after = args.guide == "on", args.guide != "off"  # in training, at the end
+    scheduled = guided and args.trust in ("schedule", "no-anneal")  # lambda is of shares of --steps
     run = common.Run("self_guide", args, fixed=("steps",) if scheduled else ())
     model, chat = load(world, args)
     world.reset(seed=0)
-    room = FORCED + args.max_new_tokens + (args.rate_tokens if ending else 0)
-    check_room(chat, model, opening(world, args, ending), room)
+    room = FORCED + args.max_new_tokens + args.rate_tokens * guided_after
+    check_room(args, chat, model, opening(world, args, guided_after), room)
     splits = [split for split in ("test", "ood") if split in world.splits]
     if args.eval_only:
-        return evaluate(model, chat, args, splits, args.eval_episodes, ending)
+        return evaluate(model, chat, args, splits, args.eval_episodes, guided_after)
     run.start(model=model)
-    print(f"{args.batch_size // args.group_size} groups of {args.group_size} episodes a step, "
-          f"{args.updates} gradient steps")
 
-    started = args.guide != "inference" and (args.kl or args.frozen_rater)
-    reference = copy.deepcopy(model) if started else None  # the policy as it began
+    steps = 0 if args.guide == "inference" else args.steps
+    reference = copy.deepcopy(model) if steps and (args.kl or args.frozen_rater) else None
     rater = reference if args.frozen_rater else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
     state = run.resume(model=model, optimizer=optimizer)
     if not state:
-        before, episode = evaluate(model, chat, args, splits, args.eval_episodes, training)
+        before, episode = evaluate(model, chat, args, splits, args.eval_episodes, guided)
         state = {"step": 0, "task": 0, "before": before, "episode": episode}
-    steps = 0 if args.guide == "inference" else args.steps
     clip = (args.clip, args.clip_high if args.estimator == "dapo" else args.clip)
     for step in run.steps(state["step"], steps):
-        weight = trust(args, (step - 1) / args.steps) if training else 0.0
-        batch, played = sample_groups(model, chat, args, step, state["task"], weight,
-                                      guided=training, rater=rater)
-        state["task"] += len(played) // args.group_size
+        trust = trust_schedule(args, (step - 1) / steps) if guided else 0.0
+        batch, played = sample_groups(model, chat, args, step, state["task"], trust,
+                                      guided=guided, rater=rater)
         run.lap("rollout")
         common.set_rate(optimizer, args.lr * min(1, step / 5))
-        advantages = guided_advantages(args, batch, weight)
-        losses = update(model, reference, chat, args, optimizer, batch, advantages, clip,
+        losses = update(model, reference, chat, args, optimizer, batch, clip,
                         token_mean=args.estimator == "dapo")
         run.lap("update")
 
-        returns = [total_return(args, e, weight) for e in batch]
-        environment = [environment_return(args, e) for e in batch]
-        metrics = watch(played) | losses | {
-            "trust": weight, "return": common.mean(returns), "reward_env": common.mean(environment),
-            "reward_guide": common.mean(rating_return(args, e) for e in batch),
-            "groups_replaced": (len(played) - len(batch)) // args.group_size,
-            "groups_flat": without_spread(returns, args.group_size),
-            "groups_flat_env": without_spread(environment, args.group_size)}
+        state |= {"step": step, "task": state["task"] + len(played) // args.group_size}
+        metrics = watch(played) | watch_rewards(args, batch, trust) | losses
+        metrics["groups_replaced"] = (len(played) - len(batch)) // args.group_size
         if step % args.eval_every == 0 and step < steps:
             fewer = max(1, args.eval_episodes // 5)
-            numbers, _ = evaluate(model, chat, args, ["test"], fewer, training, rater)
+            numbers, _ = evaluate(model, chat, args, ["test"], fewer, guided, rater)
             metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
         run.count(episodes=len(played), env_steps=sum(len(e.valid) for e in played),
-                  tokens=sum(sum(e.mask) for e in played), gradient_steps=args.updates)
+                  tokens=sum(e.tokens for e in played), gradient_steps=args.updates)
         run.log(metrics, LIMITS)
-        run.write_rollouts([{"step": step, **record(e)} for e in played])
-        state["step"] = step
+        run.write_rollouts([{"step": step, **record(episode)} for episode in played])
         run.save_if_due(state, model=model, optimizer=optimizer)
 
-    after, last = evaluate(model, chat, args, splits, args.eval_episodes, ending, rater)
-    arm = {"off": args.estimator, "inference": "inference"}.get(args.guide, args.trust)
-    ends = envs.ends(args.env, args.eval_episodes)
-    run.complete(model, chat, "self-guide", arm, state["before"], after, ends)
-    print(f"\nbefore\n{common.show(state['episode'])}\n\nafter\n{common.show(last)}")
+    after, last = evaluate(model, chat, args, splits, args.eval_episodes, guided_after, rater)
+    arm = {"on": args.trust, "off": args.estimator}.get(args.guide, args.guide)
+    run.complete(model, chat, "self-guide", arm, state["before"], after,
+                 envs.ends(args.env, args.eval_episodes), shown=[state["episode"], last])
 
 
 # ---------------------------------------------------------------------------- only for --model tiny
@@ -649,12 +623,16 @@ TINY = dict(
     device="cpu", updates=4, kl=0.03, reward_scale=10.0)
 QUICK = dict(
     steps=4, batch_size=16, group_size=4, updates=2, eval_episodes=16, eval_every=2, save_every=2, examples=600)
-HINTS = 3  # acts after a label that are practised apart, of each episode
+HINTS = 2  # acts after each label that tells what to do, practised apart, of each episode
 READ = "Repeat the task, and what the last action brought."  # practises reading
 
 
 def load(world, args):
     """The model that rates and acts, and its chat; a tiny one is made from `warmup`."""
+    common.check(0 <= args.dose <= 1, f"--dose must be between 0 and 1, not {args.dose}")
+    common.check(not args.dose or common.is_tiny(args.model), "--dose is of a tiny model's warm-up")
+    common.check(not args.dose or hasattr(world, "possibilities"),
+                 f"--dose: --env {args.env} cannot say what a step was worth")
     if common.is_tiny(args.model) and args.device == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
     constants = [f"{world.system}\n{POLICY}", f"{world.system}\n{POLICY}\n{GUIDED}", RATE, ACT, READ, "Action: ", "Reason: ",
@@ -678,19 +656,21 @@ def warmup(world, args):
     args = dataclasses.replace(args, shots=0)
     for seed in range(args.examples):
         observation, info = world.reset(seed=seed, options={"split": "train"})
-        guided, over, label, hints = seed % 2 == 1, False, "positive", []
+        guided, over, label = seed % 2 == 1, False, "positive"
+        hints = {"negative": [], "positive": [], "neutral": []}
         prospects = Prospects(world) if guided and args.dose else None
         messages = opening(world, args, guided)
         each = 4 if guided else 2  # messages per turn, but for the first, which has no rating
         while not over:
             possible = info["admissible"] or [""]  # as a random player, where a world has no list
             said = (said + possible)[-1000:]
+            hinted = prospects and world.turns and rng.random() < args.dose
+            if hinted:
+                possible = prospects.advised(world, label, possible) or possible
             impossible = guided and label != "negative" and rng.random() < 0.03
-            actions = said if impossible else rng.choice(by_verb(possible))
-            if prospects and world.turns and rng.random() < args.dose:
-                actions = prospects.advised(world, label, info["admissible"]) or actions
-                hints.append((list(messages), written(rng.choice(actions))))
-            action = rng.choice(actions)
+            action = rng.choice(said if impossible else rng.choice(by_verb(possible)))
+            if hinted and not impossible:
+                hints[label].append((list(messages), written(action)))
             messages.append({"role": "assistant", "content": written(action)})
             if prospects:
                 prospects.before(world)
@@ -702,9 +682,13 @@ def warmup(world, args):
                 if prospects and rng.random() < args.dose:
                     label = prospects.label(world, info["valid"])
                 reason = " ".join(event(observation).split()[-3:])
+                if prospects and label == "negative":
+                    undo = prospects.advised(world, label, info["admissible"])
+                    reason = f"better {undo[0]}" if undo else reason
                 messages.append({"role": "assistant", "content": f"Reason: {reason}\nLabel: {label}"})
                 messages.append({"role": "user", "content": to_act(observation)})
-        examples += rng.sample(hints, min(HINTS, len(hints)))
+        for some in hints["negative"], hints["positive"]:
+            examples += rng.sample(some, min(HINTS, len(some)))
         messages = messages[:4 + each * rng.randint(0, (len(messages) - 4) // each)]
         last = messages.pop()["content"].removesuffix(f"\n{RATE}")
         messages += [{"role": "user", "content": f"{last}\n{READ}"},
@@ -752,18 +736,20 @@ class Prospects:
         self.world.act(action)
         return self.world.won, self.world.snapshot()
 
-    def of(self, world) -> float:
-        """Averaged over what was never seen, with the turns that are left."""
-        left = world.max_turns - world.turns
-        return common.mean(self.chance(state, left) for state in world.possibilities())
+    def of(self, world, turns) -> float:
+        """To win within so many turns, averaged over what was never seen."""
+        return common.mean(self.chance(state, turns) for state in world.possibilities())
 
     def before(self, world):
-        """Remembers the state that the next step starts from."""
-        self.state, self.value = world.snapshot(), self.of(world)
+        """Remembers the state that the next step starts from, and what it is worth a turn later."""
+        left = world.max_turns - world.turns - 1
+        self.state, self.value = world.snapshot(), self.of(world, left)
 
     def label(self, world, valid) -> str:
-        """Of the step from `before` to now: the logarithm of the chance moved by more than 0.15."""
-        moved = math.log((self.of(world) + 0.003) / (self.value + 0.003))
+        """Of the step from `before` to now, the passing of its turn apart: whether it moved the
+        logarithm of the chance by more than 0.15."""
+        left = world.max_turns - world.turns
+        moved = math.log((self.of(world, left) + 0.003) / (self.value + 0.003))
         if not valid or moved < -0.15:
             return "negative"
         return "positive" if moved > 0.15 else "neutral"

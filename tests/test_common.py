@@ -979,7 +979,8 @@ def test_tiny_model_learns_and_is_cached(cache, monkeypatch):
     model, chat = load_tiny(cache)
     assert torch.equal(before, torch.get_rng_state())
     assert model.config.architectures == ["Qwen3ForCausalLM"] and common.count_parameters(model) < 50_000
-    assert not model.training and model.dtype == torch.float32
+    assert not model.training and model.dtype == torch.float32 and model.compute_dtype is None
+    assert load_tiny(cache, dtype="mixed")[0].compute_dtype == torch.bfloat16
     messages = corpus()[:4]
     replies = common.generate(model, chat, [chat.prompt(m) for m, _ in messages], max_new_tokens=6, temperature=0, seeds=[0] * 4)
     assert replies.texts == [reply for _, reply in messages] and all(replies.complete)
@@ -1578,7 +1579,7 @@ def test_help_works(capsys):
         "--temperature -1", "--eval-temperature -0.1", "--steps 0", "--steps -1", "--batch-size 0",
         "--micro-batch-size 0", "--batch-size 9", "--max-new-tokens 0", "--eval-episodes 0", "--eval-every -1",
         "--save-every 0", "--seed -1", "--device cuda:99", "--device warp", "--device meta", "--device cpu:3",
-        "--dtype float16", "--dtype auot",
+        "--dtype float16", "--dtype auot", "--dtype bfloat16",
     ],
 )  # fmt: skip
 def test_impossible_values_are_refused(argv, capsys):
@@ -1589,7 +1590,7 @@ def test_impossible_values_are_refused(argv, capsys):
 
 def test_possible_values_pass():
     common.check_common(Args())
-    common.check_common(Args(lr=0.0, eval_temperature=0.7, steps=1, micro_batch_size=8, rate=-0.5, dtype="bfloat16"))
+    common.check_common(Args(lr=0.0, eval_temperature=0.7, steps=1, micro_batch_size=8, rate=-0.5, dtype="mixed"))
 
     @dataclasses.dataclass
     class Few:

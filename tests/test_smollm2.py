@@ -55,7 +55,8 @@ def test_self_guide_plays_and_learns_from_it(smollm2):
     model = copy.deepcopy(model)
     before = [parameter.clone() for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    metrics = self_guide.update(model, None, chat, args, optimizer, episodes, [1.0, -1.0], (0.2, 0.2))
+    episodes[0].advantage, episodes[1].advantage = 1.0, -1.0
+    metrics = self_guide.update(model, None, chat, args, optimizer, episodes, (0.2, 0.2))
     assert metrics["grad_norm"] > 0
     assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters()))
 
@@ -64,7 +65,7 @@ def test_decoding_and_the_training_forward_agree(smollm2):
     model, chat = smollm2
     args = settings(self_guide, temperature=1.0)
     episode = self_guide.rollout(model, chat, args, "test", [3], guided=False, temperature=1.0, stream=("gap",))[0]
-    logprobs = self_guide.old_logprobs(model, chat, args, [episode])[0]
+    [[[logprobs]]] = self_guide.old_logprobs(model, chat, args, [[[episode]]])
     assert logprobs.sum().item() == pytest.approx(episode.logprob, abs=1e-2)
 
 
