@@ -1,56 +1,54 @@
-"""Agentic Critical Training (Liu et al., arXiv 2603.08706): judge two actions, imitate, reinforce.
+"""Agentic Critical Training (Liu et al., arXiv 2603.08706): judge, then imitate, then reinforce.
 
-A demonstration says what to do, never why. ACT asks: here is a state of it, and two actions, the
-expert's and one of your own; which is better? The model reasons freely, only the choice is paid.
+A demonstration says what to do, never why. ACT asks: here is a state of it and two actions, the
+expert's and one of your own; which is better? The model reasons freely, only its choice is paid.
 
- 1. pairs: at each state s_i of the demonstrations the start policy proposes actions; each that is
-    not the expert's makes a pair with it: (s_i, a_i+, a_i-).
- 2. act: GRPO on the choice. Both actions are shown in random order; R = R_acc + R_adm + R_fmt is
-    1 for the expert's, 0.1 for another one that is possible, 0 for an impossible one, and -0.5
-    without <action> tags.
- 3. il: imitation of the expert's replies. 4. rl: GRPO on the policy itself.
+    pairs  D_critic = {(s_i, a_i+, a_i-)}: at states s_i of demonstrations, the expert's action a_i+
+           and what the start policy proposes, a_i-, where it is another                         (1)
+    act    GRPO on D_critic, both actions in random order, R = R_acc + R_adm + R_fmt: 1 for the
+           expert's action, 0.1 for another possible one, 0 for an impossible one, -0.5 without
+           <action> tags                                                                         (2)
+    il     imitation of the expert's replies, whole demonstrations                               (3)
+    rl     GRPO at the states s_i, asked for an action, the same R                               (4)
+    advantage  A_i = (R_i - mean R) / std R, within a group of replies to one prompt             (5)
+    surrogate  min(rho A, clip(rho) A) over the tokens of the replies, thoughts included         (6)
 
 --pipeline names the stages; each starts from the model of the one before and passes --epochs times
-over its data, unless --steps says otherwise. Version 2 of the paper has act,il and act,il,rl, with
-the controls il; il,il; il,rl; il,rl,rl; act; and in place of act: sft-choice, dpo, no-reasoning.
-Version 1 has act,il and act,rl beside il and rl.
+over its data. Version 2 of the paper has act,il and act,il,rl, with the controls il; il,il; il,rl;
+il,rl,rl; act; version 1 has act,il and act,rl. What replaces act (the choice imitated, DPO, no
+reasoning) is docs/act_controls.py; Early Experience, a rival, is docs/early_experience.py.
 
 Departures from the paper, and why:
- 1. The policy acts in one growing dialogue, so that every token is encoded once; a state is that
-    dialogue up to its last observation, without a list of possible actions (lists would pile up;
-    --show-actions has them all the same). A question about two actions has the list, once.
- 2. One instruction for the policy everywhere: thought, as much as it likes, then <action> tags.
-    Imitation teaches the bare action. So no-reasoning asks for an answer at once below an
-    instruction that allows thought, and a thought is not punished.
- 3. GRPO (arXiv 2402.03300) takes one gradient step per batch: the ratio is 1, nothing is clipped.
- 4. A candidate without tags, or proposed twice for a state, or too long for the question to fit
-    the context, makes no pair; a state too long for the context is left out, and counted.
- 5. A choice may be named by its number ("Action 1") where the paper wants the action.
- 6. A reply that the limit cut off before its tags is left out of its group: advantage 0, and the
-    others are compared among themselves. -0.5 would punish thinking for our limit; a plain 0
-    would pay, beside a -0.5, for never coming to an end. `cut_choice`, `cut_action`: how many.
- 7. --rl episodes is ours: whole episodes of the world, as many updates as its states would need.
-The reward table is version 1's, as third parties report it. The prompts and the settings of GRPO
-are not public; those below are ours. Early Experience (arXiv 2510.08558), a baseline of the paper,
-is docs/early_experience.py.
+ 1. The policy acts in one growing dialogue, so that every token is encoded once, and without a list
+    of possible actions, as lists would pile up (--show-actions has them). A question about two
+    actions shows that dialogue and the list, once.
+ 2. A candidate without tags, proposed twice at a state or cut off makes no pair, nor does one whose
+    question does not fit the context; a state whose prompt does not fit is left out.
+ 3. A choice may be named by its number, where the paper wants the action.
+ 4. A reply that the limit cut off before its tags is left out of its group and counted, `cut_PART`:
+    paid -0.5 it would teach brevity, paid 0 it would teach never to end.
+ 5. The last batch of a stage is filled up from one more pass: all gradient steps are of one size.
+The table of R is version 1's, as third parties report it, for act and for rl; the prompts and the
+settings of GRPO are not public, those below are ours.
 
-    python act.py                                        # the tiny model on household: see README
+    python act.py                                        # tiny, household: .08 -> .45, 10 min
     python act.py --pipeline il,il --out-dir runs/il,il  # a control with equal epochs
-    python act.py --model smollm2 --pipeline il --num-demos 20 --shots 0 --held-out 0
-    python act.py --model Qwen/Qwen3-4B --env household-full --device cuda
     python act.py --pairs runs/act-household-s0/pairs.jsonl --model tiny:32x2 --out-dir runs/small
-    python act.py --quick --out-dir runs/quick           # the whole path in under a minute
+    python act.py --model smollm2 --pipeline il --num-demos 20
+    python act.py --model Qwen/Qwen3-4B --env household-full
 """
 
 import copy
 import dataclasses
+import functools
+import itertools
 import json
+import math
+import os
 import random
 import re
-import sys
-import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -59,610 +57,619 @@ from tqdm import tqdm
 
 import common
 import envs
+from common import flag
 
 
 @dataclass
 class Args:
-    """The command line. "(paper)": version 2's value; "(not in the paper)": it leaves that open."""
+    """The paper's setting. "not in the paper" marks what it leaves open; TINY has a tiny model's."""
 
     # shared by all scripts
-    model: str = common.flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
-    env: str = common.flag("household", "a world: a name, NAME:ARGUMENT, or path/to/file.py:Class")
-    seed: int = common.flag(0, "of everything sampled, the demonstrations too; the tiny model is built with seed 0")
-    steps: int | None = common.flag(None, "updates per stage; default: as many as --epochs need")
-    lr: float = common.flag(1e-6, "AdamW, of the GRPO stages, constant after 5 steps (not in the paper)")
-    batch_size: int = common.flag(64, "replies per update of a GRPO stage: questions x --group-size (not in the paper)")
-    micro_batch_size: int = common.flag(1, "sequences per backward pass; changes memory and speed, not the gradient")
-    rollout_batch_size: int = common.flag(64, "episodes or replies sampled side by side; changes memory and speed alone")
-    max_new_tokens: int = common.flag(512, "of one reply of the policy (not in the paper)")
-    max_context: int | None = common.flag(None, "tokens of a prompt with its reply; default: what the model can read")
-    temperature: float = common.flag(1.0, "of the candidates, while training, and of the log-probs (not in the paper)")
-    eval_temperature: float = common.flag(0.4, "in evaluation (not in the paper)")
-    eval_episodes: int = common.flag(140, "per split, after every stage (paper: 140, and 134 of the other split)")
-    eval_every: int = common.flag(20, "updates between evaluations on a fifth of the episodes of `test`")
-    eval_only: bool = common.flag(False, "evaluate --model and stop; writes nothing")
-    save_every: int = common.flag(20, "updates between checkpoints")
-    out_dir: str = common.flag("", "default: runs/act-ENV-sSEED")
-    resume: bool = common.flag(False, "continue the run in --out-dir")
-    device: str = common.flag(common.default_device(), "cpu, cuda, cuda:1, mps")
-    dtype: str = common.flag("auto", "auto (float32 weights; bfloat16 compute on a GPU), float32, bfloat16")
-    thinking: bool = common.flag(False, "let a thinking model think natively before each reply")
-    shots: int = common.flag(0, "worked examples before the first turn of every part, by a random player on train")
-    prefill: bool = common.flag(False, "begin every reply with its marked word, such as Action: (no room to reason before it)")
-    show_actions: bool = common.flag(False, "list what is possible now in every observation (one more departure)")
-    quick: bool = common.flag(False, "a small run through every line, to see that it works; overrides the sizes")
+    model: str = flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
+    env: str = flag("household", "a world: a name, NAME:ARGUMENT, or path/to/file.py:Class")
+    seed: int = flag(0, "of everything sampled; the tiny model is built with seed 0")
+    steps: int | None = flag(None, "updates of each stage; default: as many as --epochs need")
+    lr: float = flag(1e-6, "AdamW, of act and rl, constant after 5 steps (not in the paper)")
+    batch_size: int = flag(64, "replies per step of act and rl: questions x --group-size (not in the paper)")
+    micro_batch_size: int = flag(1, "sequences per backward pass; changes memory and speed, not the gradient")
+    rollout_batch_size: int = flag(64, "episodes or replies sampled side by side; changes memory and speed alone")
+    max_new_tokens: int = flag(512, "of one action with its thought (not in the paper)")
+    max_context: int | None = flag(None, "tokens of a prompt with its reply; default: what the model can read")
+    temperature: float = flag(1.0, "of the candidates, while training, and of the log-probs (not in the paper)")
+    eval_temperature: float = flag(0.4, "in evaluation (not in the paper)")
+    eval_episodes: int = flag(140, "per split, before and after each stage (paper: 140, and 134 of the other split)")
+    eval_every: int = flag(20, "steps of a stage between evaluations on a fifth of the episodes of `test`")
+    eval_only: bool = flag(False, "evaluate --model and stop; writes nothing")
+    save_every: int = flag(20, "steps between checkpoints")
+    out_dir: str = flag("", "default: runs/act-ENV-sSEED")
+    resume: bool = flag(False, "continue the run in --out-dir")
+    device: str = flag(common.default_device(), "cpu, cuda, cuda:1, mps")
+    dtype: str = flag("auto", "mixed: float32 weights, bfloat16 compute; auto: mixed on a GPU, else float32; bfloat16: --eval-only")
+    thinking: bool = flag(False, "let a thinking model think natively before each reply")
+    shots: int = flag(0, "worked examples before the first turn of every part, by a random player on train")
+    prefill: bool = flag(False, "begin every reply with its marked word, such as Action: (no room to reason before it)")
+    show_actions: bool = flag(False, "list what is possible now in every observation (one more departure)")
+    quick: bool = flag(False, "a small run through every line, to see that it works; overrides the sizes")
     # group-relative policy optimisation
-    group_size: int = common.flag(8, "replies to one question (not in the paper)")
-    kl: float = common.flag(
-        0.1, "weight of the KL to the policy at the start of the stage; 0: none (not in the paper)")
+    group_size: int = flag(8, "replies to one question (not in the paper)")
+    updates: int = flag(1, "gradient steps per step, each on its share of the groups (not in the paper)")
+    clip: float = flag(0.2, "the ratio counts as at least 1 - clip, at most 1 + clip (not in the paper)")
+    kl: float = flag(0.1, "weight of the KL to the policy at the start of the stage; 0 switches it off (not in the paper)")
     # ACT
-    pipeline: str = common.flag(
-        "act,il", "stages in their order, of act, il, rl, sft-choice, dpo, no-reasoning (paper)")
-    epochs: int = common.flag(3, "passes of every stage over its data (paper)")
-    candidates: int = common.flag(
-        1, "actions that the start policy proposes per state (paper; version 1: several)")
-    num_demos: int = common.flag(
-        200, "episodes of the world's expert (paper: about 10 thousand pairs)")
-    demos: str = common.flag("", "demonstrations from a JSON lines file in place of the expert's")
-    pairs: str = common.flag("", "pairs from a JSON lines file, of another run or model")
-    choice_tokens: int = common.flag(
-        1024, "of one reply to which of two actions is better (not in the paper)")
-    sft_lr: float = common.flag(1e-5, "AdamW, of il, sft-choice and dpo (not in the paper)")
-    sft_batch_size: int = common.flag(16, "episodes per update of il (not in the paper)")
-    pair_batch_size: int = common.flag(
-        16, "pairs per update of sft-choice and dpo (not in the paper)")
-    rl: str = common.flag(
-        "states", "on single states of demonstrations (version 1), or on episodes",
-        choices=["states", "episodes"])
-    dpo_beta: float = common.flag(0.1, "of the stage dpo (not in the paper)")
-    held_out: int = common.flag(
-        200, "expert states of `test` for next action and choice: bounds what they take")
-    examples: int = common.flag(8000, "rounds of warm-up examples that make a tiny model")
+    pipeline: str = flag("act,il", "stages in their order, of act, il and rl (paper)")
+    epochs: int = flag(3, "passes of every stage over its data (paper)")
+    num_demos: int = flag(1000, "episodes of the world's expert (paper: about 10 thousand pairs)")
+    candidates: int = flag(1, "actions that the start policy proposes per state (paper; version 1: several)")
+    demos: str = flag("", "demonstrations from elsewhere: a JSON lines file, or what datasets.load_dataset takes")
+    pairs: str = flag("", "pairs from elsewhere, such as pairs.jsonl of another model's run")
+    choice_tokens: int = flag(1024, "of one reply to which of two actions is better (not in the paper)")
+    sft_lr: float = flag(1e-5, "AdamW, of il (not in the paper)")
+    sft_batch_size: int = flag(16, "episodes per step of il (not in the paper)")
+    dose: float = flag(0.0, "share of a tiny model's warm-up that knows what actions bring about (not in the paper)")
+    examples: int = flag(8000, "rounds of examples that make a tiny model")
 
 
-# --------------------------------------------------------------------------- prompts and parsers
-# The wording is ours. A world's own system prompt, which states the game, comes first.
-# No example stands between the tags: small models copy it.
+# ------------------------------------------------------------------------------------------ prompts
+# The wording is ours. A world's own system prompt comes first: it states the game, these state the
+# form of a reply. No example stands between the tags: small models copy it.
 
-POLICY = "Think as long as you need. Then write your next action between <action> and </action>."
-PROPOSED = "Two actions are proposed."
-CHOOSE = ("Which of the two is better now? Think as long as you need. Then write the better one, "
-          "word for word, between <action> and </action>.")
-CHOOSE_NOW = ("Which of the two is better now? Write it at once, word for word, between <action> "
-              "and </action>, without a word before.")
-TAG = "<action>"  # what --prefill forces
-LABEL = re.compile(r"\A\W{0,9}(?:(?:action|option)\W{0,9})?[12]\W{0,9}[:.)\-]", re.I)
-NUMBERED = re.compile(r"\b(?:action|option|choice|number)\W{0,3}([12]|one|two)\b", re.I)
-ORDINAL = re.compile(
-    r"\A\W{0,9}(?:the )?([12]|first|second)(?: (?:action|option|one))?\W{0,9}\Z", re.I)
-PAIR_OF_TAGS = re.compile(r"<action\s*>((?:(?!</?action\s*>).)*)</action\s*>", re.DOTALL | re.I)
+TAG = "<action>"
+LISTED, PROPOSED = "Possible actions:", "Two actions are proposed."
+FORCED = 16  # tokens, room for the words of --prefill and the end of a reply that was cut
 
 
 def tagged(action):
-    """How the policy writes an action."""
+    """An action as the policy writes it."""
     return f"<action>{action}</action>"
 
 
-def parse_action(reply):
-    """What stands in the last pair of tags of what is said aloud, or None."""
-    found = PAIR_OF_TAGS.findall(common.aloud(reply))
+def user(text):
+    """A message of the world."""
+    return {"role": "user", "content": text}
+
+
+def write(what, reasons=True):
+    """What every prompt asks for; without reasons where there is no room for them."""
+    begin = "Think as long as you need. Then write" if reasons else "Write"
+    return f"{begin} {what} between <action> and </action>."
+
+
+def choose(reasons=True):
+    """The end of a question about two actions."""
+    return "Which of the two is better now? " + write("the better one, word for word,", reasons)
+
+
+def system(world, reasons=True):
+    """The system prompt of the policy and of a question."""
+    what = "your next tool call" if world.tools else "your next action"
+    return {"role": "system", "content": f"{world.system}\n{write(what, reasons)}"}
+
+
+def dialogue(world, args, messages):
+    """The policy's view of a state, or a demonstration: observations and actions by turns."""
+    said = [{**m, "content": tagged(m["content"])} if m["role"] == "assistant" else m
+            for m in messages]
+    shots = worked_examples(args.env, args.shots, args.show_actions)
+    return [system(world, not args.prefill), *shots, *said]
+
+
+def in_order(pair):
+    """The two actions of a pair as they are shown."""
+    both = [pair["expert"], pair["candidate"]]
+    return both[::-1] if pair["expert_second"] else both
+
+
+def question(world, args, pair, reasons=True):
+    """Which of two actions? The dialogue so far, without lists, and one list at its end."""
+    reasons = reasons and not args.prefill
+    bare = [{**m, "content": envs.bare(m["content"])} for m in pair["messages"]]
+    _, *said, last = dialogue(world, dataclasses.replace(args, shots=0), bare)
+    one, two = in_order(pair)
+    lines = [last["content"], *([LISTED, *pair["admissible"]] if pair["admissible"] else []),
+             PROPOSED, f"Action 1: {one}", f"Action 2: {two}", choose(reasons)]
+    shots = worked_examples(args.env, args.shots, False, True, reasons)
+    return [system(world, reasons), *shots, *said, user("\n".join(lines))]
+
+
+@functools.lru_cache(maxsize=8)
+def worked_examples(env, count, show_actions, choice=False, reasons=False):
+    """--shots: what a random player met and did on train.
+
+    With `choice`, questions: what can be done is better than what cannot, first and second in turn.
+    """
+    world, messages = envs.make(env, show_actions=show_actions), []
+    for seed in range(10**6, 10**6 + count):  # far from the seeds that are learnt from
+        observation, info = world.reset(seed=seed, options={"split": "train"})
+        action, reason = envs.random_player(world, info, random.Random(seed)), ""
+        asked = user(observation)
+        if choice:
+            pair = {"messages": [asked], "expert": action, "candidate": "sing a song",
+                    "admissible": info["admissible"], "expert_second": seed % 2 == 1}
+            asked = question(world, Args(env=env, prefill=not reasons), pair)[-1]
+            good, bad = (2, 1) if pair["expert_second"] else (1, 2)
+            reason = f"Action {good} can be done now, and action {bad} cannot. " * reasons
+        messages += [asked, {"role": "assistant", "content": reason + tagged(action), "shot": True}]
+    world.close()
+    return messages
+
+
+# ----------------------------------------------------------- what a reply says, and what it is paid
+
+BETWEEN_TAGS = re.compile(r"<action\s{0,9}>((?:(?!</?action\s{0,9}>).)*)</action\s{0,9}>",
+                          re.DOTALL | re.IGNORECASE)
+NUMBERED = re.compile(  # "Action 1", "the second one"; what stands behind "Option 2:"
+    r"\W{0,9}(?:i (?:choose|pick|prefer|take) )?(?:the )?(?:action|option|choice|number)?\W{0,9}"
+    r"(?:(1|one|first)|2|two|second)\b(?: (?:action|option|one))?\W{0,9}(?:[:.)\n-](.*))?",
+    re.DOTALL | re.IGNORECASE)
+
+
+def parse_action(reply) -> str | None:
+    """What stands in the last pair of tags of what is said aloud; None without tags."""
+    found = BETWEEN_TAGS.findall(common.aloud(reply))
     return found[-1].strip() if found else None
 
 
-def normal(action):
-    """Equal for actions that mean the same: case, spaces, markdown, quotes, a final period and the
-    layout of a tool call do not matter."""
-    call = re.sub(r"</?tool_call>", " ", action.lower()).strip()
-    if call.startswith("{"):
-        try:
-            return json.dumps(json.loads(call), sort_keys=True).lower()
-        except (ValueError, RecursionError):
-            pass  # no tool call: text like any other
-    return " ".join(action.lower().split()).strip(" .*_`\"'")
+def plain(text):
+    """Without case, spaces, markdown, quotes and a final period."""
+    return " ".join(text.lower().split()).strip(" .#*_`\"'")
 
 
-def parse_choice(reply, one, two):
-    """Which action a reply chooses, one of two or another: by its words or by its number ("Action
-    1", "option 2", "1"); None without tags."""
+def normal(world, action):
+    """Equal for actions that mean the same to the world: as it reads them, in `plain` words."""
+    said = world.read(action)
+    call = re.sub(r"</?tool_call>", " ", said).strip()
+    try:
+        tool_call = json.loads(call) if call.startswith("{") else None
+    except (ValueError, RecursionError):
+        tool_call = None
+    return json.dumps(tool_call, sort_keys=True).lower() if tool_call else plain(said)
+
+
+def parse_choice(world, reply, one, two) -> str | None:
+    """Which action a reply chooses, one of two or another; None without tags.
+
+    By its words, or by its number and nothing but that: "not Action 1" is no choice of 1.
+    """
     said = parse_action(reply)
-    if said is None or normal(said) in (normal(one), normal(two)):
-        return said
-    words = LABEL.sub("", said)
-    if normal(words) in (normal(one), normal(two)):  # "Action 1: open the case"
-        return words.strip()
-    named = NUMBERED.findall(said) or ORDINAL.findall(said)
-    numbers = {word.lower() in ("2", "two", "second") for word in named}
-    return (one, two)[numbers.pop()] if len(numbers) == 1 else said
+    number = NUMBERED.fullmatch(said or "")
+    rest = (number[2] or "").strip() if number else ""
+    for words in filter(None, (said, rest)):
+        if normal(world, words) in (normal(world, one), normal(world, two)):
+            return words
+    return said if number is None or rest else one if number[1] else two
 
 
-@dataclass
-class Prompts:
-    """What all prompts of a run begin with."""
-
-    system: str  # the world's
-    acts: list  # worked examples of the policy, as messages
-    choices: dict  # of the choice, by its instruction
-
-
-def dialogue(prompts, messages):
-    """The policy's view of a state. `messages`: user and assistant by turns; assistant: the bare
-    actions."""
-    said = [{**m, "content": tagged(m["content"])} if m["role"] == "assistant" else m
-            for m in messages]
-    system = {"role": "system", "content": f"{prompts.system}\n{POLICY}"}
-    return [system, *prompts.acts, *said]
-
-
-def in_order(pair, expert_second):
-    """The two actions of a pair as they are shown."""
-    both = pair["expert"], pair["candidate"]
-    return both[::-1] if expert_second else both
-
-
-def question(prompts, pair, expert_second, instruction=CHOOSE):
-    """Which of two actions? One list of what is possible, below the last observation."""
-    system, *said = dialogue(dataclasses.replace(prompts, acts=[]), pair["messages"])
-    said = [{**m, "content": envs.bare(m["content"])} if m["role"] == "user" else m for m in said]
-    one, two = in_order(pair, expert_second)
-    lines = [said[-1]["content"]]
-    if pair["admissible"]:
-        lines += ["Possible actions:", *pair["admissible"]]
-    lines += [PROPOSED, f"Action 1: {one}", f"Action 2: {two}", instruction]
-    said[-1] = {**said[-1], "content": "\n".join(lines)}
-    return [system, *prompts.choices[instruction], *said]
-
-
-def worked_examples(args, write):
-    """--shots dialogues of one turn: what a random player met and did on train; `write`: the form of the reply."""
-    world, messages = envs.make(args.env, show_actions=args.show_actions), []
-    for seed in range(10**6, 10**6 + args.shots):  # far from the seeds that are learnt from
-        observation, info = world.reset(seed=seed, options={"split": "train"})
-        action = envs.random_player(world, info, random.Random(seed))
-        messages.append({"role": "user", "content": observation})
-        messages.append({"role": "assistant", "content": write(action), "shot": True})
-    world.close()
-    return messages
-
-
-def worked_choices(args, instruction):
-    """--shots questions with their answers, from random play on train: the better action is the one
-    that could be done at all (both were tried), first and second by turns."""
-    world, messages = envs.make(args.env), []
-    prompts = Prompts("", [], {instruction: []})
-
-    def random_action(seed):
-        observation, info = world.reset(seed=seed, options={"split": "train"})
-        return observation, info, envs.random_player(world, info, random.Random(seed))
-
-    def is_valid(seed, action):
-        world.reset(seed=seed, options={"split": "train"})
-        return world.step(action)[-1]["valid"]
-
-    for n in range(args.shots):
-        seed = 10**6 + n
-        observation, info, good = random_action(seed)
-        others = (random_action(2 * 10**6 + 20 * n + i)[-1] for i in range(20))
-        bad = next((other for other in others if not is_valid(seed, other)), "sing a song")
-        pair = {"messages": [{"role": "user", "content": observation}], "expert": good,
-                "candidate": bad, "admissible": info["admissible"]}
-        first, second = (2, 1) if n % 2 else (1, 2)
-        reason = (f"Action {first} can be done now, and action {second} cannot, "
-                  f"so action {first} is better. ")
-        if instruction == CHOOSE_NOW or args.prefill:
-            reason = ""
-        messages.append(question(prompts, pair, n % 2 == 1, instruction)[-1])
-        messages.append({"role": "assistant", "content": reason + tagged(good), "shot": True})
-    world.close()
-    return messages
-
-
-def make_prompts(world, args):
-    """The world's system prompt, and --shots worked examples for each part."""
-    choices = {which: worked_choices(args, which) for which in (CHOOSE, CHOOSE_NOW)}
-    return Prompts(world.system, worked_examples(args, tagged), choices)
-
-
-def choice_reward(action, example, complete=True):
-    """R_acc + R_adm + R_fmt of the paper's version 1 for an action (None: no tags): (reward, its
-    row of the table). `complete`: whether the reply came to its end."""
-    if action is None:
-        return (-0.5, "untagged") if complete else (0.0, "cut")
-    if normal(action) == normal(example["expert"]):
-        return 1.0, "right"
-    # without a list, the candidate has to count as possible
+def pay(world, reply, example):
+    """(2) R = R_acc + R_adm + R_fmt of a reply to a state or a pair, and its row of the table."""
+    action = parse_action(reply.text)
+    if "candidate" in example:
+        action = parse_choice(world, reply.text, *in_order(example))
+    # where nothing lists what is possible, the candidate has to count as such
     possible = example["admissible"] or [example.get("candidate", "")]
-    if normal(action) and normal(action) in map(normal, possible):
+    if action is None:
+        return (-0.5, "untagged") if reply.complete else (0.0, "cut")
+    if normal(world, action) == normal(world, example["expert"]):
+        return 1.0, "right"
+    if action and normal(world, action) in [normal(world, other) for other in possible]:
         return 0.1, "possible"
     return 0.0, "impossible"
 
 
-# --------------------------------------------------------------------- demonstrations and pairs
+# --------------------------------------------------------------------------- data: demonstrations
+# A row of demonstrations is an episode: `messages`, observations (user) and actions (assistant) by
+# turns up to the last action, and `admissible`, what was possible at each turn, or null. A row of
+# pairs is a state: `messages` up to an observation, what is `admissible`, the `expert`'s action,
+# and `candidates`, others.
 
-STATE = {"env": str, "split": str, "seed": int, "turn": int, "messages": list,
-         "admissible": (list, type(None)), "expert": str}
 
-
-def demonstrations(args, split, seeds):
-    """The states of the expert's episodes, one dict each: `messages` up to now, what is
-    `admissible`, and what the `expert` does."""
-    states, world = [], envs.make(args.env, show_actions=args.show_actions)
+def demonstrations(args, split, seeds) -> list[dict]:
+    """Episodes of the world's expert."""
+    world, episodes = envs.make(args.env, show_actions=args.show_actions), []
     for seed in seeds:
         observation, info = world.reset(seed=seed, options={"split": split})
-        messages, over = [{"role": "user", "content": observation}], False
+        messages, admissible, over = [], [], False
         while not over:
             action = world.expert()
-            states.append({
-                "env": args.env, "split": split, "seed": seed, "turn": len(messages) // 2,
-                "messages": list(messages), "admissible": info["admissible"], "expert": action})
+            messages += [user(observation), {"role": "assistant", "content": action}]
+            admissible.append(info["admissible"])
             observation, _, terminated, truncated, info = world.step(action)
-            messages.append({"role": "assistant", "content": action})
-            messages.append({"role": "user", "content": observation})
             over = terminated or truncated
+        episodes.append({"env": args.env, "split": split, "seed": seed, "messages": messages,
+                         "admissible": admissible})
     world.close()
+    return episodes
+
+
+def states_of(episodes) -> list[dict]:
+    """The states s_i of demonstrations, and what the expert does there."""
+    states = []
+    for episode in episodes:
+        said = episode["messages"]
+        lists = episode.get("admissible") or [None] * len(said)
+        for turn, admissible in zip(range(len(said) // 2), lists):
+            states.append({**episode, "turn": turn, "messages": said[:2 * turn + 1],
+                           "admissible": admissible, "expert": said[2 * turn + 1]["content"]})
     return states
 
 
-def held_out_states(args):
-    """The first --held-out states of the expert's episodes on `test`."""
-    states, seed = [], 0
-    while len(states) < args.held_out:
-        states += demonstrations(args, "test", [seed])
-        seed += 1
-    return states[:args.held_out]
-
-
-def lessons(states):
-    """The states of demonstrations as dialogues, one per episode, to be imitated in one pass: as
-    many of the expert's replies as there are states. A reply in between that belongs to no state of
-    the list is marked as a worked example, which has no loss."""
-    episodes = {}
-    for state in sorted(states, key=lambda state: len(state["messages"])):
-        said = [{**m, "shot": True} if m["role"] == "assistant" else m for m in state["messages"]]
-        said.append({"role": "assistant", "content": state["expert"]})
-        found = episodes.setdefault((state["split"], state["seed"]), [])
-        for lesson in found:
-            plain = [{"role": m["role"], "content": m["content"]} for m in lesson]
-            if plain == state["messages"][:len(plain)]:
-                lesson += said[len(plain):]
-                break
-        else:
-            found.append(said)
-    return [lesson for found in episodes.values() for lesson in found]
-
-
-def only_last(messages):
-    """A dialogue of which the last reply alone is to be imitated."""
-    *before, last = messages
-    return [*({**m, "shot": True} if m["role"] == "assistant" else m for m in before), last]
-
-
-def read_examples(path, keys):
-    """A JSON lines file of states or pairs; the first line that is none is named, in
-    `common.refuse`."""
-    common.check(Path(path).is_file(), f"{path}: no such file")
-    common.check(Path(path).stat().st_size, f"{path} is empty")
-    rows = []
-    for n, line in enumerate(text_lines(path), 1):
+def read_rows(option, path, args, paired) -> list[dict]:
+    """Demonstrations or pairs: JSON lines, or anything that `datasets.load_dataset` takes."""
+    file = Path(path).expanduser()
+    if file.suffix in (".jsonl", ".json") or file.is_file() and file.suffix != ".parquet":
+        rows = common.read_jsonl(path, option)  # plainly: a loader guesses types
+    else:
+        rows = list(enumerate(load_dataset(option, path), 1))
+    for number, row in rows:
         try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, not text
-            wrong = [key for key, kind in keys.items()
-                     if key not in row or not isinstance(row[key], kind)]
-            if not wrong and not all(isinstance(a, str) for a in row["admissible"] or ()):
-                wrong = ["admissible"]
-            said = [] if wrong else row["messages"]
-            roles = [m["role"] for m in said if isinstance(m["content"], str)]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            common.refuse(f"{path}, line {n}: {type(error).__name__}: {error}")
-        common.check(not wrong, f"{path}, line {n}: {wrong and wrong[0]!r} "
-                                "is missing or of the wrong kind")
-        by_turns = ["user", "assistant"] * (len(roles) // 2) + ["user"]
-        common.check(len(roles) == len(said) and roles == by_turns,
-                     f"{path}, line {n}: messages must be of user and assistant by turns, "
-                     "and end with user")
-        rows.append(row)
+            check_row(row, args, paired)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            told = f"{type(error).__name__}: {str(error)[:200]}"
+            common.refuse(f"{option} {path}, line {number}: {told}")
+    common.check(rows, f"{option} {path} is empty")
+    return [row for _, row in rows]
+
+
+def load_dataset(option, path):
+    """What `datasets` makes of a hub id, a directory or a parquet file."""
+    import datasets  # takes a second, and most runs need none of it
+
+    what = {"path": "parquet", "data_files": path} if path.endswith(".parquet") else {"path": path}
+    try:
+        return datasets.load_dataset(**what, split="train")
+    except Exception as error:  # hub, file system and each format have their own
+        common.refuse(f"{option} {path} cannot be read: {type(error).__name__}: {str(error)[:200]}")
+
+
+def check_row(row, args, paired):
+    """ValueError, TypeError or KeyError unless a row is of the form above, and for this run."""
+    said, lists = row["messages"], row.get("admissible") or []
+    turns = ["user", "assistant"] * (len(said) // 2) + ["user"] * paired
+    if not turns or [m["role"] for m in said] != turns:
+        raise ValueError(f"messages go user, assistant, ..., {'user' if paired else 'assistant'}")
+    words = [m["content"] for m in said]
+    if paired:
+        words, lists = [*words, row["expert"]] + row["candidates"], [lists]
+    elif lists and len(lists) != len(said) // 2:
+        raise ValueError(f"{len(lists)} lists in admissible, {len(said) // 2} actions")
+    for some in lists:
+        words = words + (some or [])  # TypeError unless it is a list
+    "".join(words).encode()  # half a surrogate pair is JSON, not text
+    found = row.get("env") or args.env, row.get("split") or "train"
+    if found != (args.env, "train"):
+        raise ValueError(f"of {found}, not of {args.env} and train")
+
+
+# ------------------------------------------------------------------------------------- data: pairs
+
+
+def propose(state, states, path=None) -> list[dict]:
+    """(1) The policy's own actions at states, --candidates each: rows of pairs.
+
+    With a path, they are written there as they come; what it holds already is not sampled again.
+    """
+    count, rows = state.args.candidates, whole_lines(path) if path else []
+    size = max(1, state.args.rollout_batch_size // count)
+    for first in range(len(rows), len(states), size):
+        some, new = states[first:first + size], []
+        replies = ask(state, some, ("pairs",), count, first=first * count)
+        for each, group in zip(some, groups(replies, count)):
+            others = [parse_action(r.text) for r in group if r.row in ("possible", "impossible")]
+            others = {normal(state.world, action): action for action in others if action}
+            counts = Counter(reply.row for reply in group)
+            counts.update(tokens=sum(sum(reply.mask) for reply in group))
+            new.append({**each, "candidates": [*others.values()], "proposed": counts})
+        if path:
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in new)
+        rows += new
     return rows
 
 
-def text_lines(path):
-    """The lines of a file as Hugging Face datasets reads it: as text, for the JSON loader guesses
-    types, takes words for dates and names no line."""
-    import datasets  # takes a second, and most runs need none of it
-
-    datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            return datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache,
-                                         encoding_errors="replace")["text"][:]
-        except Exception as error:  # a pattern, an archive and the like have their own each
-            reason = " ".join(str(error).split())[:200]
-            common.refuse(f"{path} cannot be read: {type(error).__name__}: {reason}")
+def whole_lines(path) -> list[dict]:
+    """The rows of a file of ours; a last line that was not written to its end is cut off."""
+    text = path.read_bytes() if path.exists() else b""
+    if text:
+        os.truncate(path, text.rfind(b"\n") + 1)
+    return [common.checked(json.loads, line) for line in text.split(b"\n")[:-1]]
 
 
-def that_fit(model, chat, args, prompts, examples):
-    """Those states, or pairs, of which every prompt fits the context together with its reply."""
-
-    prefill = TAG if args.prefill else ""
-
-    def fits(example):
-        act = chat.dialogue(dialogue(prompts, example["messages"]), prefill)
-        target = chat.reply(tagged(example["expert"]))
-        if len(act) + max(len(target), args.max_new_tokens) > model.max_context:
-            return False
-        if "candidate" not in example:
-            return True
-        choose = chat.dialogue(question(prompts, example, False), prefill)
-        return len(choose) + max(len(target), args.choice_tokens) <= model.max_context
-
-    return [example for example in examples if fits(example)]
+def pairs_of(rows) -> list[dict]:
+    """A pair for each candidate of each state."""
+    return [{"admissible": None, **row, "candidate": action, "expert_second": False}
+            for row in rows for action in row["candidates"]]
 
 
-def make_pairs(model, chat, args, prompts, states, stream):
-    """The start policy's own proposals at the states, each beside the expert's action; equal ones
-    are dropped. Returns (pairs, counts)."""
-    states_ids = [chat.dialogue(dialogue(prompts, state["messages"])) for state in states]
-    said = answer(model, chat, args, states_ids, stream, args.max_new_tokens, args.candidates)
-    counts = Counter(proposed=len(said), tokens=sum(sum(e["mask"]) for e in said))
-    pairs = []
-    for i, state in enumerate(states):
-        seen = {normal(state["expert"])}
-        for e in said[i * args.candidates:(i + 1) * args.candidates]:
-            action = parse_action(e["text"])
-            pair = {**state, "candidate": action, "model": args.model}
-            if not action:
-                kind = "untagged" if e["complete"][0] else "cut"
-            elif normal(action) == normal(state["expert"]):
-                kind = "equal"
-            elif normal(action) in seen:
-                kind = "repeated"
-            else:
-                kind = "kept" if that_fit(model, chat, args, prompts, [pair]) else "too long"
-            counts[kind] += 1
-            if kind == "kept":
-                seen.add(normal(action))
-                pairs.append(pair)
-    counts["cut_action"] = cut_share(said)
-    return pairs, dict(counts)
+# ------------------------------------------------------------------------------------------ rollout
 
 
-# -------------------------------------------------------------------------------------- rollout
+@dataclass
+class Episode:
+    """One episode of an evaluation."""
+
+    split: str
+    seed: int
+    said: list = field(default_factory=list)  # [who, text]: world or act
+    actions: list[str] = field(default_factory=list)  # as the world read them
+    valid: list[bool] = field(default_factory=list)
+    cut: int = 0  # replies that the limit cut off
+    won: bool = False
+    score: float = 0.0
+    over: bool = False
+    truncated: bool = False  # the context was full
+    wrong: bool = False  # the world's word on a wrong object, where it has one
 
 
-def rollout(model, chat, args, prompts, split, seeds, *, temperature, stream):
-    """Plays an episode per seed, --rollout-batch-size at once. Returns dicts; `ids` and `mask` are
-    for the loss.
-
-    `stream` names the randomness: a row's depends on (--seed, stream, row, turn), nothing else.
-    What does not fit the context is not played and scores 0.
-    """
+def rollout(model, chat, args, split, seeds, **how) -> list[Episode]:
+    """Plays an episode per seed, --rollout-batch-size at once; `how`: see `side_by_side`."""
     episodes, size = [], args.rollout_batch_size
-    for i in range(0, len(seeds), size):
-        streams = [(*stream, row) for row in range(i, min(i + size, len(seeds)))]
-        episodes += side_by_side(
-            model, chat, args, prompts, split, seeds[i:i + size], streams, temperature)
+    for first in range(0, len(seeds), size):
+        some = seeds[first:first + size]
+        episodes += side_by_side(model, chat, args, split, some, first, **how)
     return episodes
 
 
 @torch.no_grad()
-def side_by_side(model, chat, args, prompts, split, seeds, streams, temperature):
-    """The `rollout` of episodes that share a cache, a stream for each."""
-    worlds, episodes = [], []
+def side_by_side(model, chat, args, split, seeds, first, *, temperature, stream):
+    """Episodes that share a cache; their rows count from `first`.
+
+    `stream` names the randomness: a row's replies depend on (--seed, stream, row, turn) alone.
+    """
+    worlds, episodes, prompts = [], [], []
     for seed in seeds:
         worlds.append(envs.make(args.env, show_actions=args.show_actions))
         observation, _ = worlds[-1].reset(seed=seed, options={"split": split})
-        episodes.append({
-            "split": split, "seed": seed, "history": [observation], "valid": [], "complete": [],
-            "reward": 0.0, "won": False, "score": 0.0, "over": False, "truncated": False})
-    first = [[{"role": "user", "content": e["history"][0]}] for e in episodes]
-    dialogues = common.Dialogues(model, chat, [chat.dialogue(dialogue(prompts, m)) for m in first])
-    prefill = TAG if args.prefill else ""
-    room = model.max_context - args.max_new_tokens - len(chat.encode(prefill))
-    for i, e in enumerate(episodes):
-        e["truncated"] = len(dialogues.ids[i]) > room
-    live = list(range(len(episodes)))
-    while live := [i for i in live if not episodes[i]["over"] and not episodes[i]["truncated"]]:
-        replies = dialogues.reply(
-            live, max_new_tokens=args.max_new_tokens, temperature=temperature, prefill=prefill,
-            seeds=[common.row_seed(args.seed, *streams[i], len(episodes[i]["history"]))
-                   for i in live])
+        episodes.append(Episode(split, seed, said=[["world", observation]]))
+        prompts.append(chat.dialogue(dialogue(worlds[-1], args, [user(observation)])))
+    actors = common.Dialogues(model, chat, prompts)
+    for turn in itertools.count():
+        live = [i for i, episode in enumerate(episodes) if not episode.over]
+        if turn:
+            actors.extend(live, [worlds[i].observation for i in live])
+        for i in live:  # a full context ends the episode; no turn is ever dropped
+            if len(actors.ids[i]) + FORCED + args.max_new_tokens > model.max_context:
+                episodes[i].truncated = episodes[i].over = True
+        live = [i for i in live if not episodes[i].over]
+        if not live:
+            break
+        row_seeds = [common.row_seed(args.seed, *stream, first + i, turn) for i in live]
+        replies = actors.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature,
+                               seeds=row_seeds, prefill=TAG * args.prefill)
         for i, reply, complete in zip(live, replies.texts, replies.complete):
-            take_turn(worlds[i], episodes[i], reply, complete)
-        live = [i for i in live if not episodes[i]["over"]]
-        dialogues.extend(live, [episodes[i]["history"][-1] for i in live])
-        for i in live:  # a full context ends the episode; old turns are never dropped
-            episodes[i]["truncated"] = len(dialogues.ids[i]) > room
+            episodes[i].said.append(["act", reply])
+            episodes[i].cut += not complete
+            take_turn(worlds[i], episodes[i], parse_action(reply) or "")
     for world in worlds:
         world.close()
-    for i, e in enumerate(episodes):
-        e["ids"], e["mask"], e["logprob"] = dialogues.sampled(i)
     return episodes
 
 
-def take_turn(world, episode, reply, complete):
-    """Steps the world by what a reply says between its tags, and writes the turn down."""
-    observation, reward, terminated, truncated, info = world.step(parse_action(reply) or "")
-    episode["history"] += [reply, observation]
-    episode["valid"].append(info["valid"])
-    episode["complete"].append(complete)
-    episode["reward"] += reward
-    episode.update(won=info["won"], score=info["score"], over=terminated or truncated)
+def take_turn(world, episode, reply):
+    """One step of the world, written down in `episode`."""
+    observation, _, terminated, truncated, info = world.step(common.aloud(reply))
+    episode.said.append(["world", observation])
+    episode.actions.append(info["action"])
+    episode.valid.append(info["valid"])
+    episode.won, episode.score = info["won"], info["score"]
+    episode.over = terminated or truncated
+    episode.wrong = bool(getattr(world, "wrong_object", False))
 
 
-def answer(model, chat, args, prompts, stream, limit, samples=1, temperature=None):
-    """`samples` replies of at most `limit` tokens to each prompt (lists of ids), as episodes of one
-    turn with `ids`, `mask`, `logprob`, `complete` and `text`."""
-    prefill = TAG if args.prefill else ""
-    if prefill:
-        prompts = [prompt + chat.encode(prefill) for prompt in prompts]
-    count = len(prompts) * samples
-    replies = common.generate(
-        model, chat, prompts, max_new_tokens=limit, samples=samples, rows=args.rollout_batch_size,
-        temperature=args.temperature if temperature is None else temperature,
-        seeds=[common.row_seed(args.seed, *stream, i) for i in range(count)])
-    episodes = []
-    for i, ids in enumerate(replies.ids):
+@dataclass
+class Reply:
+    """A reply to one prompt. `ids` and `mask` (1: sampled), prompt and all, are for the loss."""
+
+    text: str
+    complete: bool  # ended by itself, not by the limit
+    ids: list[int]
+    mask: list[int]
+    logprob: float = 0.0  # of all tokens under the mask, in decoding
+    about: dict = field(default_factory=dict)  # what it was asked, for rollouts.jsonl
+    reward: float = 0.0
+    row: str = ""  # of the table of rewards
+    advantage: float = 0.0
+
+
+def answer(model, chat, args, prompts, limit, stream, samples=1, first=0) -> list[Reply]:
+    """`samples` replies of at most `limit` tokens to each prompt, numbered from `first`."""
+    word = TAG * args.prefill
+    prompts = [chat.dialogue(messages, word) for messages in prompts]
+    numbers = range(first, first + len(prompts) * samples)
+    said = common.generate(
+        model, chat, prompts, max_new_tokens=limit, temperature=args.temperature, samples=samples,
+        seeds=[common.row_seed(args.seed, *stream, number) for number in numbers],
+        rows=args.rollout_batch_size)
+    replies = []
+    for i, (ids, logprobs, text) in enumerate(zip(said.ids, said.logprobs, said.texts)):
         prompt = prompts[i // samples]
-        episodes.append({
-            "ids": prompt + ids, "mask": [0] * len(prompt) + [1] * len(ids),
-            "logprob": sum(replies.logprobs[i]), "text": prefill + replies.texts[i],
-            "complete": [replies.complete[i]]})
-    return episodes
+        mask = [0] * len(prompt) + [1] * len(ids)
+        replies.append(Reply(word + text, said.complete[i], prompt + ids, mask, sum(logprobs)))
+    return replies
 
 
-def cut_share(episodes):
-    """The share of replies that the limit cut off."""
-    return common.mean(not complete for e in episodes for complete in e["complete"])
+def ask(state, examples, stream, samples=1, first=0, reasons=True) -> list[Reply]:
+    """Paid replies to examples: to states (your next action) or pairs (which is better?)."""
+    args = state.args
+    prompts = [prompt_of(state.world, args, example, reasons) for example in examples]
+    replies = answer(state.model, state.chat, args, prompts, limit_of(args, examples[0]), stream,
+                     samples, first)
+    for i, reply in enumerate(replies):
+        example = examples[i // samples]
+        reply.about = {name: example[name] for name in TOLD if name in example}
+        reply.reward, reply.row = pay(state.world, reply, example)
+    return replies
 
 
-# ----------------------------------------------------------------------------------- advantages
+TOLD = "split", "seed", "turn", "expert", "candidate", "expert_second"
 
 
-def group_advantages(returns, group_size):
-    """A_i = (R_i - mean) / std over each group of consecutive episodes; exactly 0 where all of a group's R are equal."""
-    advantages = []
-    for i in range(0, len(returns), group_size):
-        group = np.array(returns[i:i + group_size])
-        spread = group.max() > group.min()
-        advantages += ((group - group.mean()) / (group.std(ddof=1) + 1e-6)).tolist() if spread else [0.0] * len(group)
-    return advantages
+def prompt_of(world, args, example, reasons=True):
+    """The prompt of a pair or of a state."""
+    if "candidate" in example:
+        return question(world, args, example, reasons)
+    return dialogue(world, args, example["messages"])
+
+
+def limit_of(args, example):
+    """How long the reply to it may be."""
+    return args.choice_tokens if "candidate" in example else args.max_new_tokens
+
+
+def that_fit(state, examples) -> list[dict]:
+    """Those examples whose prompt leaves room for a reply."""
+    room, found = state.model.max_context - FORCED, []
+    for example in examples:
+        prompt = state.chat.dialogue(prompt_of(state.world, state.args, example))
+        if len(prompt) + limit_of(state.args, example) <= room:
+            found.append(example)
+    return found
+
+
+# --------------------------------------------------------------------------------------- advantages
+
+
+def groups(items, size):
+    """Consecutive items, `size` in each."""
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+def group_advantages(returns):
+    """(5) A_i = (R_i - mean) / std within one group; 0 where all R are equal."""
+    if max(returns) == min(returns):  # not std == 0: rounding would make advantages of nothing
+        return [0.0] * len(returns)
+    centred = np.array(returns) - np.mean(returns)
+    return (centred / (np.std(returns, ddof=1) + 1e-6)).tolist()
 
 
 def without_spread(returns, group_size):
     """How many groups have no advantages, as all of their episodes got the same."""
-    groups = [returns[i:i + group_size] for i in range(0, len(returns), group_size)]
-    return sum(max(group) == min(group) for group in groups)
+    return sum(max(group) == min(group) for group in groups(returns, group_size))
 
 
-def advantages_of_read(paid, group_size):
-    """`group_advantages` among those replies of each group that were not cut off; 0 for those that
-    were. `paid`: (reward, row of the reward table) of each reply."""
-    advantages = [0.0] * len(paid)
-    for start in range(0, len(paid), group_size):
-        read = [i for i in range(start, start + group_size) if paid[i][1] != "cut"]
-        if read:
-            found = group_advantages([paid[i][0] for i in read], len(read))
-            for i, advantage in zip(read, found):
-                advantages[i] = advantage
-    return advantages
+def read_advantages(replies, group_size):
+    """Writes the advantages (5) into replies; those that were cut off stay out of their group."""
+    for group in groups(replies, group_size):
+        read = [reply for reply in group if reply.row != "cut"]
+        advantages = group_advantages([reply.reward for reply in read]) if read else []
+        for reply, advantage in zip(read, advantages):
+            reply.advantage = advantage
 
 
-# ----------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def sampled_logprobs(model, chat, episodes, temperature):
-    """log pi of the sampled tokens of some episodes, 0 at all others, and the mask that tells them apart: both [B, T - 1]."""
-    ids = common.pad_rows([e["ids"] for e in episodes], chat.pad)  # [B, T]
-    mask = common.pad_rows([e["mask"] for e in episodes], 0)  # [B, T]
+    """log pi of the sampled tokens, 0 at all others, and the mask of them: both [B, T - 1]."""
+    ids = common.pad_rows([episode.ids for episode in episodes], chat.pad)  # [B, T]
+    mask = common.pad_rows([episode.mask for episode in episodes], 0)  # [B, T]
     return common.token_logprobs(model, ids, mask, temperature), mask[:, 1:].to(model.device)
 
 
-def micro_batches(episodes, rows, size):
-    """The indices `rows` of episodes in batches of `size`; neighbours of one length need little padding."""
-    rows = sorted(rows, key=lambda i: len(episodes[i]["ids"]))
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
+def micro_batches(episodes, args):
+    """The micro-batches of each gradient step; neighbours of one length need little padding."""
+    shares = groups(episodes, len(episodes) // args.updates)
+    by_length = [sorted(share, key=lambda episode: len(episode.ids)) for share in shares]
+    return [groups(share, args.micro_batch_size) for share in by_length]
 
 
-def token_weights(mask, count):
-    """The mean over trajectories of the mean over their tokens, as weights [B, T - 1].
+@torch.no_grad()
+def old_logprobs(model, chat, args, steps):
+    """`sampled_logprobs` of all `micro_batches` by these weights: a training forward, no decoding."""
+    found = []
+    for batches in steps:
+        found.append([])
+        for batch in batches:
+            found[-1].append(sampled_logprobs(model, chat, batch, args.temperature)[0])
+    return found
 
-    `count`: trajectories of the whole gradient step, or the micro-batches would change the loss.
+
+def token_weights(mask, count, tokens=None):
+    """What a token counts in the loss, [B, T - 1]; the divisors are those of the whole gradient step.
+
+    GRPO: the mean over `count` trajectories of the mean over their tokens. DAPO: the mean over
+    `tokens`.
     """
+    if tokens is not None:
+        return mask / tokens
     return mask / (count * mask.sum(1, keepdim=True).clamp(min=1))
 
 
+def surrogate(logprobs, old, advantages, low, high):
+    """(6) - min(rho A, clip(rho, 1 - low, 1 + high) A) per token, rho = exp(logprobs - old); A [B, 1]."""
+    ratio = (logprobs - old).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
 def kl_estimate(logprobs, reference):
-    """KL(pi || reference) per sampled token, the estimator of low variance: e^d - d - 1 with d = log reference - log pi."""
+    """KL(pi || reference) per token, of low variance: e^d - d - 1 with d = log reference - log pi."""
     d = reference - logprobs
     return d.exp() - d - 1
 
 
-def grpo_step(state, episodes, advantages):
-    """One gradient step on GRPO's objective (and the KL) over all sampled tokens, with metrics."""
-    model, chat, args = state.model, state.chat, state.args
-    total = max(1, sum(sum(e["mask"]) for e in episodes))
-    metrics = Counter(loss=0.0, kl=0.0, entropy=0.0)
-    for rows in micro_batches(episodes, range(len(episodes)), args.micro_batch_size):
-        some = [episodes[i] for i in rows]
-        logprobs, mask = sampled_logprobs(model, chat, some, args.temperature)  # [B, T - 1]
-        scale = torch.tensor([advantages[i] for i in rows], device=logprobs.device)[:, None]
-        loss = -scale * logprobs  # the gradient of -r A where r = 1: these weights have sampled
-        if args.kl:
-            with torch.no_grad():
-                before, _ = sampled_logprobs(state.reference, chat, some, args.temperature)
-            kl = kl_estimate(logprobs, before)
-            loss = loss + args.kl * kl
-            metrics["kl"] += (kl.detach() * mask).sum().item() / total
-        weights = token_weights(mask, len(episodes))
-        (loss * weights).sum().backward()
-        metrics["loss"] += (loss.detach() * weights).sum().item()
-        metrics["entropy"] -= logprobs.detach().sum().item() / total
-    # of decoding to the training forward, per token
-    gap = sum(e["logprob"] for e in episodes) / total + metrics["entropy"]
-    batch = {"ids": [e["ids"] for e in episodes], "mask": [e["mask"] for e in episodes],
-             "advantages": advantages}
-    norm = common.gradient_step(model, state.optimizer, metrics["loss"], batch)
-    return dict(metrics) | {"logprob_gap": gap, "grad_norm": norm}
+def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=False):
+    """--updates gradient steps, each on its share of the groups -> metrics per sampled token.
+
+    `clip`: (low, high). With one step the ratio is 1, and the old log-probs are those of its forward.
+    """
+    steps = micro_batches(episodes, args)
+    old = old_logprobs(model, chat, args, steps) if args.updates > 1 else None
+    ref = old_logprobs(reference, chat, args, steps) if args.kl else None
+    sums, norms = Counter(), []
+    for step, batches in enumerate(steps):
+        share = [episode for batch in batches for episode in batch]
+        tokens = max(1, sum(sum(episode.mask) for episode in share))
+        step_loss = 0.0
+        for i, batch in enumerate(batches):
+            logprobs, mask = sampled_logprobs(model, chat, batch, args.temperature)  # [B, T - 1]
+            before = old[step][i] if old else logprobs.detach()
+            advantages = torch.tensor([[e.advantage] for e in batch], device=mask.device)  # [B, 1]
+            loss = surrogate(logprobs, before, advantages, *clip)
+            if ref:
+                kl = kl_estimate(logprobs, ref[step][i])  # 0 where the mask is 0
+                loss = loss + args.kl * kl
+                sums["kl"] += kl.sum().item()
+            loss = (loss * token_weights(mask, len(share), tokens if token_mean else None)).sum()
+            loss.backward()
+            step_loss += loss.item()
+            ratio = (logprobs.detach() - before).exp()
+            sums["clipped"] += ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])).sum().item()
+            sums["entropy"] -= before.sum().item()  # an estimate, from what was sampled
+            sums["logprob_gap"] += sum(e.logprob for e in batch) - before.sum().item()  # of decoding
+        kept = [(episode.ids, episode.mask, episode.advantage) for episode in share]
+        norms.append(common.gradient_step(model, optimizer, step_loss, kept))
+        sums.update(tokens=tokens, loss=step_loss * tokens)
+    tokens = sums.pop("tokens")
+    return {name: value / tokens for name, value in sums.items()} | {"grad_norm": max(norms)}
+
+
+@dataclass
+class Lesson:
+    """A dialogue to imitate; `mask`: 1 on what the assistant says."""
+
+    ids: list[int]
+    mask: list[int]
 
 
 def imitate(model, chat, args, optimizer, dialogues):
     """One gradient step on -log p of what the assistant says in dialogues (lists of messages).
 
-    A mean over all its tokens. What is longer than the context is skipped, and its share told.
+    A mean over its tokens, one forward per dialogue; what does not fit the context is cut off.
     """
-    episodes = [
-        dict(zip(("ids", "mask"), chat.dialogue_and_mask(messages))) for messages in dialogues
-    ]
-    fitting = [e for e in episodes if len(e["ids"]) <= model.max_context]
-    metrics = {"loss": 0.0, "too_long": 1 - len(fitting) / len(episodes)}
-    if not fitting:
-        return metrics
-    total = sum(sum(e["mask"]) for e in fitting)
-    for rows in micro_batches(fitting, range(len(fitting)), args.micro_batch_size):
-        some = [fitting[i] for i in rows]
-        logprobs, _ = sampled_logprobs(model, chat, some, args.temperature)  # [B, T - 1]
-        loss = -logprobs.sum() / total
-        loss.backward()
-        metrics["loss"] += loss.item()
-    common.gradient_step(model, optimizer, metrics["loss"], fitting)
-    return metrics
-
-
-def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
-    """- log sigmoid(beta (log-ratio chosen - log-ratio rejected)), of log-probs of whole replies
-    [B] (arXiv 2305.18290, eq. 7)."""
-    margin = chosen - reference_chosen - rejected + reference_rejected
-    return -torch.nn.functional.logsigmoid(beta * margin)
-
-
-def dpo_step(state, triples):
-    """One gradient step on the mean DPO loss over (prompt ids, chosen ids, rejected ids)."""
-    args, loss, right = state.args, 0.0, 0.0
-
-    def score(model, rows, which):  # log p of whole replies [B]
-        prompts, targets = [row[0] for row in rows], [row[which] for row in rows]
-        logprobs, _ = common.target_logprobs(model, state.chat, prompts, targets, args.temperature)
-        return logprobs.sum(1)
-
-    for i in range(0, len(triples), args.micro_batch_size):
-        rows = triples[i:i + args.micro_batch_size]
-        with torch.no_grad():
-            before_chosen = score(state.reference, rows, 1)
-            before_rejected = score(state.reference, rows, 2)
-        chosen, rejected = score(state.model, rows, 1), score(state.model, rows, 2)
-        losses = dpo_loss(chosen, rejected, before_chosen, before_rejected, args.dpo_beta)
-        part = losses.sum() / len(triples)
+    lessons, loss = [], 0.0
+    for messages in dialogues:
+        ids, mask = chat.dialogue_and_mask(messages)
+        lessons.append(Lesson(ids[:model.max_context], mask[:model.max_context]))
+    lessons.sort(key=lambda lesson: len(lesson.ids))  # neighbours need little padding
+    tokens = max(1, sum(sum(lesson.mask) for lesson in lessons))
+    for batch in groups(lessons, args.micro_batch_size):
+        logprobs, _ = sampled_logprobs(model, chat, batch, args.temperature)  # [B, T - 1]
+        part = -logprobs.sum() / tokens
         part.backward()
         loss += part.item()
-        gained = chosen - before_chosen > rejected - before_rejected
-        right += gained.float().sum().item() / len(triples)
-    norm = common.gradient_step(state.model, state.optimizer, loss, triples)
-    return {"loss": loss, "chosen_gained_more": right, "grad_norm": norm}
+    kept = [(lesson.ids, lesson.mask) for lesson in lessons]
+    return {"loss": loss, "grad_norm": common.gradient_step(model, optimizer, loss, kept)}
 
 
-# --------------------------------------------------------------------------------------- stages
-# A stage is a function (state, batch, order, stream) -> metrics that takes one gradient step.
-# `batch`: whole demonstrations for il, states for rl, pairs for the others; `order`: a coin for
-# each, whether the expert's action is shown second.
+# ------------------------------------------------------------------------------------------- stages
 
 
 @dataclass
@@ -670,262 +677,399 @@ class State:
     """What the stages work on."""
 
     args: Args
-    prompts: Prompts
+    world: envs.World
     chat: common.Chat
     model: torch.nn.Module
-    reference: torch.nn.Module | None = None  # the model as the stage began, where one is needed
+    run: common.Run | None = None
     optimizer: torch.optim.Optimizer | None = None
+    reference: torch.nn.Module | None = None  # the model as its stage began, where there is a KL
+    progress: dict = field(default_factory=lambda: {"step": 0})  # what a checkpoint remembers
+    demos: list = field(default_factory=list)  # episodes
+    states: list = field(default_factory=list)  # theirs
+    pairs: list = field(default_factory=list)
+    stage: str = ""  # such as 1-act
+    last: int = 0  # the step of the run that ends the stage
 
 
-def act_stage(state, batch, order, stream, instruction=CHOOSE):
-    """Which of two actions is better? GRPO."""
-    args, size = state.args, state.args.group_size
-    asked = [question(state.prompts, pair, coin, instruction) for pair, coin in zip(batch, order)]
-    asked = [state.chat.dialogue(messages) for messages in asked]
-    episodes = answer(state.model, state.chat, args, asked, stream, args.choice_tokens, size)
-    about = [{**pair, "expert_second": coin} for pair, coin in zip(batch, order)
-             for _ in range(size)]
-    paid = [paid_choice(e, pair, pair["expert_second"]) for e, pair in zip(episodes, about)]
-    right = {"first": [], "second": []}
-    for (_, row), pair in zip(paid, about):
-        right["second" if pair["expert_second"] else "first"].append(row == "right")
-    metrics = reinforce(state, episodes, paid, about, "choice")
-    return metrics | {f"right_if_{place}": share(truths) for place, truths in right.items()}
+def batches(state, examples, size, lr):
+    """The steps of a stage, (number, batch) each: --epochs passes over its examples, or --steps.
+
+    It begins with a fresh optimizer; a resumed run goes on where it stopped.
+    """
+    args, first, done = state.args, state.last, state.progress["step"]
+    count = args.steps or math.ceil(args.epochs * len(examples) / size)
+    state.last = first + count
+    if done <= first:
+        state.optimizer.state.clear()
+        if state.reference is not None:
+            state.reference.load_state_dict(state.model.state_dict())
+    rng, order = random.Random(f"{args.seed} {state.stage}"), []
+    while len(order) < count * size:
+        order += rng.sample(examples, len(examples))
+    for step in state.run.steps(max(done, first), state.last) if done < state.last else []:
+        number = step - first
+        common.set_rate(state.optimizer, lr * min(1, number / 5))
+        yield number, order[(number - 1) * size:number * size]
 
 
-def no_reasoning_stage(state, batch, order, stream):
-    """ACT without a thought."""
-    return act_stage(state, batch, order, stream, CHOOSE_NOW)
+def critical_training(state, reasons=True):
+    """(2) Which of two actions is better?"""
+    args = state.args
+    for step, batch in batches(state, state.pairs, args.batch_size // args.group_size, args.lr):
+        rng = random.Random(f"{args.seed} {state.stage} {step}")
+        pairs = [pair | {"expert_second": rng.random() < 0.5} for pair in batch]
+        replies = ask(state, pairs, (state.stage, step), args.group_size, reasons=reasons)
+        metrics = reinforce(state, replies, "choice") | by_position(replies)
+        end_step(state, step, metrics, replies)
 
 
-def paid_choice(episode, pair, expert_second):
-    """(reward, row of the reward table) of an answer to a question about a pair."""
-    action = parse_choice(episode["text"], *in_order(pair, expert_second))
-    return choice_reward(action, pair, all(episode["complete"]))
+def imitation(state):
+    """(3) What the expert says, in whole demonstrations."""
+    args = state.args
+    for step, episodes in batches(state, state.demos, args.sft_batch_size, args.sft_lr):
+        dialogues = [dialogue(state.world, args, episode["messages"]) for episode in episodes]
+        metrics = imitate(state.model, state.chat, args, state.optimizer, dialogues)
+        end_step(state, step, metrics)
 
 
-def paid_action(episode, state):
-    """(1 for the expert's action, row of the reward table) of the policy's reply to a state."""
-    _, row = choice_reward(parse_action(episode["text"]), state, all(episode["complete"]))
-    return float(row == "right"), row
+def reinforcement(state):
+    """(4) What would you do at a state of the expert's?"""
+    args = state.args
+    for step, states in batches(state, state.states, args.batch_size // args.group_size, args.lr):
+        replies = ask(state, states, (state.stage, step), args.group_size)
+        end_step(state, step, reinforce(state, replies, "act"), replies)
 
 
-def il_stage(state, batch, order, stream):
-    """Imitation of whole demonstrations: the loss is on the expert's replies alone."""
-    dialogues = [dialogue(state.prompts, lesson) for lesson in batch]
-    return imitate(state.model, state.chat, state.args, state.optimizer, dialogues)
+STAGES = {"act": critical_training, "il": imitation, "rl": reinforcement}
+PAIRED = {"act"}  # stages that learn from pairs
+REFERRED = {"act", "rl"}  # stages with a KL to the policy at their start
 
 
-def rl_stage(state, batch, order, stream):
-    """GRPO on the policy: at states of the demonstrations, paid for the expert's action; or on
-    whole episodes, paid by the world."""
-    args, size = state.args, state.args.group_size
-    if args.rl == "states":
-        asked = [state.chat.dialogue(dialogue(state.prompts, s["messages"])) for s in batch]
-        episodes = answer(state.model, state.chat, args, asked, stream, args.max_new_tokens, size)
-        about = [s for s in batch for _ in range(size)]
-        paid = [paid_action(e, s) for e, s in zip(episodes, about)]
-    else:
-        seeds = [common.row_seed(args.seed, *stream, group) % 2**40 for group in range(len(batch))]
-        seeds = [seed for seed in seeds for _ in range(size)]
-        episodes = about = rollout(state.model, state.chat, args, state.prompts, "train", seeds,
-                                   temperature=args.temperature, stream=stream)
-        paid = [(e["reward"], "right" if e["won"] else "lost") for e in episodes]
-    return reinforce(state, episodes, paid, about, "action")
+def reinforce(state, replies, part):
+    """One step of GRPO on paid replies of a part (act or choice) -> metrics."""
+    args = state.args
+    read_advantages(replies, args.group_size)
+    state.run.lap("rollout")
+    losses = update(state.model, state.reference, state.chat, args, state.optimizer, replies,
+                    (args.clip, args.clip))
+    rows = Counter(reply.row for reply in replies)
+    return losses | {
+        "reward": common.mean(reply.reward for reply in replies),
+        "rows": {row: count / len(replies) for row, count in rows.items()},
+        "groups_flat": without_spread([reply.advantage for reply in replies], args.group_size),
+        f"cut_{part}": common.mean(not reply.complete for reply in replies),
+        "length": common.mean(sum(reply.mask) for reply in replies)}
 
 
-def sft_choice_stage(state, batch, order, stream):
-    """The right choice, imitated."""
-    dialogues = []
-    for pair, coin in zip(batch, order):
-        reply = {"role": "assistant", "content": tagged(pair["expert"])}
-        dialogues.append(only_last([*question(state.prompts, pair, coin), reply]))
-    return imitate(state.model, state.chat, state.args, state.optimizer, dialogues)
+def by_position(replies):
+    """How often the right action is chosen where it is shown first, and second: nan of nothing."""
+    found = {}
+    for name, second in ("right_if_first", False), ("right_if_second", True):
+        rows = [reply.row for reply in replies if reply.about["expert_second"] == second]
+        found[name] = common.mean_se(row == "right" for row in rows)[0]
+    return found
 
 
-def dpo_stage(state, batch, order, stream):
-    """Direct preference for the expert's action over the candidate, as the policy's reply."""
-    triples = []
-    for pair in batch:
-        prompt = state.chat.dialogue(dialogue(state.prompts, pair["messages"]))
-        replies = (state.chat.reply(tagged(pair[which])) for which in ("expert", "candidate"))
-        triples.append((prompt, *replies))
-    return dpo_step(state, triples)
+def end_step(state, step, metrics, replies=()):
+    """Evaluates where that is due, and writes everything down."""
+    args, run, progress = state.args, state.run, state.progress
+    run.lap("update")
+    progress["step"] = run.step
+    if run.step == state.last:
+        numbers, progress["after"] = evaluate(state.model, state.chat, args, state.world.splits)
+        progress["stages"][state.stage] = numbers
+        common.save_model(run.dir / state.stage, state.model, state.chat)
+    elif step % args.eval_every == 0:
+        numbers, _ = evaluate(state.model, state.chat, args, ["test"], fewer=5)
+        metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
+    run.count(episodes=0, env_steps=0, tokens=sum(sum(reply.mask) for reply in replies),
+              gradient_steps=args.updates if replies else 1)
+    run.write_rollouts([{"step": run.step, "stage": state.stage, **record(r)} for r in replies])
+    run.log({"stage": state.stage, "stage_step": step, **metrics}, LIMITS)
+    run.save_if_due(progress, **parts(state))
 
 
-KEPT = "split", "seed", "turn", "history", "expert", "candidate", "expert_second"  # in rollouts
+def parts(state):
+    """Of what a checkpoint keeps the weights."""
+    found = {"model": state.model, "optimizer": state.optimizer, "reference": state.reference}
+    return {name: part for name, part in found.items() if part is not None}
 
 
-def reinforce(state, episodes, paid, asked, part):
-    """The GRPO update of a stage, and what there is to log of it. `paid`: (reward, row of the
-    reward table) per episode; `asked`: its pair, its state, or itself; `part`: who replied."""
-    size, returns = state.args.group_size, [reward for reward, _ in paid]
-    advantages = advantages_of_read(paid, size)
-    metrics = grpo_step(state, episodes, advantages)
-    rows = Counter(row for _, row in paid)
-    said = []
-    for what, e, (reward, row) in zip(asked, episodes, paid):
-        known = {key: what[key] for key in KEPT if key in what}
-        said.append({**known, "reply": e.get("text"), "paid": reward, "row": row})
-    lengths = [sum(e["mask"]) for e in episodes]
-    return metrics | {
-        "reward": common.mean(returns), "rows": {row: n / len(paid) for row, n in rows.items()},
-        "groups": len(returns) // size, "groups_without_spread": without_spread(advantages, size),
-        f"cut_{part}": cut_share(episodes), "length": common.mean(lengths), "tokens": sum(lengths),
-        "env_steps": sum(len(e.get("valid", ())) for e in episodes),
-        "episodes": sum("valid" in e for e in episodes), "rollouts": said}
+# --------------------------------------------------------------------------------------- evaluation
 
 
-def share(truths):
-    """How many hold, of those there are; nan (null in the files) where there are none, as 0 would
-    read as "always wrong"."""
-    return common.mean_se(truths)[0]
-
-
-STAGES = {"act": act_stage, "il": il_stage, "rl": rl_stage, "sft-choice": sft_choice_stage,
-          "dpo": dpo_stage, "no-reasoning": no_reasoning_stage}
-PAIRED = "act", "sft-choice", "dpo", "no-reasoning"  # these need pairs
-SUPERVISED = "il", "sft-choice", "dpo"
-LIMITS = {"action": "--max-new-tokens", "choice": "--choice-tokens"}  # part: the flag of its limit
-
-
-def schedule(args, stage, examples, index):
-    """The batches of a stage: `--epochs` passes over the examples, each in an order of its own.
-    [(indices, coins)] per update."""
-    size = args.batch_size // args.group_size
-    if stage in SUPERVISED:
-        size = args.sft_batch_size if stage == "il" else args.pair_batch_size
-    rng, batches = random.Random(f"{args.seed} {index} {stage}"), []
-    while len(batches) < (args.steps or args.epochs * -(-examples // size)):
-        order = rng.sample(range(examples), examples)
-        batches += [order[i:i + size] for i in range(0, examples, size)]
-    return [(batch, [rng.random() < 0.5 for _ in batch]) for batch in batches[:args.steps]]
-
-
-def begin_stage(state, start):
-    """A fresh optimizer; on the first step of a stage (`start`) the reference becomes the model as
-    it is."""
-    if start and state.reference is not None:
-        state.reference.load_state_dict(state.model.state_dict())
-    state.optimizer = torch.optim.AdamW(
-        state.model.parameters(), lr=state.args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-
-
-# ----------------------------------------------------------------------- evaluation and records
-
-
-def evaluate(model, chat, args, prompts, split, episodes):
-    """The policy on fixed episodes of a split: nothing but its dialogue. Returns ({"success", "se",
-    ...}, episodes)."""
-    played = rollout(model, chat, args, prompts, split, range(episodes),
-                     temperature=args.eval_temperature, stream=("evaluate",))
-    success, se = common.mean_se([float(e["won"]) for e in played])
-    return {"success": success, "se": se, "cut_action": cut_share(played),
-            "turns": common.mean(len(e["valid"]) for e in played),
-            "invalid": common.mean(not valid for e in played for valid in e["valid"])}, played
-
-
-def held_out_accuracy(model, chat, args, prompts, states, pairs):
-    """On states that no stage has seen: how often the policy does as the expert, and how often the
-    right action is chosen, by position."""
-    asked = [chat.dialogue(dialogue(prompts, s["messages"])) for s in states]
-    said = answer(model, chat, args, asked, ("held out", "policy"), args.max_new_tokens,
-                  temperature=args.eval_temperature)
-    out = {"next_action": share([paid_action(e, s)[1] == "right" for e, s in zip(said, states)])}
-    cut = []
-    for place, coin in ("first", False), ("second", True):
-        asked = [chat.dialogue(question(prompts, pair, coin)) for pair in pairs]
-        said = answer(model, chat, args, asked, ("held out", place), args.choice_tokens,
-                      temperature=args.eval_temperature)
-        cut += said
-        right = [paid_choice(e, pair, coin)[1] == "right" for e, pair in zip(said, pairs)]
-        out[f"choice_{place}"] = share(right)
-    choice = (out["choice_first"] + out["choice_second"]) / 2
-    return out | {"choice": choice, "cut_choice": cut_share(cut)}
+def evaluate(model, chat, args, splits, fewer=1):
+    """The policy on fixed episodes of each split -> ({split: metrics}, an episode of the last)."""
+    found, count = {}, max(1, args.eval_episodes // fewer)
+    for split in [split for split in ("test", "ood") if split in splits]:
+        played = rollout(model, chat, args, split, range(count),
+                         temperature=args.eval_temperature, stream=("evaluate",))
+        valid = [ok for episode in played for ok in episode.valid]
+        success, se = common.mean_se([float(episode.won) for episode in played])
+        found[split] = {
+            "success": success, "se": se, "n": count, "turns": len(valid) / count,
+            "invalid": valid.count(False) / max(1, len(valid)),
+            "truncated": common.mean(episode.truncated for episode in played),
+            "cut_act": sum(episode.cut for episode in played) / max(1, len(valid))}
+        tqdm.write(common.result_line(split, found[split]))
+    return found, record(played[0])
 
 
 def record(episode):
     """An episode as rollouts.jsonl keeps it: words, not ids."""
-    return {key: value for key, value in episode.items() if key not in ("ids", "mask")}
+    return {name: value for name, value in vars(episode).items() if name not in ("ids", "mask")}
 
 
-def show(episode):
-    """An episode as a person reads it."""
-    def line(text):
-        return "".join(c if c.isprintable() else " " for c in text)[:140]
+# --------------------------------------------------------------------------------------------- main
 
-    shown = [line(episode["history"][0])]
-    for reply, observation in zip(episode["history"][1::2], episode["history"][2::2]):
-        shown += [f"> {line(reply)}", line(observation)]
-    return "\n".join(shown)
+LIMITS = {"act": "--max-new-tokens", "choice": "--choice-tokens"}
+AT_LEAST = {"updates": 1, "choice_tokens": 1, "sft_batch_size": 1, "epochs": 1, "num_demos": 1,
+            "candidates": 1, "examples": 1, "group_size": 2, "clip": 0, "kl": 0, "sft_lr": 0}
 
 
-# ------------------------------------------------------------------------ only for --model tiny
+def check_args(args):
+    """Everything that can be refused before a model is loaded -> (world, stages, demos, pairs)."""
+    common.check_common(args)
+    common.check_at_least(args, AT_LEAST)
+    common.check_multiple(args, "batch_size", "group_size", "updates")
+    stages = [stage.strip() for stage in args.pipeline.split(",")]
+    for stage in stages:
+        common.check(stage in STAGES, f"--pipeline: unknown stage {stage!r}; "
+                                      f"there are: {', '.join(STAGES)}")
+    common.check(not args.pairs or PAIRED & {*stages},
+                 f"--pairs: no stage of --pipeline {args.pipeline} is about pairs")
+    world = common.checked(envs.make, args.env, show_actions=args.show_actions)
+    common.check(args.demos or type(world).expert is not envs.World.expert,
+                 f"--env {args.env} has no expert: give --demos")
+    demos = read_rows("--demos", args.demos, args, False) if args.demos else None
+    rows = read_rows("--pairs", args.pairs, args, True) if args.pairs else None
+    return world, stages, demos, rows
+
+
+def check_room(args, chat, model, messages, room):
+    """Refuses a first prompt that leaves no room for `room` more tokens, and words before a thought."""
+    length = len(chat.dialogue(messages))
+    common.check(length + room <= model.max_context,
+                 f"the first prompt has {length} tokens, replies may have {room}: "
+                 f"beyond the context of {model.max_context}")
+    common.check(not args.prefill or not chat.opened,
+                 "--prefill: the chat template of this model opens a thought before each reply")
+
+
+def gather(state, demos, rows, paired):
+    """Demonstrations, their states and pairs -> counts of what was proposed.
+
+    `demos`, `rows`: of files, or None. A resumed run reads again what it proposed.
+    """
+    args, counts = state.args, Counter()
+    first, path = args.seed * 1_000_000_007, state.run.dir / "pairs.jsonl"
+    state.demos = demos or demonstrations(args, "train", range(first, first + args.num_demos))
+    common.write_jsonl(path.with_name("demos.jsonl"), state.demos)
+    state.states = that_fit(state, states_of(state.demos))
+    common.check(state.states, f"no expert state fits the context of {state.model.max_context}")
+    if rows:
+        common.write_jsonl(path, rows)
+    if paired:
+        known = state.progress.get("pairs")
+        common.check(known in (None, common.content_hash(path)), f"--resume: {path} has changed")
+        own = [] if rows else propose(state, state.states, path)
+        state.progress["pairs"] = common.content_hash(path)
+        for row in own:
+            counts.update(row["proposed"])
+        rows = rows or own
+    state.pairs = that_fit(state, pairs_of(rows or []))
+    told = f"{len(state.states)} states, {len(state.pairs)} pairs {dict(counts)}"
+    common.check(state.pairs or not paired, f"no action but the expert's to make pairs of: {told}")
+    print(told)
+    return dict(counts)
+
+
+def main():
+    """Demonstrations, pairs, the stages."""
+    args = common.parse_args(Args, TINY, quick=QUICK)
+    world, stages, demos, rows = check_args(args)
+    run = common.Run("act", args, fixed=("steps",))
+    model, chat = load(world, args)
+    observation, _ = world.reset(seed=0)
+    room = FORCED + args.max_new_tokens
+    check_room(args, chat, model, dialogue(world, args, [user(observation)]), room)
+    if args.eval_only:
+        return evaluate(model, chat, args, world.splits)
+    run.start(model=model)
+
+    reference = copy.deepcopy(model) if args.kl and REFERRED & {*stages} else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
+    state = State(args, world, chat, model, run, optimizer, reference)
+    state.progress = run.resume(**parts(state)) or state.progress
+    counts = gather(state, demos, rows, bool(PAIRED & {*stages}))
+    if not state.progress["step"]:
+        run.count(episodes=len(state.demos), tokens=counts.get("tokens", 0))
+        numbers, state.progress["before"] = evaluate(model, chat, args, world.splits)
+        state.progress["stages"] = {"before": numbers}
+    for number, stage in enumerate(stages, 1):
+        state.stage = f"{number}-{stage}"
+        STAGES[stage](state)
+
+    found = state.progress["stages"]
+    run.complete(model, chat, "act", args.pipeline, found["before"], found[state.stage],
+                 envs.ends(args.env, args.eval_episodes), stages=found, pair_counts=counts,
+                 shown=[state.progress["before"], state.progress["after"]],
+                 expert_states=len(state.states), pairs=len(state.pairs))
+
+
+# ---------------------------------------------------------------------------- only for --model tiny
+# What a model made from nothing is taught before it learns by itself, and the defaults that suit it.
 
 TINY = dict(
     lr=3e-4, sft_lr=3e-4, micro_batch_size=16, rollout_batch_size=256, max_new_tokens=48,
-    choice_tokens=48, eval_episodes=500, device="cpu", num_demos=40, candidates=2, held_out=575,
-    sft_batch_size=3)  # about as many updates per epoch as batches of 16 states would make
-READ = "Repeat the task, and what the last action brought."
+    choice_tokens=48, eval_episodes=500, device="cpu", num_demos=40, candidates=2, sft_batch_size=3)
+QUICK = dict(
+    steps=3, batch_size=16, group_size=4, eval_episodes=16, eval_every=2, save_every=2, num_demos=4,
+    examples=400)
+READ = "Repeat the task, and what the last action brought."  # practises reading
+OUTLOOKS = ["leads away", "changes nothing", "leads closer"]
+
+
+def load(world, args, corpus=None, more=()):
+    """The model, and its chat; a tiny one is made from `corpus` (default: `warmup`), with `more`
+    lines that are one token each."""
+    common.check(0 <= args.dose <= 1, f"--dose must be between 0 and 1, not {args.dose}")
+    common.check(not args.dose or common.is_tiny(args.model), "--dose is of a tiny model's warm-up")
+    common.check(not args.dose or hasattr(world, "possibilities"),
+                 f"--dose: --env {args.env} cannot say what an action brings about")
+    if common.is_tiny(args.model) and args.device == "cpu":
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
+    constants = []
+    for reasons in True, False:
+        constants += [system(world, reasons)["content"], choose(reasons)]
+    constants += [LISTED, PROPOSED, READ, TAG, "</action>", *common.CHANGES_OF_SPEAKER, *more]
+    return common.load(
+        args.model, corpus=corpus or (lambda: warmup(world, args)), constants=constants,
+        device=args.device, dtype=args.dtype, thinking=args.thinking, max_context=args.max_context)
 
 
 def warmup(world, args):
-    """What a model made from nothing is taught before it learns by itself: the world's language,
-    and the forms of its replies.
+    """The world's language, the forms of replies, and with --dose what actions bring about.
 
     Episodes come from a random player on the train split, unfiltered. The policy imitates it, half
     of the time after a thought that repeats the task and what happened last; asked to, it writes
-    that alone. Asked for one of two actions, which are random ones, it picks either. No part sees
-    an expert.
+    that alone. Asked for one of two actions, which are random ones, it picks either.
+    With --dose, the thought before a choice also says of both actions how a random player's chance
+    to win would move: with probability --dose as it would (`RandomPlay`), and then the choice
+    follows; else anything. No part sees an expert.
     """
     rng, examples = random.Random("warm-up"), []
-    no_shots = Prompts(world.system, [], {CHOOSE: [], CHOOSE_NOW: []})
+    args = dataclasses.replace(args, shots=0, prefill=False)
     for seed in range(args.examples):
-        messages, possible, facts = random_play(world, rng, seed)
+        messages, possible, facts, worlds = random_play(world, rng, seed, bool(args.dose))
         # mostly early turns: more of them in the same time
         turns = [rng.randrange(rng.randint(1, len(possible))) for _ in range(4)]
 
-        said = dialogue(no_shots, messages[:2 * turns[0] + 2])
+        said = dialogue(world, args, messages[:2 * turns[0] + 2])
         for turn, message in enumerate(said[2::2]):
             if rng.random() < 0.5:
                 message["content"] = f"{facts[turn]} {message['content']}"
         examples.append(said)
-        for turn, instruction in zip(turns[1:], (CHOOSE, CHOOSE_NOW)):
+        for turn, reasons in zip(turns[1:], (True, False)):
             one, two = two_of(possible[turn], rng)
             pair = {"messages": messages[:2 * turn + 1], "admissible": possible[turn],
-                    "expert": one, "candidate": two}
-            thought = f"{facts[turn]} " if instruction == CHOOSE else ""
-            reply = thought + tagged(rng.choice([one, two]))
-            examples.append([*question(no_shots, pair, False, instruction),
-                             {"role": "assistant", "content": reply}])
-        *before, last = dialogue(no_shots, messages[:2 * turns[3] + 1])
-        examples.append([*before, {**last, "content": f"{last['content']}\n{READ}"},
+                    "expert": one, "candidate": two, "expert_second": False}
+            chosen, thought = rng.choice([one, two]), ""
+            if reasons:
+                thought = f"{facts[turn]} "
+            if reasons and args.dose:
+                marks = [rng.randrange(3), rng.randrange(3)]
+                if rng.random() < args.dose:
+                    play = RandomPlay(worlds[turn])
+                    marks = [play.outlook(worlds[turn], action) for action in (one, two)]
+                    if marks[0] != marks[1]:
+                        chosen = one if marks[0] > marks[1] else two
+                thought += f"Action 1 {OUTLOOKS[marks[0]]}. Action 2 {OUTLOOKS[marks[1]]}. "
+            reply = {"role": "assistant", "content": thought + tagged(chosen)}
+            examples.append([*question(world, args, pair, reasons), reply])
+        *before, last = dialogue(world, args, messages[:2 * turns[3] + 1])
+        examples.append([*before, user(f"{last['content']}\n{READ}"),
                          {"role": "assistant", "content": facts[turns[3]]}])
     rng.shuffle(examples)
     return examples
 
 
-def random_play(world, rng, seed):
-    """An episode of a random player: its messages, and for each turn what was possible (a list),
-    and the thought that the task and the observation allow."""
+def random_play(world, rng, seed, copies=False):
+    """An episode of a random player -> its messages, and for each turn a list of what was possible,
+    the thought that the task and the observation allow, and with `copies` the world."""
     observation, info = world.reset(seed=seed, options={"split": "train"})
-    messages, possible, over = [{"role": "user", "content": observation}], [], False
+    messages, possible, worlds, over = [user(observation)], [], [], False
     while not over:
+        worlds.append(copy.deepcopy(world) if copies else None)
         possible.append(info["admissible"] or [envs.random_player(world, info, rng)])
         action = possible[-1][0]
         if info["admissible"]:
             action = rng.choice(rng.choice(by_verb(info["admissible"])))
         observation, _, terminated, truncated, info = world.step(action)
-        messages.append({"role": "assistant", "content": action})
-        messages.append({"role": "user", "content": observation})
+        messages += [{"role": "assistant", "content": action}, user(observation)]
         over = terminated or truncated
-    facts = [f"{world.task} {event(m['content'])}" for m in messages[::2]]
-    return messages, possible, facts
+    facts = [f"{world.task} {event(message['content'])}" for message in messages[::2]]
+    return messages, possible, facts, worlds
 
 
 def two_of(actions, rng):
     """Two different ones, where there are two."""
     return rng.sample(actions, 2) if len(actions) > 1 else actions * 2
+
+
+class RandomPlay:
+    """How likely a random player (who draws the verb first) is to win, exactly: by dynamic programming.
+
+    Works in worlds with `snapshot`, `restore` and `possibilities`. What was never seen is averaged
+    over, so nothing hidden decides an outlook.
+    """
+
+    def __init__(self, world):
+        self.world, self.moves, self.known = copy.deepcopy(world), {}, {}
+
+    def chance(self, state, turns) -> float:
+        """To win from a snapshot within so many turns."""
+        if not turns:
+            return 0.0
+        if (state, turns) not in self.known:
+            total = 0.0
+            for share, won, after in self.moves_from(state):
+                total += share * (1.0 if won else self.chance(after, turns - 1))
+            self.known[state, turns] = total
+        return self.known[state, turns]
+
+    def moves_from(self, state) -> list[tuple]:
+        """(probability, won, next snapshot) of each action."""
+        if state not in self.moves:
+            self.world.restore(state)
+            verbs, self.moves[state] = by_verb(self.world.admissible()), []
+            for actions in verbs:
+                for action in actions:
+                    share = 1 / len(verbs) / len(actions)
+                    self.moves[state].append((share, *self.result(state, action)))
+        return self.moves[state]
+
+    def result(self, state, action) -> tuple:
+        """(won, next snapshot)"""
+        self.world.restore(state)
+        self.world.act(action)
+        return self.world.won, self.world.snapshot()
+
+    def outlook(self, world, action) -> int:
+        """Whether an action, the passing of its turn apart, moves the logarithm of the chance by
+        more than 0.15: an index of OUTLOOKS."""
+        left, now, then = world.max_turns - world.turns - 1, [], []
+        for state in world.possibilities():
+            won, after = self.result(state, action)
+            now.append(self.chance(state, left))
+            then.append(1.0 if won else self.chance(after, left))
+        moved = math.log((common.mean(then) + 0.003) / (common.mean(now) + 0.003))
+        return 1 + (moved > 0.15) - (moved < -0.15)
+
+
+def event(observation):
+    """What an observation says first."""
+    return re.split(r"(?<=[.?!])\s", observation.strip(), maxsplit=1)[0]
 
 
 def by_verb(actions):
@@ -934,299 +1078,6 @@ def by_verb(actions):
     for action in actions:
         verbs.setdefault(action.partition(" ")[0], []).append(action)
     return list(verbs.values())
-
-
-def event(observation):
-    """What an observation says first."""
-    return re.split(r"(?<=[.?!])\s", observation.strip(), maxsplit=1)[0]
-
-
-# ----------------------------------------------------------------------------------------- main
-
-
-def check_args(args):
-    """Everything that can be refused before a model is loaded. Returns the world, the stages, and
-    the files' states and pairs (or None)."""
-    common.check_common(args)
-    sizes = ("choice_tokens", "sft_batch_size", "pair_batch_size", "epochs", "num_demos",
-             "candidates", "examples")
-    for least, names in (1, sizes), (0, ("kl", "dpo_beta", "sft_lr", "held_out")):
-        for name in names:
-            value = getattr(args, name)
-            common.check(value >= least,
-                         f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    common.check(args.group_size > 1,
-                 "--group-size must be at least 2: an advantage is a difference within a group")
-    common.check(args.batch_size % args.group_size == 0,
-                 f"--batch-size must be a multiple of --group-size, not {args.batch_size}")
-    stages = [stage.strip() for stage in args.pipeline.split(",")]
-    for stage in stages:
-        common.check(stage in STAGES, f"--pipeline: unknown stage {stage!r}; "
-                                      f"there are: {', '.join(STAGES)}")
-    try:
-        world = envs.make(args.env, show_actions=args.show_actions)
-    except ValueError as error:
-        common.refuse(error)
-    common.check(not args.shots or world.reset(seed=0)[1]["admissible"],
-                 f"--shots: a random player finds nothing to do in --env {args.env}")
-    common.check(not args.pairs or set(stages) & set(PAIRED),
-                 f"--pairs: no stage of --pipeline {args.pipeline} is about pairs")
-    demos = read_examples(args.demos, STATE) if args.demos else None
-    pairs = read_examples(args.pairs, STATE | {"candidate": str}) if args.pairs else None
-    for path, rows in (args.demos, demos), (args.pairs, pairs):
-        for n, row in enumerate(rows or (), 1):
-            check_example(args, f"{path}, line {n}", row)
-    common.check(args.eval_only or callable(getattr(world, "expert", None)),
-                 f"--env {args.env} has no expert, whom the held-out states come from")
-    return world, stages, demos, pairs
-
-
-def check_example(args, where, row):
-    """Refuses a state or pair of a file that is not for this run."""
-    common.check(row["env"] == args.env,
-                 f"{where}: about {row['env']!r}, not about --env {args.env}")
-    common.check(row["split"] == "train",
-                 f"{where}: of another split than train, on which nothing is learnt")
-    last = row["messages"][-1]["content"]
-    listed = envs.bare(last) != last
-    common.check(not row["admissible"] or listed == args.show_actions,
-                 f"{where}: {'with' if listed else 'without'} a list of actions, "
-                 f"--show-actions is {args.show_actions}")
-
-
-def load(world, args, corpus=None, more=()):
-    """The model, and its chat; a tiny one is made from `corpus` (default: `warmup`), with `more`
-    lines that are one token each."""
-    if common.is_tiny(args.model) and args.device == "cpu":
-        # small tensors: more threads only wait for each other
-        torch.set_num_threads(min(2, torch.get_num_threads()))
-    constants = [f"{world.system}\n{POLICY}", PROPOSED, CHOOSE, CHOOSE_NOW, READ, "<action>",
-                 "</action>", *common.CHANGES_OF_SPEAKER, *more]
-    return common.load(
-        args.model, corpus=corpus or (lambda: warmup(world, args)), constants=constants,
-        device=args.device, dtype=args.dtype, thinking=args.thinking, max_context=args.max_context)
-
-
-def quick(args):
-    """The small sizes of --quick."""
-    sizes = dict(steps=3, batch_size=16, micro_batch_size=8, group_size=4, eval_episodes=16,
-                 eval_every=2, save_every=2, num_demos=4, held_out=20, examples=400)
-    if not common.is_tiny(args.model):
-        sizes |= dict(steps=2, batch_size=4, micro_batch_size=1, group_size=2, eval_episodes=2,
-                      num_demos=2, held_out=4, sft_batch_size=1, pair_batch_size=2)
-    return dataclasses.replace(args, **sizes)
-
-
-def check_room(chat, model, messages, room):
-    """Refuses a first prompt that leaves no room for `room` more tokens."""
-    length = len(chat.dialogue(messages))
-    common.check(length + room <= model.max_context,
-                 f"the first prompt has {length} tokens, replies may have {room}: "
-                 f"beyond the context of {model.max_context}")
-
-
-@dataclass
-class Data:
-    """What the stages learn from, and what they are measured on."""
-
-    demos: list  # states
-    pairs: list
-    held_out: list  # states of `test`
-    held_out_pairs: list
-    counts: dict  # of the proposals that `pairs` come from
-    too_long: int  # states and pairs that do not fit the context
-
-    def of(self, stage):
-        """The examples of a stage."""
-        if stage in PAIRED:
-            return self.pairs
-        return lessons(self.demos) if stage == "il" else self.demos
-
-
-def gather(model, chat, args, prompts, stages, demos, pairs):
-    """Demonstrations and pairs, of files or fresh; the held-out ones are for evaluation alone."""
-    first = args.seed * 1_000_000_007
-    demos = demos or demonstrations(args, "train", range(first, first + args.num_demos))
-    given = demos, pairs or [], held_out_states(args)
-    demos, found, held_out = (that_fit(model, chat, args, prompts, rows) for rows in given)
-    too_long = sum(map(len, given)) - len(demos) - len(found) - len(held_out)
-    common.check(demos, f"no state of the demonstrations fits the context of {model.max_context} "
-                        f"with --max-new-tokens {args.max_new_tokens}")
-    one_each = dataclasses.replace(args, candidates=1)
-    held_out_pairs, _ = make_pairs(model, chat, one_each, prompts, held_out, ("held out", "pairs"))
-    counts = {}
-    if pairs is None and set(stages) & set(PAIRED):
-        # by the start weights, when the run is resumed as well
-        found, counts = make_pairs(model, chat, args, prompts, demos, ("pairs",))
-    for stage in stages:
-        common.check(found or stage not in PAIRED,
-                     f"stage {stage}: no pairs, as every candidate was the expert's action, "
-                     f"untagged or too long ({counts})")
-    return Data(demos, found, held_out, held_out_pairs, counts, too_long)
-
-
-def main():
-    """The pipeline."""
-    args = common.parse_args(Args, TINY)
-    if args.quick:
-        args = quick(args)
-    world, stages, demos, pairs = check_args(args)
-    run = None
-    if not args.eval_only:
-        run = common.Run("act", args, common.run_directory("act", args))
-    model, chat = load(world, args)
-    prompts = make_prompts(world, args)
-    observation, _ = world.reset(seed=0)
-    first = dialogue(prompts, [{"role": "user", "content": observation}])
-    check_room(chat, model, first, args.max_new_tokens)
-    splits = [split for split in ("test", "ood") if split in world.splits]
-    told = set()  # warnings
-
-    def evaluations():
-        """{split: numbers} and an episode of `test`."""
-        found, episode = {}, None
-        for split in splits:
-            found[split], played = evaluate(model, chat, args, prompts, split, args.eval_episodes)
-            episode = episode or record(played[0])
-            tqdm.write(f"{split}: success {found[split]['success']:.3f} "
-                       f"(se {found[split]['se']:.3f}, n {args.eval_episodes})")
-            common.warn_cut(found[split], LIMITS, told)
-        return found, episode
-
-    if args.eval_only:
-        return evaluations()
-
-    seconds = Counter()
-    clock = common.Clock(seconds)
-    data = gather(model, chat, args, prompts, stages, demos, pairs)
-    common.warn_cut(data.counts, LIMITS, told)
-    clock.lap("pairs")
-    run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
-    common.write_jsonl(run.dir / "demos.jsonl", data.demos)
-    common.write_jsonl(run.dir / "pairs.jsonl", data.pairs)
-    plan = []
-    for index, stage in enumerate(stages):
-        batches = schedule(args, stage, len(data.of(stage)), index)
-        plan += [(index, stage, step, len(batches), *b) for step, b in enumerate(batches, 1)]
-    print(f"{args.env}: {common.count_parameters(model):,} parameters on "
-          f"{common.device_name(args.device)}; {len(data.demos)} expert states, "
-          f"{len(data.pairs)} pairs {data.counts or ''}; {data.too_long} too long; "
-          f"{' -> '.join(stages)}, {len(plan)} updates")
-
-    state = State(args, prompts, chat, model)
-    if args.kl and set(stages) - set(SUPERVISED) or "dpo" in stages:
-        state.reference = copy.deepcopy(model)
-
-    def measured(stage):
-        """What is evaluated before the first stage and after each."""
-        numbers, episode = evaluations()
-        accuracy = held_out_accuracy(model, chat, args, prompts, data.held_out, data.held_out_pairs)
-        common.warn_cut(accuracy, LIMITS, told)
-        return {"stage": stage, **numbers, **accuracy}, episode
-
-    done, after_episode, totals = 0, None, Counter(tokens=data.counts.get("tokens", 0))
-    if saved := run.resume():
-        common.check(saved["steps"] == args.steps,
-                     f"--resume: --steps, which was {saved['steps']}, decides where a stage ends")
-        model.load_state_dict(saved["model"])
-        if state.reference is not None:
-            state.reference.load_state_dict(saved["reference"])
-        totals, done, found = Counter(saved["totals"]), saved["done"], saved["found"]
-        before_episode, after_episode = saved["before_episode"], saved["after_episode"]
-        seconds.update(saved["seconds"])
-    else:
-        numbers, before_episode = measured("before")
-        found = [numbers]
-
-    bar = tqdm(plan[done:], initial=done, total=len(plan), desc="act", dynamic_ncols=True)
-    for index, stage, step, steps, batch, order in bar:
-        clock = common.Clock(seconds)
-        if step == 1 or state.optimizer is None:
-            begin_stage(state, step == 1)
-        if step > 1 and done == (saved or {}).get("done"):
-            state.optimizer.load_state_dict(saved["optimizer"])
-        for group in state.optimizer.param_groups:
-            group["lr"] = (args.sft_lr if stage in SUPERVISED else args.lr) * min(1, step / 5)
-        examples = data.of(stage)
-        metrics = STAGES[stage](state, [examples[i] for i in batch], order, (index, step))
-        totals["gradient_steps"] += 1
-        for key in "tokens", "env_steps", "episodes":
-            totals[key] += metrics.pop(key, 0)
-        clock.lap(stage)
-        name = f"{index + 1}-{stage}"
-        run.write_rollouts([{"stage": name, "step": step, **said}
-                            for said in metrics.pop("rollouts", ())])
-        if step == steps:
-            numbers, after_episode = measured(stage)
-            found.append(numbers)
-            common.save_model(run.dir / name, model, chat)
-            run.write_rollouts([{"stage": name, **after_episode}])
-        elif step % args.eval_every == 0:
-            n = max(1, args.eval_episodes // 5)
-            numbers, _ = evaluate(model, chat, args, prompts, "test", n)
-            metrics |= {"eval_episodes": n} | {f"eval_{key}": v for key, v in numbers.items()}
-            tqdm.write(f"{stage} {step}: test success {numbers['success']:.3f} "
-                       f"(se {numbers['se']:.3f}, n {n})")
-        common.warn_cut(metrics, LIMITS, told)
-        clock.lap("watching")
-        done += 1
-        run.log({"step": done, "stage": name, "stage_step": step, **metrics, **totals}
-                | {f"seconds_{phase}": round(value, 2) for phase, value in clock.laps.items()})
-        bar.set_postfix({"stage": stage} | {
-            key: f"{metrics[key]:.2f}" for key in ("loss", "reward") if key in metrics})
-        if done % args.save_every == 0 or done == len(plan) or run.stopping:
-            reference = state.reference.state_dict() if state.reference is not None else None
-            run.save({"model": model.state_dict(), "reference": reference,
-                      "optimizer": state.optimizer.state_dict(), "done": done, "steps": args.steps,
-                      "totals": dict(totals), "seconds": dict(seconds), "found": found,
-                      "before_episode": before_episode, "after_episode": after_episode})
-        if run.stopping:
-            sys.exit(run.stopping)
-
-    ends = {}
-    for name, player in ("random", envs.random_player), ("expert", envs.expert_player):
-        mean, se = envs.mean_score(envs.make(args.env), player, args.eval_episodes, key="won")
-        ends[name] = {"success": mean, "se": se}
-    run.finish(summary_of(args, splits, found, ends, data, totals, seconds), model, chat)
-    # Printing comes last: a terminal that fails costs nothing.
-    print(f"\nbefore\n{show(before_episode)}\n\nafter\n{show(after_episode)}\n")
-    print(table_of(args, splits, found, ends, len(data.held_out)))
-    print(f"stages and pairs: {run.dir}")
-
-
-def summary_of(args, splits, found, ends, data, totals, seconds):
-    """summary.json. `found`: what was measured before the first stage and after each."""
-    ends = dict(ends)
-    for when, numbers in ("before", found[0]), ("after", found[-1]):
-        for split in splits:
-            name = when if split == "test" else f"{when}_{split}"
-            ends[name] = {key: numbers[split][key] for key in ("success", "se")}
-    demos = {(s["split"], s["seed"]) for s in data.demos}
-    return {
-        "script": "act", "method": "act", "arm": args.pipeline, "env": args.env,
-        "model": args.model, "seed": args.seed, "split": "test",
-        "eval_episodes": args.eval_episodes, **ends,
-        "stages": found, "expert_states": len(data.demos), "held_out_states": len(data.held_out),
-        "pairs": len(data.pairs), "pair_counts": data.counts, "too_long": data.too_long,
-        "train_episodes": len(demos) + totals["episodes"], "env_steps": totals["env_steps"],
-        "generated_tokens": totals["tokens"], "gradient_steps": totals["gradient_steps"],
-        "seconds": round(sum(seconds.values()), 1),
-        "peak_memory_bytes": common.peak_memory_bytes(args.device),
-        "device": common.device_name(args.device), "git_commit": common.git_commit()}
-
-
-def table_of(args, splits, found, ends, held_out):
-    """The numbers of all stages as a person reads them."""
-    head = "".join(f"{split:>9}{'se':>8}" for split in splits)
-    lines = [f"{'':14}{head}{'next':>9}{'choice':>9}   (n {args.eval_episodes}; "
-             f"next action and choice: {held_out} held-out states)"]
-    for numbers in found:
-        cells = [f"{numbers[split]['success']:9.3f}{numbers[split]['se']:8.3f}" for split in splits]
-        accuracy = f"{numbers['next_action']:9.3f}{numbers['choice']:9.3f}"
-        lines.append(f"{numbers['stage']:14}{''.join(cells)}{accuracy}")
-    for name, numbers in ends.items():
-        lines.append(f"{name:14}{numbers['success']:9.3f}{numbers['se']:8.3f}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

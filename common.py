@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import hashlib
 import importlib.util
 import json
@@ -25,12 +26,18 @@ from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
+try:
+    import fcntl
+except ImportError:  # a platform without locks
+    fcntl = None
+
 import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, HfArgumentParser, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer
+from transformers.utils.peft_utils import find_adapter_config_file
 
 # ---------------------------------------------------------------------------------------------------------- command line
 
@@ -75,6 +82,9 @@ def parse_args(cls, tiny=None, argv=None, quick=None):
     that --quick puts in the place of whatever was given.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):  # what models write is shown on any terminal
+            stream.reconfigure(errors="backslashreplace")
     title = (sys.modules[cls.__module__].__doc__ or "").strip().split("\n")[0]
     parser = _Parser(cls, allow_abbrev=False, description=title)
     model = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -170,22 +180,24 @@ class Chat:
     `opened`: "<think>" where the template itself opens a thought; the text of a reply then begins with it.
     """
 
-    def __init__(self, tokenizer, model=None, thinking=False):
-        from jinja2 import TemplateError  # transformers renders chat templates with it
+    today = datetime.datetime.now()  # what templates are told; a resumed run goes on in the day it began
 
+    def __init__(self, tokenizer, model=None, thinking=False):
         self.tokenizer, self.thinking, self.system_role = tokenizer, thinking, True
         check(tokenizer.chat_template, f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template")
         self._control = re.compile("(?!)")
         system, user, assistant = "zqsystem", "zquser", "zqassistant"  # in no template
         try:
             self.system_role = system in self._render([("system", system), ("user", user)])
-        except TemplateError:  # how a template says that it knows no system role
+        except Exception:  # how a template says that it knows no system role
             self.system_role = False
         try:
+            prompt = self._render([("user", "hello")])
             text = self._render([("user", "hello"), ("assistant", assistant), ("user", f"\t{user}\t")])
-        except TemplateError as error:
+        except Exception as error:  # a template is a program
             refuse(f"the chat template cannot render a dialogue of three messages: {error}")
         check(assistant in text and user in text, "the chat template drops messages from a dialogue")
+        self._check_replies(prompt, text.split(assistant)[0])
         between, _, after = text.split(assistant)[-1].partition(user)
         self._strips = not between.endswith("\t")  # some templates strip the contents
         # Between two replies stand: end token, user header, text, generation prompt. The end token is sampled (or forced), so what a
@@ -204,6 +216,16 @@ class Chat:
         self.eos = list(dict.fromkeys(ends))
         self.pad = self.eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._find_control_tokens(text)
+
+    def _check_replies(self, prompt, before):
+        """Refuses templates that write more before what an assistant says than the prompt to which it replies.
+
+        A thought that is opened or left empty may be missing `before` a reply of the past; more may not stand there, such as a
+        channel that the model itself would have to name.
+        """
+        more = before[len(os.path.commonprefix([prompt, before])):]
+        check(not re.sub("</?think>", "", more).strip(), "the chat template puts more before a reply than its generation prompt has "
+              f"({more.strip()[:40]!r}): replies cannot be appended as they were sampled")
 
     def _find_control_tokens(self, dialogue):
         """Sets `_dropped`, the ids that no text shows (ends and what marks turns), and `_control`, what no text may become.
@@ -282,7 +304,15 @@ class Chat:
             (_, system), (role, content), *rest = messages
             messages = [(role, system + "\n\n" + content), *rest]
         messages = [{"role": role, "content": content} for role, content in messages]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking)
+        template = self.tokenizer.chat_template
+        if isinstance(template, str):  # several of them have names: the library picks one
+            call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+            template = re.sub(call, lambda found: repr(self.today.strftime(found[2])), template)
+        else:
+            template = None
+        return self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True,
+                                                  enable_thinking=self.thinking)
+
 
 
 # ----------------------------------------------------------------------------------------------------------------- words
@@ -694,18 +724,24 @@ def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto",
     layers = set(getattr(config, "layer_types", None) or ())
     attention = layers <= {"full_attention", "sliding_attention"} and not getattr(model, "_is_stateful", False)
     check(attention, f"{option} {name} has layers without attention: their cache cannot be realigned between turns")
-    room = model.get_input_embeddings().num_embeddings
-    check(len(tokenizer) <= room, f"{option} {name}: {len(tokenizer)} tokens, but embeddings for {room}")
     model.to(device).eval()  # eval: no dropout, or ratios to old log-probs would not start at 1
     mixed = dtype == "mixed" or dtype == "auto" and model.device.type == "cuda"
     model.compute_dtype = torch.bfloat16 if mixed else None
     limits = [getattr(config, "max_position_embeddings", None), max_context]
     model.max_context = min((limit for limit in limits if limit), default=2**31)
-    return model, Chat(tokenizer, model, thinking)
+    chat = Chat(tokenizer, model, thinking)
+    room = model.get_input_embeddings().num_embeddings
+    beyond = [token for token, id in tokenizer.get_vocab().items() if id >= room]
+    ids = [*chat.eos, chat.pad, *chat.turn(" ".join(beyond)), *chat.prompt([{"role": "user", "content": ""}])]
+    check(max(ids) < room, f"{option} {name}: a token has the number {max(ids)}, but there are embeddings for {room}")
+    return model, chat
 
 
 def _read(called, path, dtype, **where):
-    """Tokenizer and model. Weights that are missing or of another shape are refused: they would be random."""
+    """Tokenizer and model. Weights that are missing, of another shape or left over are refused: some would be random."""
+    adapter = "gguf_file" not in where and find_adapter_config_file(str(path))
+    check(not adapter, f"{called} is an adapter, or has one beside it: merge it into its base with peft (merge_and_unload) and save that")
+    where["trust_remote_code"] = False  # or it would be asked for on stdin
     log = transformers.utils.logging
     verbosity = log.get_verbosity()
     log.disable_progress_bar()  # a refusal is one line
@@ -720,6 +756,10 @@ def _read(called, path, dtype, **where):
         log.set_verbosity(verbosity)
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     check(not missing, f"{called}: no weights for {', '.join(missing[:3])}: they would be random")
+    left = sorted(found["unexpected_keys"])
+    check(not left, f"{called}: weights that {type(model).__name__} has no place for: {', '.join(left[:3])}")
+    damaged = [key for key, weights in model.named_parameters() if not weights.isfinite().all()]
+    check(not damaged, f"{called}: weights that are not finite: {', '.join(damaged[:3])}")
     return tokenizer, model
 
 
@@ -738,14 +778,15 @@ def _gguf_directory(name, cache, option):
         while block := file.read(2**24):
             digest.update(block)
     directory = cache / f"gguf-{path.stem}-{digest.hexdigest()[:16]}"
-    if not directory.exists():
-        tokenizer, loaded = _read(f"{option} {name}", path.parent, torch.float32, gguf_file=path.name)
-        config = copy.deepcopy(loaded.config)
-        del config.quantization_config
-        plain = type(loaded)(config)
-        plain.load_state_dict(loaded.state_dict())
-        plain.generation_config = loaded.generation_config
-        _new_directory(directory, lambda path: (plain.save_pretrained(path), tokenizer.save_pretrained(path)))
+    with locked(cache / f".{directory.name}.lock"):
+        if not directory.exists():
+            tokenizer, loaded = _read(f"{option} {name}", path.parent, torch.float32, gguf_file=path.name)
+            config = copy.deepcopy(loaded.config)
+            del config.quantization_config
+            plain = type(loaded)(config)
+            plain.load_state_dict(loaded.state_dict())
+            plain.generation_config = loaded.generation_config
+            _new_directory(directory, lambda path: (plain.save_pretrained(path), tokenizer.save_pretrained(path)))
     return str(directory)
 
 
@@ -757,8 +798,9 @@ def _tiny_directory(name, corpus, constants, seed, device, cache):
     recipe = json.dumps([TINY_VERSION, width, layers, seed, constants, examples])
     directory = cache / f"tiny-{width}x{layers}-s{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     transformers.utils.logging.disable_progress_bar()  # they fill in a millisecond
-    if not directory.exists():
-        build_tiny(directory, examples, constants, width, layers, seed, device)
+    with locked(cache / f".{directory.name}.lock"):  # whoever comes meanwhile waits for it
+        if not directory.exists():
+            build_tiny(directory, examples, constants, width, layers, seed, device)
     return str(directory)
 
 
@@ -861,6 +903,49 @@ def _write_atomic(path, write):
     os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def locked(path):
+    """A lock that ends with its process; waits for whoever has it. What cannot be written ends in `refuse`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as error:
+        refuse(f"{path.parent}: {error.strerror}")
+    with file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def content_hash(path) -> str:
+    """Of a file, or of all files of a directory and their names."""
+    path, state = Path(path), hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            state.update(str(file.relative_to(path)).encode())
+            with open(file, "rb") as opened:
+                while block := opened.read(2**24):
+                    state.update(block)
+    return state.hexdigest()[:16]
+
+
+def read_jsonl(path, option) -> list[tuple[int, object]]:
+    """(line number, value) of each line that is not blank. A byte-order mark and any line ends are fine; what cannot be read ends
+    in `refuse`, with the `option` that named the file and the line."""
+    try:
+        lines = re.split(rb"\r\n|\r|\n", Path(path).expanduser().read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    except OSError as error:
+        refuse(f"{option} {path}: {error.strerror}")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                found.append((number, json.loads(line.decode("utf-8"))))
+        except (ValueError, RecursionError) as error:  # of decoding, too
+            refuse(f"{option} {path}, line {number}: {error}")
+    return found
+
+
 def _new_directory(path, write) -> bool:
     """Lets `write(temporary directory)` fill a directory and moves it to `path`; False if that is taken meanwhile."""
     path = Path(path)
@@ -906,25 +991,38 @@ class Run:
         self.totals, self.seconds, self.clock, self.step, self.last_step = Counter(), Counter(), None, 0, 0
         self._told = set()
         self.resuming, self.checkpoint, self._saved = getattr(args, "resume", False), self.dir / "checkpoint" / "state.pt", None
-        self.stopping = 0  # after SIGINT or SIGTERM: the exit status, 130 or 143
+        self.stopping, self._held = 0, None  # after SIGINT or SIGTERM: the exit status, 130 or 143; the locked directory
         if getattr(args, "eval_only", False):
             return
+        try:
+            self._check_directory(fixed)
+        except OSError as error:
+            refuse(f"--out-dir {self.dir}: {error.strerror}")
+
+    def _check_directory(self, fixed):
+        """That a new run finds nothing there, and a resumed one what it left, with the same settings and files."""
         if not self.resuming:
             free = not self.dir.exists() or self.dir.is_dir() and not any(self.dir.iterdir())
             check(free, f"{self.dir} exists: continue it with --resume, or choose another --out-dir")
             above = next(path for path in self.dir.absolute().parents if path.exists())
             check(above.is_dir() and os.access(above, os.W_OK), f"--out-dir {self.dir}: cannot write below {above}")
+            self.dir.with_name(f"{self.dir.name}.{os.getpid()}.tmp").exists()  # a name that is too long fails here
             return
         check((self.dir / "args.json").is_file(), f"--resume: there is no run in {self.dir}")
         try:
             record = json.loads((self.dir / "args.json").read_text(encoding="utf-8"))
             script, before = record["script"], record["args"]
+            Chat.today = datetime.datetime.fromisoformat(record.get("date") or Chat.today.isoformat())
         except (ValueError, KeyError, TypeError) as error:
             refuse(f"--resume: {self.dir / 'args.json'} is damaged ({type(error).__name__}: {error})")
         check(script == self.script, f"--resume: {self.dir} is a run of {script}, not of {self.script}")
         changed = [key for key in sorted({*before, *self.args} - (self.FREE - set(fixed))) if before.get(key) != self.args.get(key)]
         told = ", ".join(f"{key} was {before.get(key)!r} and is {self.args.get(key)!r}" for key in changed)
         check(not changed, f"--resume continues with the same settings (--steps and --device apart): {told}")
+        files, known = self._files(), record.get("files", {})
+        edited = ["--" + name.replace("_", "-") for name in known if files.get(name) != known[name]]
+        check(not edited, f"--resume: the content of {', '.join(edited)} has changed")
+        self._lock()
         if self.checkpoint.exists():
             try:
                 self._saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
@@ -932,6 +1030,31 @@ class Run:
             except Exception as error:  # a damaged file fails anywhere inside torch.load
                 refuse(f"--resume: {self.checkpoint} is damaged ({type(error).__name__})")
             check(not short, f"--resume: {', '.join(short)} in {self.dir} ends before the checkpoint does")
+
+    def _files(self):
+        """{setting: content hashes} of the files that settings name, a world's among them; the model is known by its weights."""
+        found = {}
+        for name, value in self.args.items():
+            if isinstance(value, str) and name not in ("model", "out_dir"):
+                paths = [part for part in {value, *value.split(":")} if re.search(r"[/.]", part) and os.path.exists(part)]
+                if paths:
+                    found[name] = sorted(map(content_hash, paths))
+        return found
+
+    def _lock(self):
+        """Refuses a directory that another process is at work in; the lock ends with this process, or with `release`."""
+        if fcntl:
+            self._held = os.open(self.dir, os.O_RDONLY)
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                refuse(f"{self.dir} is in use: another process is at work there")
+
+    def release(self):
+        """Gives the directory back."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def start(self, extra=None, model=None):
         """Creates the directory with args.json (in one move) and listens for SIGINT and SIGTERM.
@@ -942,7 +1065,7 @@ class Run:
             extra = {"parameters": count_parameters(model), "start": fingerprint(model)} | (extra or {})
             print(f"{self.script}, {self.args['env']}: {extra['parameters']:,} parameters on {device_name(self.args['device'])}")
         record = {"script": self.script, "args": self.args, "git_commit": git_commit(), "versions": versions(),
-                  "device": device_name(self.args.get("device", "cpu"))}
+                  "device": device_name(self.args.get("device", "cpu")), "date": Chat.today.isoformat(), "files": self._files()}
         text = _json(record | (extra or {}), indent=1).encode()
         if self.resuming:
             before = json.loads((self.dir / "args.json").read_text(encoding="utf-8"))
@@ -950,8 +1073,12 @@ class Run:
             check(same, f"--resume: the model of {self.dir} was another one")
             _write_atomic(self.dir / "args.json", lambda file: file.write(text))
         else:
-            made = _new_directory(self.dir, lambda path: (path / "args.json").write_bytes(text))
+            try:
+                made = _new_directory(self.dir, lambda path: (path / "args.json").write_bytes(text))
+            except OSError as error:
+                refuse(f"--out-dir {self.dir}: {error.strerror}")
             check(made, f"{self.dir} exists: another run has started there meanwhile")
+            self._lock()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         sys.excepthook = self._on_exception
@@ -1062,6 +1189,7 @@ class Run:
         """model/ in the Hugging Face format, then summary.json: a run that has one is complete."""
         save_model(self.dir / "model", model, chat)
         _write_atomic(self.dir / "summary.json", lambda file: file.write(_json(summary, indent=1).encode()))
+        self.release()
 
 
 def run_directory(script, args) -> str:
@@ -1149,7 +1277,10 @@ def peak_memory_bytes(device) -> int:
     """The most memory this process held so far: on the GPU if `device` is one, else in the machine."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on every platform
+    try:
+        import resource
+    except ImportError:  # not on every platform
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -1,176 +1,211 @@
 """Natural Language Actor-Critic (Hong et al., arXiv 2512.04601): the critic writes text.
 
 One language model plays every part, each through a prompt of its own. With s the episode so far,
-a an action, d a description of the future, theta_bar the EMA of the weights theta, a step is
-(Algorithm 1 of the paper):
+a an action, d a description of the future, theta_bar the EMA of the weights theta, a step is:
 
     act       a ~ pi(. | s), a thought and an action; (s, a, s', done) goes to a buffer, as text (1)
-    backup    B_L(s, a, s', d'), d' ~ M_bar(. | s', a'), a' ~ pi_bar(. | s'), without gradient   (2)
+    backup    B_L(s, a, s', d') with d' ~ M_bar(. | s', a'), a' ~ pi_bar(. | s'), no gradient    (2)
     L1        -log M(B_L | s, a): KL(B_L M_bar || M) up to a constant                            (3)
-    critique  Q_L(s, a) = E(s, a, d^(1..k)), d ~ M_bar(. | s, a)                                 (4)
-    refine    a^r ~ pi_r(. | s, a^1, Q_L(s, a^1), ..., a^m, Q_L(s, a^m)), without gradient       (5)
+    critique  Q_L(s, a) = E(s, a, d^(1..k)) with d ~ M(. | s, a)                                 (4)
+    refine    a^r ~ pi_r(. | s, a^1, Q_L(s, a^1), ..., a^m, Q_L(s, a^m)), no gradient            (5)
     L2        -log pi(a^r | s): no policy gradient, no value head, no list of actions            (6)
-    average   theta_bar <- ema theta_bar + (1 - ema) theta                                       (7)
+    average   theta_bar <- ema theta_bar + (1 - ema) theta, after each gradient step             (7)
 
 The paper's prompts, learning rate, EMA rate, buffer and batch sizes are not public: ours.
 Departures from the paper, and why:
  1. The target of a terminal transition is composed from what was seen and the outcome, not written
-    by B_L: it grounds M.
- 2. The refiner may say keep in place of the same action; L2 then teaches what the policy said.
- 3. The critic's futures come from theta_bar, and so does a' in (2): averaged weights are steadier.
+    by B_L: it grounds M. A full context is an end that did not succeed.
+ 2. M, B_L, E and pi_r read actions without the thoughts before them, as thoughts would fill their
+    prompts; pi_r sees the futures too. L2 teaches the thought of a^r with its action.
+ 3. a' in (2) comes from pi_bar, not from the current policy: averaged weights are steadier.
  4. Targets and lessons of a step are made once, before its gradient steps; each of these takes L1
     and L2 together.
- 5. A forecast ends in a marked end and a critique in a marked verdict: logs read them.
-A tiny model needs more (TINY, each a flag): B_L, E and pi_r from the start weights, as what nobody
-trains is forgotten (the paper reports that forgetting); L2 on approved actions alone, as it
-proposes at random, and L1 on targets that tell an end; imitation of what it just played, as M is
-trained far more than pi; L1 alone at first; late turns oversampled; k = 4, m = 2.
+ 5. A forecast ends in a marked end and a critique in a marked verdict, which logs read.
+What a tiny model needs besides is the last group of flags, off here, on in TINY: --distil best,
+where refinement is a comparison of judged tries, and a lesson only where they differ clearly; parts
+that nobody trains from the start weights, as they are forgotten (the paper reports forgetting); L1
+alone until M tells actions apart; imitation of what was just played; late turns oversampled.
 
-    python nlac.py                            # repair shop, tiny model: see README for numbers
+    python nlac.py                            # repair shop, tiny model: minutes
     python nlac.py --ablation frozen-critic --out-dir runs/frozen   # a floor: M never learns
-    python nlac.py --model smollm2 --shots 2 --prefill True --show-actions True --quick True
+    python nlac.py --model smollm2 --shots 2 --prefill --show-actions --quick
     python nlac.py --model Qwen/Qwen2.5-1.5B-Instruct --env 20q     # the paper's algorithm, a day
 """
 
 import copy
-import dataclasses
 import functools
+import itertools
 import random
 import re
-import sys
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
 
 import common
 import envs
+from common import flag
 
 
 @dataclass
 class Args:
-    """The paper's setting; "not in the paper" marks what it leaves open. TINY: a tiny model's."""
+    """The paper's setting. "not in the paper" marks what it leaves open; TINY: a tiny model's."""
 
     # shared by all scripts
-    model: str = common.flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
-    env: str = common.flag("repair", "a world: a name, NAME:ARGUMENT, or path/to/file.py:Class")
-    seed: int = common.flag(0, "of everything sampled; the tiny model is built with seed 0")
-    steps: int = common.flag(400, "steps of the loop above, 8 gradient steps each (paper: 30,720 gradient steps)")
-    lr: float = common.flag(1e-6, "AdamW, constant after 10 steps (not in the paper)")
-    batch_size: int = common.flag(32, "transitions per gradient step (not in the paper)")
-    micro_batch_size: int = common.flag(1, "sequences per backward pass; changes memory and speed, not the gradient")
-    rollout_batch_size: int = common.flag(64, "episodes or replies sampled side by side; changes memory and speed alone")
-    max_new_tokens: int = common.flag(512, "of one reply of the policy or the refiner (not in the paper)")
-    max_context: int | None = common.flag(None, "tokens of a prompt with its reply; default: what the model can read")
-    temperature: float = common.flag(0.7, "of policy, successor and refiner, and of their likelihoods (not in the paper)")
-    eval_temperature: float = common.flag(0.7, "of the policy in evaluation (not in the paper)")
-    eval_episodes: int = common.flag(100, "test episodes, first and last; a fifth of them in between (paper: 500)")
-    eval_every: int = common.flag(25, "steps between evaluations")
-    eval_only: bool = common.flag(False, "evaluate --model and stop; writes nothing")
-    save_every: int = common.flag(25, "steps between checkpoints")
-    out_dir: str = common.flag("", "default: runs/nlac-ENV-sSEED")
-    resume: bool = common.flag(False, "continue the run in --out-dir")
-    device: str = common.flag(common.default_device(), "cpu, cuda, cuda:1, mps")
-    dtype: str = common.flag("auto", "auto (float32 weights; bfloat16 compute on a GPU), float32, bfloat16")
-    thinking: bool = common.flag(False, "let a thinking model think natively before each reply")
-    shots: int = common.flag(0, "worked examples before the first turn of every part, by a random player on train")
-    prefill: bool = common.flag(False, "begin every reply with its marked word, such as Action: (no room to reason before it)")
-    show_actions: bool = common.flag(False, "list what is possible now in every observation (one more departure)")
-    quick: bool = common.flag(False, "a small run through every line, to see that it works; overrides the sizes")
+    model: str = flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
+    env: str = flag("repair", "a world: a name, NAME:ARGUMENT, or path/to/file.py:Class")
+    seed: int = flag(0, "of everything sampled; the tiny model is built with seed 0")
+    steps: int = flag(400, "passes of the loop, --updates each (paper: 30,720 gradient steps)")
+    lr: float = flag(1e-6, "AdamW, constant after 10 steps (not in the paper)")
+    batch_size: int = flag(32, "transitions per gradient step (not in the paper)")
+    micro_batch_size: int = flag(1, "sequences per backward pass; changes memory and speed, not the gradient")
+    rollout_batch_size: int = flag(64, "episodes or replies sampled side by side; changes memory and speed alone")
+    max_new_tokens: int = flag(512, "of one reply of the policy or the refiner (not in the paper)")
+    max_context: int | None = flag(None, "tokens of a prompt with its reply; default: what the model can read")
+    temperature: float = flag(0.7, "of pi, M and pi_r, and of their likelihoods (not in the paper)")
+    eval_temperature: float = flag(0.7, "of the policy in evaluation (not in the paper)")
+    eval_episodes: int = flag(100, "per split, first and last; in between a fifth (paper: 500)")
+    eval_every: int = flag(25, "steps between evaluations")
+    eval_only: bool = flag(False, "evaluate --model and stop; writes nothing")
+    save_every: int = flag(25, "steps between checkpoints")
+    out_dir: str = flag("", "default: runs/nlac-ENV-sSEED")
+    resume: bool = flag(False, "continue the run in --out-dir")
+    device: str = flag(common.default_device(), "cpu, cuda, cuda:1, mps")
+    dtype: str = flag("auto", "mixed: float32 weights, bfloat16 compute; auto: mixed on a GPU, else float32; bfloat16: --eval-only")
+    thinking: bool = flag(False, "let a thinking model think natively before each reply")
+    shots: int = flag(0, "worked examples before the first turn of every part, by a random player on train")
+    prefill: bool = flag(False, "begin every reply with its marked word, such as Action: (no room to reason before it)")
+    show_actions: bool = flag(False, "list what is possible now in every observation (one more departure)")
+    quick: bool = flag(False, "a small run through every line, to see that it works; overrides the sizes")
     # NLAC
-    k: int = common.flag(1, "futures per critique (paper)")
-    m: int = common.flag(1, "rounds of refinement (paper)")
-    forecast_tokens: int = common.flag(256, "of one reply of M or B_L (not in the paper)")
-    critique_tokens: int = common.flag(256, "of one reply of E (not in the paper)")
-    reader_temperature: float = common.flag(0.7, "of B_L and E (not in the paper)")
-    ema: float = common.flag(0.99, "share of theta_bar that a gradient step keeps; 0: no average (not in the paper)")
-    buffer_size: int = common.flag(20_000, "transitions in the replay buffer (not in the paper)")
-    episodes_per_step: int = common.flag(32, "episodes collected per step (not in the paper)")
-    updates_per_episode: float = common.flag(0.25, "gradient steps per collected episode (not in the paper)")
-    actor_states: int = common.flag(256, "states refined per step (not in the paper)")
-    actor_weight: float = common.flag(1.0, "of L2; L1 has weight 1 (not in the paper)")
-    distil: str = common.flag("all", "L2 teaches all refinements (paper), or kept: approved actions alone", choices=["all", "kept"])
-    frozen_parts: bool = common.flag(False, "B_L, E and pi_r from the start weights; False: all share theta (paper)")
-    anchor: float = common.flag(0.0, "weight of imitating the actions just played; 0: none (paper)")
-    critic_warmup: int = common.flag(0, "first steps with L1 alone, the start policy acting; 0: none (paper)")
-    even_turns: bool = common.flag(False, "sample the buffer evenly over turns; False: a plain buffer (paper)")
-    ablation: str = common.flag("none", "no bootstrap; futures of other states; M as it started",
-                                choices=["none", "mc-backup", "blind-critic", "frozen-critic"])
-    examples: int = common.flag(4000, "rounds of warm-up examples that make a tiny model")
+    k: int = flag(1, "futures per critique (paper)")
+    m: int = flag(1, "rounds of refinement (paper)")
+    forecast_tokens: int = flag(256, "of one reply of M or B_L (not in the paper)")
+    critique_tokens: int = flag(256, "of one critique, or comparison of tries (not in the paper)")
+    reader_temperature: float = flag(0.7, "of B_L, E and comparisons (not in the paper)")
+    ema: float = flag(0.99, "share of theta_bar that a gradient step keeps (not in the paper)")
+    buffer_size: int = flag(20_000, "transitions in the replay buffer (not in the paper)")
+    episodes_per_step: int = flag(32, "episodes collected per step (not in the paper)")
+    updates: int = flag(8, "gradient steps per step, each on its share (not in the paper)")
+    actor_states: int = flag(256, "states refined per step (not in the paper)")
+    actor_weight: float = flag(1.0, "of L2; L1 has weight 1 (not in the paper)")
+    ablation: str = flag(
+        "none", "no bootstrap; futures of other states; M as it started; pi_r reads verdicts alone",
+        choices=["none", "mc-backup", "blind-critic", "frozen-critic", "label-only"])
+    # departures that can be switched on
+    distil: str = flag("all", "L2 teaches every refinement (paper), or the best of judged tries",
+                       choices=["all", "best"])
+    margin: int = flag(1, "best: verdicts from the worst try that make a lesson (not in the paper)")
+    margin_share: float = flag(0.0, "best: share of states, the clearest, that teach below it too")
+    frozen_parts: bool = flag(False, "B_L, E, pi_r from the start weights; False: theta's (paper)")
+    anchor: float = flag(0.0, "weight of imitating the actions just played; 0: none (paper)")
+    critic_gate: float = flag(0.0, "AUC of M from which on L2 teaches; 0: from the start (paper)")
+    even_turns: bool = flag(False, "late turns sampled more often; False: a plain buffer (paper)")
+    examples: int = flag(3000, "rounds of warm-up examples that make a tiny model")
 
 
 # ------------------------------------------------------------------------------------------ prompts
 # The paper's are not public; the wording is ours. A world states the game, a part the form of its
-# reply. What stands behind Next:, End: and Verdict: is read for logs; Action: is what is done.
+# reply. What stands behind End:, Verdict: and Best: is read; Action: is what is done.
 
-POLICY = ("First think in a sentence or two. Then write Action: and your next action, on a line of "
-          "its own.")
-TOLD = "This is what the player of a game is told:"  # before the system prompt, for all other parts
-SUCCESSOR = """You foresee how an episode goes on. Read the episode so far, and the next action.
-Begin with Next: and what the action brings about at once, in one sentence.
-Go on in a few sentences: what is likely to follow, and why.
-Finish with End: and how the episode ends: failure, or success in so many turns, this one
-counted."""
-BACKUP = """You make a forecast start one turn earlier. Read the episode so far, the next action,
-what was seen after it, and a forecast of what follows from there. Write a forecast of the action,
-as if nothing after it had been seen yet.
-Begin with Next: and what was seen after the action, in one sentence.
-Go on in a few sentences, the more briefly the further ahead: what is likely to follow, and why.
-Finish with End: and the end that is foreseen, one turn further away: failure, or success in so many
-turns; failure if the turns left do not suffice."""
-EVALUATOR = """You judge an action by the futures it may lead to. Success is better than failure,
-and sooner is better than later. Read the episode so far, the next action, and what may follow from it.
-Begin with Futures: and say in a few sentences what they show: how many succeed, how soon, and why.
-Say whether the action is the best there is now, and what would be better.
+POLICY = "Think first, in a sentence or two. Then write Action: and, behind it, your next action."
+SUCCESSOR = """You foresee how an episode goes on. Read it so far, and the player's next action.
+Begin with Next: and what the player sees right after it, in one sentence.
+Go on with Then: and what the player is likely to do after that and what comes of it, briefly.
+Finish with End: and how the episode ends: failure, or success and the number of turns to it."""
+BACKUP = """You make a forecast start one turn earlier. Read the episode so far, the player's next
+action, what was seen after it, what the player does then, and a forecast of what follows.
+Write a forecast of the next action, in the words of somebody who has seen nothing after it.
+Begin with Next: and what was seen after it, in one sentence.
+Go on with Then: and what the player does after that and what comes of it, the more briefly the
+further ahead. Finish with End: and how the episode ends, one turn further away than in the
+forecast that you read: failure, or success and the number of turns to it; failure if there are not
+so many turns left."""
+EVALUATOR = """You judge a player's next action by the futures it may lead to. Success is better
+than failure, and sooner is better than later. Read the episode so far, the action, and the futures.
+Begin with Futures: and say what they show: how many succeed, how soon, and what decides it.
+Say whether the action is the best there is now, and why; if it is not, what would be better.
 Finish with Verdict: and one word: bad, weak, fair, good or great."""
-REFINER = """You improve an action. Read the episode so far, and the next actions that were tried,
-with a critique of each.
+REFINER = """You improve a player's next action. Read the episode so far, and what was tried as the
+next action, with the futures it may lead to and a critique.
 First say in a sentence or two what the next action should achieve, and why. Speak as the player,
-who has seen the episode alone: no word of tries or critiques.
-Then write Action: and an action, on a line of its own: keep if the last try was judged good or
-great, else a better action that was not tried."""
+who knows the episode alone: no word of tries, futures or critiques.
+Then write Action: and, behind it, a better action than those that were tried; the same again only
+if none is better."""
+CHOOSER = """You choose a player's next action. Read the episode so far, and what was tried as the
+next action, with the futures it may lead to and a critique. Success is better than failure, and
+sooner is better than later.
+Say in a sentence or two which try is the best, and why. Finish with Best: and its number."""
 VERDICTS = ["bad", "weak", "fair", "good", "great"]  # the order of sentiments of the paper's theory
-FORCED = {"policy": "Action:", "successor": "Next:", "backup": "Next:", "evaluator": "Futures:",
-          "refiner": "Action:"}  # what --prefill puts into a part's mouth
+# part: the word that --prefill puts into its mouth, the word that is searched for, its limit
+PARTS = {"policy": ("Action:", "Action", "max_new_tokens"),
+         "successor": ("Next:", "End", "forecast_tokens"),
+         "backup": ("Next:", "End", "forecast_tokens"),
+         "evaluator": ("Futures:", "Verdict", "critique_tokens"),
+         "refiner": ("Action:", "Action", "max_new_tokens"),
+         "chooser": ("Best:", "Best", "critique_tokens")}
 
 
-def policy_messages(world, history):
-    """The policy's growing dialogue; `history` is [observation, reply, ..., observation]."""
+# Nothing comes of nothing: a part that should read what came back empty is not asked (None), and
+# its reply is empty too.
+
+def policy_messages(world, state):
+    """pi(. | s): its dialogue only grows. A state is [observation, reply, ..., observation]."""
     messages = [{"role": "system", "content": f"{world.system}\n{POLICY}"}]
-    for i, text in enumerate(history):
-        messages.append({"role": ("user", "assistant")[i % 2], "content": text})
+    for role, text in zip(itertools.cycle(["user", "assistant"]), state):
+        messages.append({"role": role, "content": text})
     return messages
 
 
-def part_messages(part, world, history, *lines):
+def call(part, world, state, *lines):
     """Every part but the policy is a call of its own, over a transcript."""
-    user = "\n".join([transcript(world, history), *lines])
-    return [{"role": "system", "content": f"{TOLD}\n{world.system}\n\n{part}"},
-            {"role": "user", "content": user}]
+    system = f"This is what the player of a game is told:\n<game>\n{world.system}\n</game>\n{part}"
+    user = "\n".join(["<episode>", *transcript(world, state), "</episode>", *lines])
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-def successor_messages(world, history, action):
+def transcript(world, state):
+    """Lines of an episode: without thoughts, and without lists of possible actions but the last."""
+    lines = [envs.bare(text) for text in state[:-1:2]] + [state[-1]]
+    for turn, reply in enumerate(state[1::2]):
+        lines.insert(2 * turn + 1, f"> {envs.one_line(action_of(world, reply))}")
+    return lines
+
+
+def successor_messages(world, state, action):
     """M(. | s, a)"""
-    return part_messages(SUCCESSOR, world, history, next_action(action))
+    return call(SUCCESSOR, world, state, next_action(action)) if action else None
 
 
-def backup_messages(world, history, action, result, forecast):
-    """B_L: s, a, the s' that was seen, and the forecast that starts there."""
-    return part_messages(BACKUP, world, history, next_action(action),
-                         f"Seen after it: {envs.bare(result)}", f"Forecast from there: {forecast}")
+def backup_messages(world, t, action, forecast):
+    """B_L(s, a, s', d'), and the action a' that d' is of."""
+    if not t.action or not forecast:
+        return None
+    return call(BACKUP, world, t.state, next_action(t.action),
+                f"Seen after it: {envs.bare(t.result)}",
+                f"Then the player does: {envs.one_line(action)}",
+                f"Forecast from there: {in_one_line(forecast)}")
 
 
-def evaluator_messages(world, history, action, futures):
+def evaluator_messages(world, state, action, futures):
     """E(s, a, d^(1..k))"""
-    told = [f"Future {i}: {future}" for i, future in enumerate(futures, 1)]
-    return part_messages(EVALUATOR, world, history, next_action(action), *told)
+    told = numbered("Future", futures)
+    return call(EVALUATOR, world, state, next_action(action), *told) if told else None
 
 
-def refiner_messages(world, history, tries):
-    """pi_r(. | s, a^1, Q_L(s, a^1), ...)"""
-    told = [f"Try: {envs.one_line(t['action'])}\nCritique: {t['critique']}" for t in tries]
-    return part_messages(REFINER, world, history, *told)
+def refiner_messages(world, state, tries, label_only=False, part=None):
+    """pi_r(. | s, a^1, Q_L(s, a^1), ...). `label_only`: the verdict alone; `part`: CHOOSER."""
+    lines = []
+    for number, t in enumerate(tries, 1):
+        lines.append(f"Try {number}: {envs.one_line(t.action)}")
+        if label_only:
+            verdict = rank(t.critique)
+            lines.append(f"Critique: Verdict: {'none' if verdict is None else VERDICTS[verdict]}.")
+        else:
+            lines += numbered("Future", t.futures)
+            lines.append(f"Critique: {in_one_line(t.critique)}")
+    return call(part or REFINER, world, state, *lines) if tries[-1].critique else None
 
 
 def next_action(action):
@@ -178,13 +213,15 @@ def next_action(action):
     return f"Next action: {envs.one_line(action)}"
 
 
-def transcript(world, history):
-    """An episode in words: thoughts are left out, and lists of possible actions but the last."""
-    observations = [*map(envs.bare, history[:-1:2]), history[-1]]
-    lines = observations[:1]
-    for reply, observation in zip(history[1::2], observations[1:]):
-        lines += [f"> {envs.one_line(action_of(world, reply))}", observation]
-    return "\n".join(lines)
+def numbered(word, texts):
+    """Replies of one part as another reads them, a line each."""
+    texts = filter(None, map(in_one_line, texts))
+    return [f"{word} {number}: {text}" for number, text in enumerate(texts, 1)]
+
+
+def in_one_line(text):
+    """A reply without line breaks."""
+    return " ".join(text.split())
 
 
 def written(action):
@@ -192,846 +229,626 @@ def written(action):
     return f"Action:\n{action}" if "\n" in action else f"Action: {action}"
 
 
-# ---------------------------------------------------------------------------------- reading replies
-
-
 def action_of(world, reply):
     """What the world reads in a reply, native thoughts left out."""
     return world.read(common.aloud(reply))
 
 
-LAST_TRY = r"it|this|that|same|as|going|the (?:same|last|first|current|one|try|tried|action)"
-KEEP = rf"(?i)\W*keep(?:\W*|\s*[^\w\s].*|\s+(?:{LAST_TRY})\b.*)"
-NUMBERS = "none one two three four five six seven eight nine ten".split()
-TURNS = rf"(?ai)\b(\d{{1,4}}|{'|'.join(NUMBERS[1:])})[- ](?:\w+ )?turns?\b"
-NOT = r"(?:no|not|never|without|un\w+ to)\b(?: \w+)?"
-LOST = rf"(?i)\b(?:fail|unsuccess|los[est]|{NOT} (?:succe|win))\w*"
-WON = r"(?i)\b(?:succe|wins?\b|won\b|solved\b)"
+def forecast_text(seen, then, ending):
+    """A forecast: `seen` comes next, then the player does `then` ("": nothing), and it ends so."""
+    follows = f" Then: {envs.one_line(then)}." if then else ""
+    return f"Next: {first_sentence(seen)}{follows} End: {ending}."
 
 
-def keeps(reply):
-    """Whether a refiner approves of the last try: Action: keep."""
-    said = common.marked(reply, "Action") or reply.strip().partition("\n")[0]
-    return re.fullmatch(KEEP, said) is not None
-
-
-def parse_future(text):
-    """The end of a forecast, for logs -> (next observation, turns), or None if it tells no end.
-
-    Turns until success: None is failure, 0 a success without a date.
-    """
-    end = common.marked(text, "End") or ""
-    lost, won = re.search(LOST, end), re.search(WON, re.sub(LOST, "", end))
-    if bool(lost) == bool(won):
-        return None
-    found = re.search(TURNS, end)
-    word = found[1].lower() if found else "0"
-    turns = NUMBERS.index(word) if word in NUMBERS else int(word)
-    return common.marked(text, "Next") or "", turns if won else None
-
-
-def parse_verdict(critique):
-    """The rank of a critique's verdict, 0 (bad) to 4 (great), or None if it has none; for logs."""
-    return common.chosen(critique, "Verdict", VERDICTS)
-
-
-def future_text(observation, turns):
-    """A forecast: `observation` comes next, and success takes `turns` turns (None: failure)."""
-    end = "failure" if turns is None else f"success in {envs.count(turns, 'turn')}"
-    return f"Next: {first_sentence(observation)}\nEnd: {end}."
+def ending(t):
+    """(2) The reward in words."""
+    if t.turns is not None:
+        return f"success in {envs.count(t.turns, 'turn')}"
+    return f"failure, with a score of {t.score:.2f} of 1" if t.score else "failure"
 
 
 def first_sentence(observation):
     """What a forecast repeats of an observation: not the turns left, the tally, the list."""
-    text = " ".join(envs.bare(observation).split())
-    return re.split(r"(?<=[.?!]) ", text, maxsplit=1)[0]
+    return re.split(r"(?<=[.?!]) ", in_one_line(envs.bare(observation)), maxsplit=1)[0]
 
 
-# ---------------------------------------------------------------------------------- worked examples
+def foresees_success(forecast) -> bool | None:
+    """The end that a forecast tells, None where it tells none; for logs and the gate."""
+    end = common.chosen(forecast, "End", ["failure", "fails", "success", "succeeds"])
+    return None if end is None else end > 1
 
 
-def worked_examples(args, write):
-    """--shots dialogues of one turn: what a random player met and did on train; `write`: the form of the reply."""
-    world, messages = envs.make(args.env, show_actions=args.show_actions), []
-    for seed in range(10**6, 10**6 + args.shots):  # far from the seeds that are learnt from
-        observation, info = world.reset(seed=seed, options={"split": "train"})
-        action = envs.random_player(world, info, random.Random(seed))
-        messages.append({"role": "user", "content": observation})
-        messages.append({"role": "assistant", "content": write(action), "shot": True})
-    world.close()
-    return messages
-
-
-@functools.lru_cache(maxsize=8)
-def shots_of_all(env, count, show_actions, prefill, k):
-    """{part: --shots worked examples, as messages}: random play on train, and what came of it.
-
-    By turns from an episode that was won and one that was lost, where a random player does win.
-    """
-    args = Args(env=env, shots=count, show_actions=show_actions)
-    found = {part: [] for part in FORCED} | {"policy": worked_examples(args, written)}
-    world, seen = envs.make(env, show_actions=show_actions), []
-    played = []
-    for i in range(8 + 8 * count):
-        episode, _ = random_episode(world, 10**6 + i, random.Random(i))
-        played.append(transitions(episode))
-    played = [steps for steps in played if len(steps) > 1] or played
-    played.sort(key=len)
-    for i in range(count):
-        wanted = [steps for steps in played if steps[-1]["won"] == (i % 2 == 0)] or played
-        turn = -2 if wanted[0][-1]["won"] else 0  # the end of one that was won, the start of others
-        ahead = [steps[turn:] for steps in wanted if len(steps) > 1] or wanted
-        new = [steps for steps in ahead if steps[0]["result"] not in seen] or ahead
-        seen.append(new[0][0]["result"])
-        for part, (messages, reply) in example_of_each(world, new[0], k, random.Random(i)).items():
-            if prefill:  # as a reply that must begin with its marked word
-                reply = reply[reply.index(FORCED[part]):]
-            found[part] += [messages[-1], {"role": "assistant", "content": reply, "shot": True}]
-    world.close()
-    return found
-
-
-def example_of_each(world, ahead, k, rng):
-    """{part: (messages, reply)} about a turn of a random player, from the transitions from there on."""
-    history, action = ahead[0]["history"], action_of(world, ahead[0]["reply"])
-    forecast = story(world, ahead)
-    later = story(world, ahead[1:]) if ahead[1:] else "Next: nothing, it is over.\nEnd: failure."
-    t = ahead[-1] if ahead[-1]["won"] else ahead[0]  # the turn that is judged
-    tried = action_of(world, t["reply"])
-    before = [action_of(world, reply) for reply in t["history"][1::2]]
-    others = [a for a in envs.replay(world, t["seed"], before)[-1]["admissible"] if a != tried]
-    futures, ends = [], []
-    for _ in range(k):  # where the game goes on, it goes on at random
-        episode, _ = random_episode(world, t["seed"], rng, [*before, tried])
-        following = transitions(episode)[len(before):]
-        futures.append(story(world, following))
-        ends.append(following[0]["turns"])
-    critique = critique_in_words(ends, first_sentence(following[-1]["result"]))
-    if parse_verdict(critique) >= APPROVED or not others:
-        refinement = f"This is the step that is missing now.\n{written('keep')}"
-    else:
-        refinement = f"It takes something new to get ahead here.\n{written(rng.choice(others))}"
-    tries = [{"action": tried, "critique": critique}]
-    return {
-        "successor": (successor_messages(world, history, action), forecast),
-        "backup": (backup_messages(world, history, action, ahead[0]["result"], later), forecast),
-        "evaluator": (evaluator_messages(world, t["history"], tried, futures), critique),
-        "refiner": (refiner_messages(world, t["history"], tries), refinement)}
-
-
-def story(world, steps):
-    """What came of the first of these turns of one episode, as a forecast tells it."""
-    begin, end = future_text(steps[0]["result"], steps[0]["turns"]).split("\n")
-    if len(steps) == 1:
-        return f"{begin}\n{end}"
-    actions = [envs.one_line(action_of(world, t["reply"])) for t in steps[1:4]]
-    more = ", and so on" * (len(steps) > 4)
-    return (f"{begin}\nThe player goes on with: {', then '.join(actions)}{more}."
-            f" That leads to this: {first_sentence(steps[-1]['result'])}\n{end}")
-
-
-def critique_in_words(ends, seen):
-    """How to read k endings, the last of which showed `seen`, with reasons and a verdict."""
-    won = sum(n is not None for n in ends)
-    told = f"{won} of {len(ends)} succeed" if len(ends) > 1 else "success" if won else "failure"
-    if rank_of(ends) >= APPROVED:
-        reason = "The goal is reached soon, so hardly any action is better."
-    elif won:
-        reason = "Too much is left to chance, so an action that settles more would be better."
-    else:
-        reason = f"In the end this is seen: {seen} So another action would be better."
-    return f"Futures: {told}. {reason} Verdict: {VERDICTS[rank_of(ends)]}."
-
-
-def rank_of(ends):
-    """How good endings are (turns until success, or None), as an index of VERDICTS."""
-    worth = sum(0.98 ** (n - 1) for n in ends if n is not None) / len(ends)
-    return sum(worth > x for x in (0.1, 0.35, 0.6, 0.85))
-
-
-def random_episode(world, seed, rng, actions=()):
-    """An episode on train by a random player, after `actions` -> (episode, what was possible)."""
-    observation, info = world.reset(seed=seed, options={"split": "train"})
-    episode, possible = new_episode("train", seed, observation), []
-    while not episode["over"]:
-        turn = len(possible)
-        possible.append(info["admissible"])
-        action = actions[turn] if turn < len(actions) else envs.random_player(world, info, rng)
-        info = take_turn(world, episode, written(action))
-    return episode, possible
-
-
-# ----------------------------------------------------------------------------------- calls of parts
-
-
-def with_shots(part, messages, args):
-    """The messages of a call, --shots worked examples behind the system prompt."""
-    if not args.shots:
-        return messages
-    examples = shots_of_all(args.env, args.shots, args.show_actions, args.prefill, args.k)
-    return [messages[0], *examples[part], *messages[1:]]
-
-
-def lesson(chat, part, messages, text, args):
-    """(prompt ids, target ids) that teach a part to say `text`, but for what --prefill forces."""
-    word = FORCED[part] if args.prefill and text.startswith(FORCED[part]) else ""
-    prompt = chat.dialogue(with_shots(part, messages, args), word)
-    if chat.opened and not text.startswith(chat.opened):  # a thought that the template opens: empty
-        text = f"{chat.opened}</think>\n\n{text}"
-    return prompt, chat.reply(text.removeprefix(word).removeprefix(chat.opened))
-
-
-def limit(part, args):
-    """Tokens of one reply."""
-    if part in ("successor", "backup"):
-        return args.forecast_tokens
-    return args.critique_tokens if part == "evaluator" else args.max_new_tokens
-
-
-LIMITS = {
-    "policy": "--max-new-tokens", "policy_bar": "--max-new-tokens", "refiner": "--max-new-tokens",
-    "successor": "--forecast-tokens", "successor_bar": "--forecast-tokens",
-    "backup": "--forecast-tokens", "evaluator": "--critique-tokens"}
-
-
-class Parts:
-    """The parts of the one language model: which weights answer, and how well they do.
-
-    PART_bar is the same part, asked while (2) makes a target: it always has the weights theta_bar.
-    """
-
-    def __init__(self, model, target, start, chat, world, args):
-        """`model`: theta; `target`: theta_bar; `start`: the weights at the start, if needed."""
-        self.model, self.chat, self.world, self.args = model, chat, world, args
-        self.weights = {"policy": model, "policy_bar": target,
-                        "successor": target, "successor_bar": target,
-                        "backup": target, "evaluator": model, "refiner": model}
-        if args.frozen_parts:
-            self.weights |= {"backup": start, "evaluator": start, "refiner": start}
-        if args.ablation == "frozen-critic":
-            self.weights |= {"successor": start, "successor_bar": start}
-        self.counts = Counter()  # (what, part) -> number, since the last `clear`
-
-    def temperature(self, part):
-        reads = part in ("backup", "evaluator")
-        return self.args.reader_temperature if reads else self.args.temperature
-
-    @torch.no_grad()
-    def __call__(self, part, messages, stream, samples=1):
-        """What a part says aloud, `samples` replies per entry of `messages`, prompt-major.
-
-        A prompt beyond the context gets an empty reply. So does one that the limit cut off before
-        its Action: what it would have done is not known.
-        """
-        model, args, name = self.weights[part], self.args, part.removesuffix("_bar")
-        word, room = FORCED[name] if args.prefill else "", limit(name, args)
-        prompts = [self.chat.dialogue(with_shots(name, m, args), word) for m in messages]
-        fits = [i for i, prompt in enumerate(prompts) if len(prompt) + room <= model.max_context]
-        rows = [i * samples + j for i in fits for j in range(samples)]
-        texts = [""] * (len(prompts) * samples)
-        self.counts["overlong", part] += len(prompts) - len(fits)
-        if not rows:
-            return texts
-        replies = common.generate(
-            model, self.chat, [prompts[i] for i in fits], max_new_tokens=room, samples=samples,
-            temperature=self.temperature(part), rows=args.rollout_batch_size,
-            seeds=[common.row_seed(args.seed, *stream, part, row) for row in rows])
-        self.counts["tokens", part] += sum(map(len, replies.ids))
-        for row, text, complete in zip(rows, replies.texts, replies.complete):
-            text = common.aloud(word + text)
-            self.note(part, text, complete)
-            acts = FORCED[name] == "Action:"
-            cut_before = acts and not complete and common.marked(text, "Action") is None
-            texts[row] = "" if cut_before else text
-        return texts
-
-    def note(self, part, text, complete):
-        """Counts a reply: whether its limit cut it, and whether what logs read in it is there."""
-        if part in ("successor", "successor_bar", "backup"):
-            readable = parse_future(text) is not None
-        elif part == "evaluator":
-            readable = parse_verdict(text) is not None
-        else:
-            readable = action_of(self.world, text) != ""
-        self.counts["asked", part] += 1
-        self.counts["cut", part] += not complete
-        self.counts["parsed", part] += readable
-
-    def note_episodes(self, episodes):
-        """Counts what the policy said while it acted."""
-        for episode in episodes:
-            self.counts["tokens", "policy"] += episode["tokens"]
-            for reply, complete in zip(episode["history"][1::2], episode["complete"]):
-                self.note("policy", reply, complete)
-
-    def metrics(self):
-        """parse_PART and cut_PART, as shares of its replies; prompts beyond the context."""
-        asked = {part: n for (what, part), n in self.counts.items() if what == "asked"}
-        found = {f"parse_{part}": self.counts["parsed", part] / n for part, n in asked.items()}
-        found |= {f"cut_{part}": self.counts["cut", part] / n for part, n in asked.items()}
-        return found | {"overlong": self.total("overlong")}
-
-    def total(self, what):
-        return sum(n for (name, _), n in self.counts.items() if name == what)
-
-    def foresee(self, states, actions, stream):
-        """k futures d ~ M(. | s, a) of each action."""
-        args = self.args
-        asked = [successor_messages(self.world, t["history"], a) for t, a in zip(states, actions)]
-        futures = self("successor", asked, stream, args.k)
-        return [futures[i * args.k:(i + 1) * args.k] for i in range(len(states))]
+def rank(critique) -> int | None:
+    """A critique's verdict, 0 (bad) to 4 (great); None where it has none."""
+    return common.chosen(critique, "Verdict", VERDICTS)
 
 
 # ------------------------------------------------------------------------------------------ rollout
 
 
-def rollout(model, chat, args, split, seeds, *, temperature, stream, prefixes=None):
-    """Plays an episode per seed, --rollout-batch-size at once; a dict each.
+@dataclass
+class Episode:
+    """One trajectory, in words."""
+
+    split: str
+    seed: int
+    said: list = field(default_factory=list)  # [who, text]: world and act, by turns
+    actions: list[str] = field(default_factory=list)  # as the world read them
+    valid: list[bool] = field(default_factory=list)
+    won: bool = False
+    score: float = 0.0
+    over: bool = False
+    truncated: bool = False  # the context was full
+    tokens: int = 0  # sampled
+    logprob: float = 0.0  # of all of them, in decoding
+
+
+@dataclass
+class Transition:
+    """(s, a, s', done), as text."""
+
+    seed: int
+    state: list[str]  # s: observation, reply, observation, ..., observation
+    reply: str  # a with its thought
+    action: str  # a as the world read it
+    result: str  # the observation that makes s' of s and a
+    done: bool
+    score: float
+    turns: int | None  # from here to success; for logs and --ablation mc-backup, as `then`
+    then: str  # the action after this one
+
+    @property
+    def next_state(self):
+        """s'"""
+        return [*self.state, self.reply, self.result]
+
+
+def rollout(model, chat, args, split, seeds, *, temperature, stream) -> list[Episode]:
+    """Plays an episode per seed, --rollout-batch-size at once.
 
     `stream` names the randomness: a row's replies depend on (--seed, stream, row, turn) alone.
-    `prefixes`: replies to replay first, a list per episode, so that play goes on from a state.
     """
-    episodes, size = [], args.rollout_batch_size
-    for i in range(0, len(seeds), size):
-        streams = [(*stream, row) for row in range(i, min(i + size, len(seeds)))]
-        before = prefixes[i:i + size] if prefixes else [[]] * len(streams)
-        episodes += side_by_side(model, chat, args, split, seeds[i:i + size], streams, temperature,
-                                 before)
-    return episodes
+    played, size = [], args.rollout_batch_size
+    for first in range(0, len(seeds), size):
+        worlds, episodes, streams = [], [], []
+        for row, seed in enumerate(seeds[first:first + size], first):
+            worlds.append(envs.make(args.env, show_actions=args.show_actions))
+            episodes.append(begin(worlds[-1], split, seed))
+            streams.append((*stream, row))
+        play_on(model, chat, args, worlds, episodes, streams, temperature)
+        played += episodes
+        for world in worlds:
+            world.close()
+    return played
+
+
+def begin(world, split, seed) -> Episode:
+    """An episode before its first turn."""
+    observation, _ = world.reset(seed=seed, options={"split": split})
+    return Episode(split, seed, said=[["world", observation]])
 
 
 @torch.no_grad()
-def side_by_side(model, chat, args, split, seeds, streams, temperature, prefixes):
-    """The `rollout` of episodes that share a cache, a stream for each."""
-    worlds, episodes = [], []
-    for seed, prefix in zip(seeds, prefixes):
-        world = envs.make(args.env, show_actions=args.show_actions)
-        observation, _ = world.reset(seed=seed, options={"split": split})
-        episode = new_episode(split, seed, observation)
-        for reply in prefix:
-            take_turn(world, episode, reply)
-        worlds.append(world)
-        episodes.append(episode)
-    play_on(model, chat, args, worlds, episodes, streams, temperature)
-    for world in worlds:
-        world.close()
-    return episodes
-
-
 def play_on(model, chat, args, worlds, episodes, streams, temperature):
-    """The policy plays until all is over. A full context ends an episode; no turn is dropped."""
-    prompts = []
+    """(1) The policy plays until all episodes are over, in dialogues that share a cache."""
+    prompts, word = [], PARTS["policy"][0] if args.prefill else ""
     for world, episode in zip(worlds, episodes):
-        messages = policy_messages(world, episode["history"])
+        messages = policy_messages(world, [text for _, text in episode.said])
         prompts.append(chat.dialogue(with_shots("policy", messages, args)))
     dialogues = common.Dialogues(model, chat, prompts)
-    word = FORCED["policy"] if args.prefill else ""
-    context = model.max_context - args.max_new_tokens - len(chat.encode(word))
-    live = [i for i, e in enumerate(episodes) if not e["over"]]
+    room = model.max_context - args.max_new_tokens - len(chat.encode(word))
     while True:
-        for i in live:
-            episodes[i]["truncated"] = len(dialogues.ids[i]) > context
-        live = [i for i in live if not episodes[i]["truncated"]]
+        for ids, episode in zip(dialogues.ids, episodes):
+            if not episode.over:  # a full context ends an episode; no turn is ever dropped
+                episode.truncated = episode.over = len(ids) > room
+        live = [i for i, episode in enumerate(episodes) if not episode.over]
         if not live:
             break
-        seeds = [common.row_seed(args.seed, *streams[i], len(episodes[i]["history"])) for i in live]
+        seeds = [common.row_seed(args.seed, *streams[i], len(episodes[i].said)) for i in live]
         replies = dialogues.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature,
                                   seeds=seeds, prefill=word)
-        for i, reply, complete in zip(live, replies.texts, replies.complete):
-            take_turn(worlds[i], episodes[i], reply, complete)
-        live = [i for i in live if not episodes[i]["over"]]
-        dialogues.extend(live, [episodes[i]["history"][-1] for i in live])
-    for i, e in enumerate(episodes):
-        _, mask, e["logprob"] = dialogues.sampled(i)
-        e["tokens"] = sum(mask)
+        for i, reply in zip(live, replies.texts):
+            take_turn(worlds[i], episodes[i], reply)
+        dialogues.extend(live, [worlds[i].observation for i in live])
+    for i, episode in enumerate(episodes):
+        _, sampled, episode.logprob = dialogues.sampled(i)
+        episode.tokens = sum(sampled)
 
 
-def new_episode(split, seed, observation):
-    """An episode before its first turn; `take_turn` writes the turns into it."""
-    return {"split": split, "seed": seed, "history": [observation], "valid": [], "complete": [],
-            "reward": 0.0, "won": False, "score": 0.0, "over": False, "truncated": False}
+def take_turn(world, episode, reply):
+    """One step of the world, written down in `episode`."""
+    observation, _, terminated, truncated, info = world.step(common.aloud(reply))
+    episode.said += [["act", reply], ["world", observation]]
+    episode.actions.append(info["action"])
+    episode.valid.append(info["valid"])
+    episode.won, episode.score = info["won"], info["score"]
+    episode.over = terminated or truncated
 
 
-def take_turn(world, episode, reply, complete=True):
-    """One step of the world, written down in `episode`. Returns the world's info."""
-    observation, reward, terminated, truncated, info = world.step(common.aloud(reply))
-    episode["history"] += [reply, observation]
-    episode["valid"].append(info["valid"])
-    episode["complete"].append(complete)
-    episode["reward"] += reward
-    episode.update(won=info["won"], score=info["score"], over=terminated or truncated)
-    return info
-
-
-def transitions(episode):
-    """(s, a, s', done) as text.
-
-    `turns`: from here to success, None for failure; read by logs and --ablation mc-backup alone.
-    """
-    history, found = episode["history"], []
-    count = len(history) // 2
-    for t in range(count):
-        last = t == count - 1
-        found.append({
-            "seed": episode["seed"], "history": history[:2 * t + 1], "reply": history[2 * t + 1],
-            "result": history[2 * t + 2], "complete": episode["complete"][t],
-            "done": last and episode["over"], "won": last and episode["won"],
-            "turns": count - t if episode["won"] else None})
+def transitions(episode) -> list[Transition]:
+    """What the buffer keeps of an episode."""
+    texts, count, found = [text for _, text in episode.said], len(episode.actions), []
+    for turn, (action, then) in enumerate(zip(episode.actions, [*episode.actions[1:], ""])):
+        *state, reply, result = texts[:2 * turn + 3]
+        turns = count - turn if episode.won else None
+        found.append(Transition(episode.seed, state, reply, action, result, turn + 1 == count,
+                                episode.score, turns, then))
     return found
 
 
-def sample(buffer, args, rng, count):
-    """Transitions of the buffer, uniformly, or with --even-turns late ones more often than that.
+def sample(buffer, args, rng, count) -> list[Transition]:
+    """Of the buffer, uniformly, or with --even-turns late turns more often than that.
 
     They are rare while most episodes are lost early, and they decide the others.
     """
-    turns = Counter(len(t["history"]) for t in buffer)
-    weights = [turns[len(t["history"])] ** -0.5 for t in buffer] if args.even_turns else None
+    turns = Counter(len(t.state) for t in buffer)
+    weights = [turns[len(t.state)] ** -0.75 for t in buffer] if args.even_turns else None
     return rng.choices(buffer, weights, k=count) if buffer else []  # empty: no prompt had room
 
 
-# ------------------------------------------------------------------------------- critic and refiner
+# -------------------------------------------------------------------------------------------- parts
 
 
-def bellman_targets(parts, batch, stream):
-    """(2) B_L M_bar(. | s, a) for each transition; empty where no text came of it."""
-    world, args = parts.world, parts.args
-    if args.ablation == "mc-backup":  # no bootstrap: what did happen, under the policy of that time
-        return [future_text(t["result"], t["turns"]) for t in batch]
-    # terminal: the reward in words; the others are replaced
-    targets = [future_text(t["result"], 1 if t["won"] else None) for t in batch]
-    live = [i for i, t in enumerate(batch) if not t["done"]]
-    nexts = [[*batch[i]["history"], batch[i]["reply"], batch[i]["result"]] for i in live]  # s'
-    replies = parts("policy_bar", [policy_messages(world, s) for s in nexts], stream)  # a'
-    asked = [successor_messages(world, s, action_of(world, a)) for s, a in zip(nexts, replies)]
-    asked_backup = []
-    for i, forecast in zip(live, parts("successor_bar", asked, stream)):  # d'
-        t = batch[i]
-        action = action_of(world, t["reply"])
-        messages = backup_messages(world, t["history"], action, t["result"], forecast)
-        asked_backup.append(messages)
-    for i, text in zip(live, parts("backup", asked_backup, stream)):
-        targets[i] = text
-    return targets
+class Parts:
+    """The parts of the one language model: which weights answer, and how well they do."""
+
+    def __init__(self, model, chat, world, args):
+        """Copies of the weights are made where a setting needs them."""
+        frozen_critic = args.ablation == "frozen-critic"
+        frozen = args.frozen_parts or args.critic_gate or frozen_critic
+        self.model, self.chat, self.world, self.args = model, chat, world, args  # model: theta
+        self.target = copy.deepcopy(model) if args.ema else model  # theta_bar
+        self.start = copy.deepcopy(model) if frozen else None
+        self.weights = dict.fromkeys(PARTS, model) | {"backup": self.target}
+        self.averaged = {"policy": self.target, "successor": self.target}  # in (2)
+        if args.frozen_parts:
+            self.weights |= dict.fromkeys(["backup", "evaluator", "refiner", "chooser"], self.start)
+        if frozen_critic:
+            self.weights["successor"] = self.averaged["successor"] = self.start
+        self.counts = defaultdict(Counter)  # part -> asked, parse, cut, overlong, tokens
+
+    @torch.no_grad()
+    def ask(self, part, messages, stream, samples=1, averaged=False) -> list[str]:
+        """What a part says aloud: `samples` replies per entry of `messages`, prompt-major.
+
+        Empty: the reply to None, to a prompt beyond the context, and one that its limit cut, if it
+        is a backup or has no action yet.
+        """
+        word, mark, limit = PARTS[part]
+        model = self.averaged[part] if averaged else self.weights[part]
+        word, room = word if self.args.prefill else "", getattr(self.args, limit)
+        prompts, rows, counts = [], [], self.counts[part]
+        for i, message in enumerate(messages):
+            prompt = message and self.chat.dialogue(with_shots(part, message, self.args), word)
+            fits = prompt and len(prompt) + room <= model.max_context
+            counts["overlong"] += bool(prompt and not fits)
+            if fits:
+                prompts.append(prompt)
+                rows += range(i * samples, (i + 1) * samples)
+        texts = [""] * (len(messages) * samples)
+        if not prompts:
+            return texts
+        reads = part in ("backup", "evaluator", "chooser")
+        replies = common.generate(
+            model, self.chat, prompts, max_new_tokens=room, samples=samples,
+            temperature=self.args.reader_temperature if reads else self.args.temperature,
+            rows=self.args.rollout_batch_size,
+            seeds=[common.row_seed(self.args.seed, *stream, part, row) for row in rows])
+        for row, ids, text, complete in zip(rows, replies.ids, replies.texts, replies.complete):
+            texts[row] = common.aloud(word + text)
+            marked = common.marked(texts[row], mark) is not None
+            counts.update(asked=1, parse=marked, cut=not complete, tokens=len(ids))
+            if not complete and (part == "backup" or mark == "Action" and not marked):
+                texts[row] = ""
+        return texts
+
+    def foresee(self, states, actions, stream, samples=1, averaged=False):
+        """d ~ M(. | s, a), `samples` of each."""
+        asked = [successor_messages(self.world, *row) for row in zip(states, actions)]
+        return self.ask("successor", asked, stream, samples, averaged)
+
+    def metrics(self) -> dict:
+        """Shares of replies: parse_PART has the word searched for, cut_PART met its limit."""
+        found = {}
+        for part, counts in self.counts.items():
+            found[f"tokens_{part}"] = counts["tokens"]
+            for what in ("parse", "cut", "overlong"):
+                found[f"{what}_{part}"] = counts[what] / max(1, counts["asked"])
+        return found
+
+    def tokens(self) -> int:
+        """Sampled since the counts were cleared."""
+        return sum(counts["tokens"] for counts in self.counts.values())
+
+
+def groups(items, size):
+    """Consecutive items, `size` in each."""
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+# ------------------------------------------------------------------------------ the critic: M and E
+
+
+def successor_targets(parts, batch, stream) -> list[str]:
+    """(2) B_L M_bar(. | s, a) of each transition; "" where no text came of it."""
+    world = parts.world
+    if parts.args.ablation == "mc-backup":  # what did happen, by the policy of that time
+        return [forecast_text(t.result, t.then, ending(t)) for t in batch]
+    live = [t for t in batch if not t.done]
+    states = [t.next_state for t in live]
+    asked = [policy_messages(world, state) for state in states]
+    replies = parts.ask("policy", asked, stream, averaged=True)
+    actions = [action_of(world, reply) for reply in replies]  # a'
+    forecasts = parts.foresee(states, actions, stream, averaged=True)  # d', of a'
+    asked = [backup_messages(world, *row) for row in zip(live, actions, forecasts)]
+    merged = iter(parts.ask("backup", asked, stream))
+    return [forecast_text(t.result, "", ending(t)) if t.done else next(merged) for t in batch]
 
 
 def successor_lessons(parts, batch, stream):
-    """(3) What M shall learn to foresee -> (pairs for `likelihood_loss`, targets dropped)."""
+    """(3) What M shall learn to foresee -> pairs for `nll`; a target that is empty is dropped."""
     if parts.args.ablation == "frozen-critic":
-        return [], 0
-    pairs, args = [], parts.args
-    for t, text in zip(batch, bellman_targets(parts, batch, stream)):
-        messages = successor_messages(parts.world, t["history"], action_of(parts.world, t["reply"]))
-        # a tiny model's slips would grow: where approval decides, M learns to tell ends alone
-        if text and (args.distil == "all" or parse_future(text)):
-            pairs.append(lesson(parts.chat, "successor", messages, text, args))
-    pairs = fitting(parts.model, pairs)
-    return pairs, len(batch) - len(pairs)
-
-
-def fitting(model, pairs):
-    """Those that the model can read whole."""
-    return [pair for pair in pairs if sum(map(len, pair)) <= model.max_context]
+        return []
+    pairs = []
+    for t, text in zip(batch, successor_targets(parts, batch, stream)):
+        messages = successor_messages(parts.world, t.state, t.action)
+        pairs += lesson(parts, "successor", messages, text)
+    return pairs
 
 
 def critique(parts, states, actions, stream):
     """(4) Q_L(s, a) = E(s, a, d^(1..k)) -> (futures, critiques): k and one per state."""
-    futures = parts.foresee(states, actions, stream)
+    futures = groups(parts.foresee(states, actions, stream, parts.args.k), parts.args.k)
     if parts.args.ablation == "blind-critic":  # futures of other states: a floor
         shift = random.Random(str(stream)).randrange(1, max(2, len(futures)))
         futures = futures[shift:] + futures[:shift]
-    asked = [evaluator_messages(parts.world, t["history"], action, future)
-             for t, action, future in zip(states, actions, futures)]
-    return futures, [" ".join(text.split()) for text in parts("evaluator", asked, stream)]
+    asked = [evaluator_messages(parts.world, *row) for row in zip(states, actions, futures)]
+    return futures, parts.ask("evaluator", asked, stream)
 
 
-def refine(parts, states, stream, replies=None):
-    """(5) Critique and correct the policy's action, up to m rounds.
+# --------------------------------------------------------------------------- the actor: pi and pi_r
 
-    A dict per state: `tries` (action, futures and critique of each round), `reply` (what L2 makes
-    the policy say, empty if there is nothing to teach) and `kept` (whether the refiner approved
-    it). `replies`: judge these instead of asking the policy.
+
+@dataclass
+class Try:
+    """An action that was proposed, and what the critic says of it."""
+
+    reply: str  # with its thought
+    action: str
+    futures: list[str] = field(default_factory=list)
+    critique: str = ""
+
+
+def refine(parts, states, stream, replies=None) -> list[list[Try]]:
+    """(5) The tries of each state: a^1 of the policy, then what pi_r makes of it in m rounds.
+
+    The last try is a^r; with --distil best it is judged as well. `replies`: start from these.
     """
-    world = parts.world
-    if replies is None:  # a^1
-        replies = parts("policy", [policy_messages(world, t["history"]) for t in states], stream)
-    refined = [{"tries": [], "reply": common.aloud(reply), "kept": False} for reply in replies]
-    live = list(range(len(states)))
-    for r in range(parts.args.m):
-        if not live:
-            break
-        asked, key = [states[i] for i in live], (*stream, r)
-        actions = [action_of(world, refined[i]["reply"]) for i in live]
-        for i, action, futures, text in zip(live, actions, *critique(parts, asked, actions, key)):
-            refined[i]["tries"].append({"action": action, "futures": futures, "critique": text})
-        tries = [refined[i]["tries"] for i in live]
-        messages = [refiner_messages(world, t["history"], some) for t, some in zip(asked, tries)]
-        for i, reply in zip(live, parts("refiner", messages, key)):
-            take_refinement(world, refined[i], reply)
-        live = [i for i in live if refined[i]["reply"] and not refined[i]["kept"]]
-    return refined
+    world, best = parts.world, parts.args.distil == "best"
+    if replies is None:
+        asked = [policy_messages(world, state) for state in states]
+        replies = parts.ask("policy", asked, stream)
+    tries = [[Try(common.aloud(reply), action_of(world, reply))] for reply in replies]
+    for turn in range(parts.args.m + best):
+        last = [some[-1] for some in tries]
+        judged = critique(parts, states, [t.action for t in last], (*stream, turn))
+        for t, futures, text in zip(last, *judged):
+            t.futures, t.critique = futures, text
+        if turn < parts.args.m:
+            asked = ask_about(parts, REFINER, states, tries)
+            for some, reply in zip(tries, parts.ask("refiner", asked, (*stream, turn))):
+                some.append(Try(reply, action_of(world, reply)))
+    return tries
 
 
-def take_refinement(world, refined, reply):
-    """Keep approves of the last try; anything else is the next one, even the same again."""
-    if keeps(reply):
-        refined["kept"] = refined["tries"][-1]["action"] != ""  # or there is nothing to keep
-    else:
-        refined["reply"] = reply if action_of(world, reply) else ""
+def ask_about(parts, part, states, tries):
+    """Messages for pi_r, which goes on from the tries (REFINER) or compares them (CHOOSER)."""
+    label_only = parts.args.ablation == "label-only"
+    return [refiner_messages(parts.world, state, some, label_only, part)
+            for state, some in zip(states, tries)]
 
 
-def policy_lessons(parts, states, refined):
-    """(6) What the policy shall learn to say at once -> pairs for `likelihood_loss`."""
-    pairs = []
-    for t, r in zip(states, refined):
-        if teaches(parts.args, r):
-            messages = policy_messages(parts.world, t["history"])
-            pairs.append(lesson(parts.chat, "policy", messages, r["reply"], parts.args))
-    return fitting(parts.model, pairs)
+def policy_lessons(parts, states, tries, stream):
+    """(6) What the policy shall learn to say at once -> pairs for `nll`."""
+    taught, pairs = [some[-1] for some in tries], []
+    if parts.args.distil == "best":
+        taught = best_tries(parts, states, tries, stream)
+    for state, t in zip(states, taught):
+        reply = t.reply if t and t.action else ""
+        pairs += lesson(parts, "policy", policy_messages(parts.world, state), reply)
+    return pairs
 
 
-def teaches(args, refinement):
-    """All that says something does; with --distil kept, what the refiner approved of."""
-    return bool(refinement["reply"]) and (refinement["kept"] or args.distil == "all")
+def best_tries(parts, states, tries, stream) -> list[Try | None]:
+    """--distil best: pi_r names the best of the judged tries; None where that is no lesson."""
+    replies = parts.ask("chooser", ask_about(parts, CHOOSER, states, tries), stream)
+    found = [chosen_try(some, reply) for some, reply in zip(tries, replies)]
+    gaps = [gap(some, best) for some, best in zip(tries, found)]
+    clear = clear_gaps(gaps, parts.args.margin, parts.args.margin_share)
+    return [best if taught else None for best, taught in zip(found, clear)]
+
+
+def chosen_try(tries, reply) -> Try | None:
+    """The try whose number stands behind Best:, or an earlier one with the same critique."""
+    number = common.chosen(reply, "Best", [str(i + 1) for i in range(len(tries))])
+    if number is None:
+        return None
+    return next(t for t in tries if t.critique == tries[number].critique)
+
+
+def gap(tries, best) -> int:
+    """Verdicts between the action of `best` and the worst other one; 0 where a verdict is missing.
+
+    Where pi_r repeats the policy's action, as none is better, it is compared with a bad one.
+    """
+    if best is None or None in [rank(t.critique) for t in tries]:
+        return 0
+    same = [rank(t.critique) for t in tries if t.action == best.action]
+    others = [rank(t.critique) for t in tries if t.action != best.action]
+    return min(same) - min(others, default=0)
+
+
+def clear_gaps(gaps, margin, share) -> list[bool]:
+    """Which gaps make lessons: those from the margin on, and the largest `share` of all."""
+    largest = sorted(range(len(gaps)), key=lambda i: -gaps[i])[:round(share * len(gaps))]
+    return [number > 0 and (number >= margin or i in largest) for i, number in enumerate(gaps)]
 
 
 def anchor_lessons(parts, fresh, rng):
     """Some of what was just played: a sampled KL to the policy of this step (--anchor)."""
-    args = parts.args
-    if not args.anchor:
-        return []
-    whole, pairs = [t for t in fresh if t["complete"]], []
-    for t in rng.sample(whole, min(args.batch_size // 4 * updates_of(args), len(whole))):
-        messages = policy_messages(parts.world, t["history"])
-        pairs.append(lesson(parts.chat, "policy", messages, t["reply"], args))
-    return fitting(parts.model, pairs)
+    count, pairs = parts.args.batch_size // 4 * parts.args.updates, []
+    for t in rng.sample(fresh, min(count, len(fresh))) if parts.args.anchor else []:
+        pairs += lesson(parts, "policy", policy_messages(parts.world, t.state), t.reply)
+    return pairs
 
 
 # --------------------------------------------------------------------------------------------- loss
 
 
-def likelihood_loss(model, chat, pairs, weight, micro_batch_size, temperature=1.0):
+def lesson(parts, part, messages, text) -> list:
+    """[(prompt ids, target ids)], to teach a part to say `text`, but for what --prefill forces.
+
+    [] where nothing is asked or said, or where it is more than the model can read.
+    """
+    if not messages or not text:
+        return []
+    chat, args, word = parts.chat, parts.args, PARTS[part][0]
+    word = word if args.prefill and text.startswith(word) else ""
+    prompt = chat.dialogue(with_shots(part, messages, args), word)
+    if chat.opened and not text.startswith(chat.opened):  # a thought that the template opens: empty
+        text = f"{chat.opened}</think>\n\n{text}"
+    target = chat.reply(text.removeprefix(word).removeprefix(chat.opened))
+    return [(prompt, target)] * (len(prompt) + len(target) <= parts.model.max_context)
+
+
+def nll(parts, pairs, weight) -> float:
     """(3), (6) -log p(target | prompt), the mean over target tokens; backward of weight times it.
 
-    `temperature` is that of sampling: at any other one, learning from own samples would sharpen
-    (or flatten) step by step. The mean spans all of `pairs` [(prompt ids, target ids)], so that the
+    At the temperature of sampling: at any other one, learning from own samples would sharpen (or
+    flatten) step by step. The mean spans all of `pairs` [(prompt ids, target ids)], so that the
     gradient does not depend on the micro-batch.
     """
-    total, mean = sum(len(target) for _, target in pairs), 0.0
+    args, total = parts.args, 0.0
+    tokens = sum(len(target) for _, target in pairs)
     pairs = sorted(pairs, key=lambda pair: len(pair[0]))  # neighbours need little padding
-    for i in range(0, len(pairs), micro_batch_size):
-        prompts, targets = zip(*pairs[i:i + micro_batch_size])
-        logprobs, _ = common.target_logprobs(model, chat, prompts, targets, temperature)
-        loss = -logprobs.sum() / total  # of [B, T - 1], 0 beside the targets
+    for batch in groups(pairs, args.micro_batch_size):
+        prompts, targets = zip(*batch)
+        logprobs, _ = common.target_logprobs(parts.model, parts.chat, prompts, targets,
+                                             args.temperature)
+        loss = -logprobs.sum() / tokens  # of [B, T - 1], 0 beside the targets
         (weight * loss).backward()
-        mean += loss.item()
-    return mean
+        total += loss.item()
+    return total
 
 
-def updates_of(args):
-    """Gradient steps per step of the loop."""
-    return round(args.episodes_per_step * args.updates_per_episode)
-
-
-def update(model, target, chat, args, optimizer, step, forecasts, lessons, played):
-    """The gradient steps of a step, L1 + weight L2 + the anchor, and (7) after each -> metrics."""
-    metrics, count = Counter(l1=0.0, l2=0.0, anchor=0.0, grad_norm=0.0), updates_of(args)
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr * min(1, step / 10)
-    for u in range(count):
-        pairs = {"l1": forecasts[u::count], "l2": lessons[u::count], "anchor": played[u::count]}
-        taught = len(pairs["l2"]) * count / args.actor_states  # states without a lesson count, too
-        weights = {"l1": 1.0, "l2": args.actor_weight * taught, "anchor": args.anchor}
-        loss = 0.0
-        for name, some in pairs.items():
-            if some:
-                mean = likelihood_loss(model, chat, some, weights[name], args.micro_batch_size,
-                                       args.temperature)
-                metrics[name] += mean / count
-                loss += weights[name] * mean
-        if any(pairs.values()):
-            metrics["grad_norm"] += common.gradient_step(model, optimizer, loss, pairs) / count
-        common.ema_update(target, model, args.ema)
+def update(parts, optimizer, forecasts, lessons, played) -> dict:
+    """--updates gradient steps on L1 + weight L2 + the anchor, and (7) after each -> metrics."""
+    args = parts.args
+    taught = len(lessons) / args.actor_states  # states without a lesson count, too
+    losses = {"l1": (1.0, forecasts), "l2": (args.actor_weight * taught, lessons),
+              "anchor": (args.anchor, played)}
+    metrics = Counter(dict.fromkeys([*losses, "grad_norm"], 0.0))
+    for u in range(args.updates):
+        loss, batch = 0.0, {}
+        for name, (weight, pairs) in losses.items():
+            batch[name] = pairs[u::args.updates]
+            mean = nll(parts, batch[name], weight)
+            loss += weight * mean
+            metrics[name] += mean / args.updates
+        norm = common.gradient_step(parts.model, optimizer, loss, batch)
+        metrics["grad_norm"] += norm / args.updates
+        common.ema_update(parts.target, parts.model, args.ema)
     return dict(metrics)
 
 
-# --------------------------------------------------------------------------- evaluation and records
+# --------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model, chat, args, split, count):
-    """The plain policy on fixed episodes: no critic, no refinement -> (numbers, episodes)."""
-    played = rollout(model, chat, args, split, range(count), temperature=args.eval_temperature,
-                     stream=("evaluate",))
-    success, se = common.mean_se([float(e["won"]) for e in played])
-    return {"success": success, "se": se, "n": count}, played
-
-
-def episode_metrics(episodes):
-    """What was played; the entropy is an estimate, per sampled token."""
-    valid = [v for e in episodes for v in e["valid"]]
-    tokens, logprob = (sum(e[key] for e in episodes) for key in ("tokens", "logprob"))
-    return {"success": common.mean(e["won"] for e in episodes),
-            "return": common.mean(e["reward"] for e in episodes),
-            "turns": common.mean(len(e["valid"]) for e in episodes), "valid": common.mean(valid),
-            "truncated": sum(e["truncated"] for e in episodes),
-            "entropy": -logprob / max(1, tokens)}
-
-
-def refinement_metrics(world, refined):
-    """How often the refiner approves, how often it changes the action, how the critic sees it."""
-    verdicts = [parse_verdict(t["critique"]) for r in refined for t in r["tries"]]
-    changed = [changes(world, r) for r in refined]
-    return {"kept": common.mean(r["kept"] for r in refined), "changed": common.mean(changed),
-            "verdicts": {name: verdicts.count(i) for i, name in enumerate(VERDICTS)},
-            "sentiment": common.mean((v or 0) / 4 for v in verdicts)}
-
-
-def changes(world, refinement):
-    """Whether a refinement is another action than the first try."""
-    return action_of(world, refinement["reply"]) != refinement["tries"][0]["action"]
-
-
-def calibration(parts, batch, stream):
-    """Does what M foresees happen? One future per (s, a) just played, against what followed."""
-    asked = []
-    for t in batch:
-        action = action_of(parts.world, t["reply"])
-        asked.append(successor_messages(parts.world, t["history"], action))
-    observed, hopeful, hopeless = [], [], []
-    for text, t in zip(parts("successor", asked, stream), batch):
-        if (future := parse_future(text)) is None:
-            continue
-        told, turns = future
-        observed.append(told == first_sentence(t["result"]))
-        (hopeless if turns is None else hopeful).append(t["turns"] is not None)
-
-    def share(values):
-        return sum(values) / len(values) if values else None
-
-    return {"predicted_success": share([True] * len(hopeful) + [False] * len(hopeless)),
-            "won_if_predicted_success": share(hopeful), "won_if_predicted_failure": share(hopeless),
-            "next_observation_right": share(observed)}
-
-
-def refinement_gain(parts, states, refined, stream):
-    """Replays states that teach another action: success after a^1 and a^r, the policy going on."""
-    args, world = parts.args, parts.world
-    pairs = [(t, r) for t, r in zip(states, refined) if teaches(args, r) and changes(world, r)]
-    if not pairs:
-        return {"gain_states": 0}
-
-    def success_after(name, replies):
-        prefixes = [[*t["history"][1::2], reply] for (t, _), reply in zip(pairs, replies)]
-        seeds = [t["seed"] for t, _ in pairs]
-        played = rollout(parts.model, parts.chat, args, "train", seeds, prefixes=prefixes,
-                         temperature=args.temperature, stream=(*stream, name))
-        return common.mean(e["won"] for e in played)
-
-    first = success_after("first", [written(r["tries"][0]["action"]) for _, r in pairs])
-    refined = success_after("refined", [r["reply"] for _, r in pairs])
-    return {"gain_states": len(pairs), "success_first": first, "success_refined": refined}
-
-
-def with_thoughts(parts, episode, stream):
-    """An episode with what the critic and the refiner say to each of its turns."""
-    steps = transitions(episode)
-    judged = refine(parts, steps, stream, replies=[t["reply"] for t in steps])
-    turns = [{"reply": t["reply"], "result": t["result"], **r} for t, r in zip(steps, judged)]
-    return episode | {"turns": turns}
-
-
-def said(episode):
-    """Who says what in an episode `with_thoughts`, for `common.show`."""
-    history = episode["history"]
-    found = [("world", history[0])]
-    for reply, turn in zip(history[1::2], episode["turns"]):
-        found.append(("act", reply))
-        for t in turn["tries"]:
-            found.append(("try", t["action"]))
-            found += [("future", future) for future in t["futures"][:2]]
-            found.append(("critique", t["critique"]))
-        found.append(("kept" if turn["kept"] else "refined", turn["reply"] or "(nothing)"))
-        found.append(("world", turn["result"]))
+def foretell(parts, fresh, stream, rng) -> list[list]:
+    """[share of k forecasts that end in success, whether it came] of some that were just played."""
+    k, found, some = parts.args.k, [], sample(fresh, parts.args, rng, 32)
+    told = parts.foresee([t.state for t in some], [t.action for t in some], stream, k)
+    for t, forecasts in zip(some, groups(told, k)):
+        ends = [end for end in map(foresees_success, forecasts) if end is not None]
+        if ends:
+            found.append([common.mean(ends), t.turns is not None])
     return found
+
+
+def auc(pairs) -> float | None:
+    """How often M told more success of an action that led there than of one that did not."""
+    won = [told for told, came in pairs if came]
+    lost = [told for told, came in pairs if not came]
+    if not won or not lost:
+        return None
+    return common.mean((a > b) + (a == b) / 2 for a, b in itertools.product(won, lost))
+
+
+def tells_apart(args, told) -> bool:
+    """--critic-gate: whether M tells actions apart well enough for L2 to begin."""
+    return not args.critic_gate or len(told) == TOLD and (auc(told) or 0.0) >= args.critic_gate
+
+
+TOLD = 256  # the latest transitions whose forecasts --critic-gate counts
+
+
+def watch(episodes) -> dict:
+    """What was played; the entropy is an estimate, per sampled token."""
+    valid = [ok for episode in episodes for ok in episode.valid]
+    tokens = sum(episode.tokens for episode in episodes)
+    return {"success": common.mean(episode.won for episode in episodes),
+            "score": common.mean(episode.score for episode in episodes),
+            "turns": len(valid) / len(episodes),
+            "invalid": valid.count(False) / max(1, len(valid)),
+            "truncated": common.mean(episode.truncated for episode in episodes),
+            "entropy": -sum(episode.logprob for episode in episodes) / max(1, tokens)}
+
+
+def watch_refinement(tries) -> dict:
+    """How often a^r is another action than the policy's; the critic's mean sentiment, 0 to 1."""
+    if not tries:
+        return {}
+    ranks = [rank(t.critique) or 0 for some in tries for t in some if t.critique]
+    changed = [some[-1].action != some[0].action for some in tries if some[-1].action]
+    return {"changed": common.mean(changed), "sentiment": common.mean(ranks) / 4}
+
+
+def evaluate(model, chat, args, splits, count):
+    """The policy on `count` fixed episodes of each split -> ({split: metrics}, one episode)."""
+    found = {}
+    for split in splits:
+        played = rollout(model, chat, args, split, range(count),
+                         temperature=args.eval_temperature, stream=("evaluate",))
+        _, se = common.mean_se([float(episode.won) for episode in played])
+        found[split] = watch(played) | {"se": se, "n": count}
+        tqdm.write(common.result_line(split, found[split]))
+    return found, played[0]
+
+
+def annotated(parts, episode, stream) -> dict:
+    """An episode as rollouts.jsonl keeps it, with what critic and refiner say to each turn."""
+    steps, said = transitions(episode), episode.said[:1]
+    tries = refine(parts, [t.state for t in steps], stream, [t.reply for t in steps])
+    for t, some in zip(steps, tries):
+        for who, one in zip(itertools.chain(["act"], itertools.repeat("refined")), some):
+            said += [[who, one.reply], *(["future", future] for future in one.futures[:2])]
+            said.append(["critique", one.critique])
+        said.append(["world", t.result])
+    return vars(episode) | {"said": said}
 
 
 # --------------------------------------------------------------------------------------------- main
 
+FLAGS = {part: "--" + limit.replace("_", "-") for part, (_, _, limit) in PARTS.items()}
 AT_LEAST = {
-    "k": 1, "m": 1, "forecast_tokens": 1, "critique_tokens": 1, "buffer_size": 1, "examples": 1,
-    "episodes_per_step": 1, "actor_states": 1, "actor_weight": 0, "anchor": 0, "critic_warmup": 0,
-    "reader_temperature": 0}
+    "k": 1, "m": 1, "forecast_tokens": 1, "critique_tokens": 1, "reader_temperature": 0,
+    "buffer_size": 1, "episodes_per_step": 1, "updates": 1, "actor_states": 1, "actor_weight": 0,
+    "margin": 1, "anchor": 0, "examples": 1}
 
 
-def check_args(args):
-    """Everything that can be refused before a model is loaded. Returns the world."""
+def check_args(args) -> envs.World:
+    """Everything that can be refused before a model is loaded."""
     common.check_common(args)
     common.check_at_least(args, AT_LEAST)
     common.check(0 <= args.ema < 1, f"--ema must be in [0, 1), not {args.ema}")
-    updates = args.episodes_per_step * args.updates_per_episode
-    common.check(round(updates) >= 1 and abs(updates - round(updates)) < 1e-6,
-                 "--episodes-per-step x --updates-per-episode must be a whole number of gradient "
-                 f"steps, not {updates:g}")
-    try:
-        world = envs.make(args.env, show_actions=args.show_actions)
-    except ValueError as error:
-        common.refuse(error)
+    for name in "margin_share", "critic_gate":
+        value = getattr(args, name)
+        common.check(0 <= value <= 1, f"--{name.replace('_', '-')} must be in [0, 1], not {value}")
+    world = common.checked(envs.make, args.env, show_actions=args.show_actions)
     listed = world.reset(seed=0)[1]["admissible"]
     common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
     return world
 
 
-def check_room(chat, model, messages, room):
-    """Refuses a first prompt that leaves no room for `room` more tokens."""
+def check_room(args, chat, model, messages, room):
+    """Refuses a first prompt that leaves no room for `room` more tokens, and words before a thought."""
     length = len(chat.dialogue(messages))
     common.check(length + room <= model.max_context,
                  f"the first prompt has {length} tokens, replies may have {room}: "
                  f"beyond the context of {model.max_context}")
-
-
-def check_model(model, chat, world, args):
-    """What only the loaded model can tell."""
-    first = policy_messages(world, [world.reset(seed=0)[0]])
-    check_room(chat, model, with_shots("policy", first, args), args.max_new_tokens)
-    common.check(not (args.prefill and chat.opened),
+    common.check(not args.prefill or not chat.opened,
                  "--prefill: the chat template of this model opens a thought before each reply")
-
-
-def start_weights(model, args):
-    """A copy of the weights at the start, if anything asks for it: memory for a large model."""
-    needed = args.frozen_parts or args.critic_warmup or args.ablation == "frozen-critic"
-    return copy.deepcopy(model) if needed else None
 
 
 def main():
     """Algorithm 1."""
-    args = common.parse_args(Args, TINY)
-    if args.quick:
-        args = dataclasses.replace(args, **(QUICK if common.is_tiny(args.model) else QUICK_LARGE))
+    args = common.parse_args(Args, TINY, quick=QUICK)
     world = check_args(args)
-    run = None
-    if not args.eval_only:
-        run = common.Run("nlac", args, common.run_directory("nlac", args))
+    run = common.Run("nlac", args)
     model, chat = load(world, args)
-    check_model(model, chat, world, args)
+    first = policy_messages(world, [world.reset(seed=0)[0]])
+    check_room(args, chat, model, with_shots("policy", first, args), args.max_new_tokens)
+    parts = Parts(model, chat, world, args)
+    splits = [split for split in ("test", "ood") if split in world.splits]
     if args.eval_only:
-        numbers, _ = evaluate(model, chat, args, "test", args.eval_episodes)
-        return print(f"{args.env} {common.result_line('test', numbers)}")
-    run.start({"parameters": common.count_parameters(model), "start": common.fingerprint(model)})
-    tqdm.write(
-        f"{args.env}: {common.count_parameters(model):,} parameters on "
-        f"{common.device_name(args.device)}; a step plays {args.episodes_per_step} episodes, takes "
-        f"{updates_of(args)} gradient steps of {args.batch_size} transitions and refines "
-        f"{args.actor_states} states; the policy learns from step {args.critic_warmup + 1}")
-    target, start = copy.deepcopy(model), start_weights(model, args)  # target: theta_bar
-    parts = Parts(model, target, start, chat, world, args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95),
-                                  weight_decay=0.0)
-    state = run.resume()
-    if state:
-        model.load_state_dict(state["model"])
-        target.load_state_dict(state["target"])
-        optimizer.load_state_dict(state["optimizer"])
-    else:
-        before, played = evaluate(model, chat, args, "test", args.eval_episodes)
-        tqdm.write(f"before: {common.result_line('test', before)}")
-        episode = with_thoughts(parts, played[0], ("before",))
-        state = {"step": 0, "buffer": [], "totals": {}, "seconds": {}, "before": before,
-                 "before_episode": episode, "after": None, "after_episode": None}
-    buffer, seconds, told = state["buffer"], Counter(state["seconds"]), set()
-    totals = Counter(state["totals"])
+        return evaluate(model, chat, args, splits, args.eval_episodes)
+    run.start(model=model)
 
-    bar = tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps,
-               desc="nlac", dynamic_ncols=True)
-    for step in bar:
-        clock, rng = common.Clock(seconds), random.Random(f"{args.seed} {step}")
-        parts.counts.clear()
-        actor = start if step <= args.critic_warmup else model  # M alone learns: pi stays as it is
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
+    trained = {"model": model, "target": parts.target, "optimizer": optimizer}
+    state = run.resume(**trained)
+    if not state:
+        before, episode = evaluate(model, chat, args, splits, args.eval_episodes)
+        state = {"step": 0, "buffer": [], "told": [], "learns": not args.critic_gate,
+                 "before": before, "episode": annotated(parts, episode, ("before",))}
+    buffer = [Transition(**t) for t in state["buffer"]]
+    for step in run.steps(state["step"], args.steps):
+        rng, learns = random.Random(f"{args.seed} {step}"), state["learns"]
         first = args.seed * 1_000_000_007 + (step - 1) * args.episodes_per_step
-        episodes = rollout(actor, chat, args, "train", range(first, first + args.episodes_per_step),
-                           temperature=args.temperature, stream=("act", step))  # (1)
-        fresh = [t for e in episodes for t in transitions(e)]
+        parts.counts.clear()
+        played = rollout(model if learns else parts.start, chat, args, "train",
+                         range(first, first + args.episodes_per_step),
+                         temperature=args.temperature, stream=("act", step))  # (1)
+        fresh = [t for episode in played for t in transitions(episode)]
         buffer = (buffer + fresh)[-args.buffer_size:]
-        clock.lap("rollout")
-        batch = sample(buffer, args, rng, args.batch_size * updates_of(args))
-        forecasts, dropped = successor_lessons(parts, batch, ("bellman", step))  # (2)
-        clock.lap("backup")
-        states = sample(buffer, args, rng, args.actor_states if step > args.critic_warmup else 0)
-        refined = refine(parts, states, ("refine", step))  # (4), (5)
-        lessons = policy_lessons(parts, states, refined)
-        clock.lap("refinement")
-        losses = update(model, target, chat, args, optimizer, step, forecasts, lessons,
+        run.lap("rollout")
+        batch = sample(buffer, args, rng, args.batch_size * args.updates)
+        forecasts = successor_lessons(parts, batch, ("backup", step))  # (2)
+        run.lap("backup")
+        states = [t.state for t in sample(buffer, args, rng, args.actor_states * learns)]
+        tries = refine(parts, states, ("refine", step))  # (4), (5)
+        lessons = policy_lessons(parts, states, tries, ("choose", step))
+        run.lap("refinement")
+        common.set_rate(optimizer, args.lr * min(1, step / 10))
+        losses = update(parts, optimizer, forecasts, lessons,
                         anchor_lessons(parts, fresh, rng))  # (3), (6), (7)
-        clock.lap("update")
+        run.lap("update")
 
-        metrics = {"step": step, **episode_metrics(episodes), **losses,
-                   "lessons": len(lessons), "targets_dropped": dropped}
-        some = rng.sample(fresh, min(32, len(fresh)))
-        metrics |= calibration(parts, some, ("calibration", step))
-        metrics |= refinement_metrics(world, refined) if refined else {}
-        records = [{"step": step, **e} for e in episodes]
-        if evaluating := step % args.eval_every == 0 or step == args.steps:
-            metrics |= refinement_gain(parts, states, refined, ("gain", step)) if refined else {}
-            n = args.eval_episodes if step == args.steps else max(1, args.eval_episodes // 5)
-            after, played = evaluate(model, chat, args, "test", n)
-            metrics |= {"eval_success": after["success"], "eval_se": after["se"],
-                        "eval_episodes": n}
-            episode = with_thoughts(parts, played[0], ("after", step))
-            state |= {"after": after, "after_episode": episode}
-            records.append({"step": step, **episode})
-        clock.lap("watching")
-        parts.note_episodes(episodes)
-        totals.update(tokens=parts.total("tokens"), env_steps=len(fresh), episodes=len(episodes),
-                      gradient_steps=updates_of(args))
-        metrics |= parts.metrics() | dict(totals) | clock.seconds()
-        common.warn_cut(metrics, LIMITS, told)
-        run.log(metrics)
-        run.write_rollouts(records)
-        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("success", "l1", "l2")})
-        if evaluating:
-            tqdm.write(f"step {step}: {common.result_line('test', after)}, "
-                       f"{totals['env_steps']} environment steps")
-        if step % args.save_every == 0 or step == args.steps or run.stopping:
-            state |= {"step": step, "buffer": buffer, "totals": dict(totals),
-                      "seconds": dict(seconds)}
-            run.save(state | {"model": model.state_dict(), "target": target.state_dict(),
-                              "optimizer": optimizer.state_dict()})
-        if run.stopping:
-            sys.exit(run.stopping)
-    finish(run, args, state, totals, seconds, model, chat)
+        told = state["told"] + foretell(parts, fresh, ("foretell", step), rng)
+        state |= {"step": step, "told": told[-TOLD:],
+                  "learns": learns or tells_apart(args, told[-TOLD:])}
+        metrics = watch(played) | watch_refinement(tries) | losses | parts.metrics()
+        metrics |= {"auc": auc(told[-TOLD:]), "lessons": len(lessons),
+                    "targets_dropped": len(batch) - len(forecasts)}
+        records = [vars(episode) for episode in played]
+        if step % args.eval_every == 0 and step < args.steps:
+            fewer = max(1, args.eval_episodes // 5)
+            numbers, episode = evaluate(model, chat, args, ["test"], fewer)
+            metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
+            records.append(annotated(parts, episode, ("shown", step)))
+        run.count(episodes=len(played), env_steps=len(fresh), gradient_steps=args.updates,
+                  tokens=parts.tokens() + sum(episode.tokens for episode in played))
+        run.log(metrics, FLAGS)
+        run.write_rollouts([{"step": step, **record} for record in records])
+        run.save_if_due(state | {"buffer": [vars(t) for t in buffer]}, **trained)
+
+    after, episode = evaluate(model, chat, args, splits, args.eval_episodes)
+    run.complete(model, chat, "nlac", args.ablation, state["before"], after,
+                 envs.ends(args.env, args.eval_episodes),
+                 shown=[state["episode"], annotated(parts, episode, ("after",))])
 
 
-def finish(run, args, state, totals, seconds, model, chat):
-    """Keeps the model and the summary first, then tells about them."""
-    ends = envs.ends(args.env, args.eval_episodes)
-    summary = common.summary("nlac", "nlac", args.ablation, args, {"test": state["before"]},
-                             {"test": state["after"]}, ends, totals, seconds)
-    run.finish(summary, model, chat)
-    for name in "before", "after":
-        episode = {"said": said(state[f"{name}_episode"])}
-        print(f"\n{name}\n{common.show(episode)}")
-    print()
-    common.print_table(summary)
-    print(f"whole episodes: {run.dir / 'rollouts.jsonl'}")
-
-
-# ---------------------------------------------------------------------------- only for --model tiny
+# ------------------------------------------- worked examples (--shots), and only for --model tiny
 # What a model made from nothing is taught before NLAC begins, and the settings that suit it.
 
 TINY = dict(
     steps=150, lr=1e-3, batch_size=64, micro_batch_size=16, rollout_batch_size=256, device="cpu",
-    max_new_tokens=40, forecast_tokens=40, critique_tokens=40, eval_episodes=500, k=4, m=2,
-    reader_temperature=0.0, ema=0.95, episodes_per_step=64, updates_per_episode=0.125,
-    actor_states=64, distil="kept", frozen_parts=True, anchor=0.3, critic_warmup=50,
-    even_turns=True)
+    max_new_tokens=64, forecast_tokens=64, critique_tokens=64, eval_episodes=500, k=4,
+    reader_temperature=0.0, ema=0.95, episodes_per_step=64, actor_states=64, actor_weight=2.0,
+    distil="best", margin=4, frozen_parts=True, anchor=0.3, critic_gate=0.7, even_turns=True)
 QUICK = dict(
-    steps=4, critic_warmup=2, episodes_per_step=8, updates_per_episode=0.125, batch_size=16,
-    micro_batch_size=16, actor_states=8, eval_episodes=20, eval_every=2, save_every=2, examples=800)
-QUICK_LARGE = dict(  # of any other model
-    steps=2, critic_warmup=0, episodes_per_step=2, updates_per_episode=0.5, batch_size=4,
-    micro_batch_size=1, actor_states=2, eval_episodes=2, eval_every=1, save_every=1)
-APPROVED = VERDICTS.index("good")  # what REFINER says
-MARKS = "Action: ", "Next: ", "\nEnd: ", "Futures: ", " Verdict: ", "\nNext action: "  # a token each
+    steps=4, critic_gate=0.0, episodes_per_step=8, updates=1, batch_size=16, actor_states=8,
+    eval_episodes=16, eval_every=2, save_every=2, examples=600)
 READER = "You read. Repeat the first observation, the last observation and the action, a line each."
 
 
@@ -1039,46 +856,195 @@ def load(world, args):
     """The model that plays all parts, and its chat; a tiny one is made from `warmup`."""
     if common.is_tiny(args.model) and args.device == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # more only wait for each other
-    parts = SUCCESSOR, BACKUP, EVALUATOR, REFINER, READER
+    parts = SUCCESSOR, BACKUP, EVALUATOR, REFINER, CHOOSER, READER
     constants = [policy_messages(world, [""])[0]["content"],
-                 *(part_messages(part, world, [""])[0]["content"] for part in parts), *MARKS]
+                 *(call(part, world, [""])[0]["content"] for part in parts), *MARKS]
     return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants,
                        device=args.device, dtype=args.dtype, thinking=args.thinking,
                        max_context=args.max_context)
 
 
-def critique_text(ends):
-    """How to read k endings (turns until success, or None): how many succeed, and how soon."""
-    won = sum(n is not None for n in ends)
-    return f"Futures: {won} of {len(ends)} succeed. Verdict: {VERDICTS[rank_of(ends)]}."
+MARKS = ["<episode>\n", "\n</episode>\n", "Next action: ", "\nSeen after it: ", "\nCritique: ",
+         "\nThen the player does: ", "\nForecast from there: ", "Action: ", "Next: ", " Then: ",
+         " End: ", "Futures: ", ", at best in ", ". One goes on with: ", ". One fails: ",
+         " Verdict: ", "Best: "]
+MARKS += [f"\n{word} {number}: " for word in ("Future", "Try") for number in range(1, 9)]
+
+
+@dataclass
+class Future:
+    """How an episode goes on, before it is told."""
+
+    seen: str
+    then: str
+    turns: int | None  # to success
+
+    def told(self):
+        return forecast_text(self.seen, self.then, ending(self))
+
+    score = 0.0
+
+
+def critique_text(futures):
+    """How to read futures: how many succeed, how soon, by what action next; what a failure shows."""
+    won = [future for future in futures if future.turns is not None]
+    text = f"Futures: {len(won)} of {len(futures)} succeed"
+    if won:
+        text += f", at best in {envs.count(min(future.turns for future in won), 'turn')}"
+    if hint := hinted(futures):
+        text += f". One goes on with: {envs.one_line(hint)}"
+    elif len(won) < len(futures):
+        lost = next(future for future in futures if future.turns is None)
+        text += f". One fails: {first_sentence(lost.seen).rstrip('.')}"
+    return f"{text}. Verdict: {VERDICTS[worth(futures)]}."
+
+
+def hinted(futures):
+    """What the player does next in the first future that succeeds and is not over at once."""
+    return next((future.then for future in futures if future.turns and future.then), "")
+
+
+def worth(futures):
+    """The verdict on futures, as an index of VERDICTS: by how many of them succeed."""
+    share = common.mean(future.turns is not None for future in futures)
+    return sum(share > bound for bound in (0.1, 0.35, 0.6, 0.85))
+
+
+def soonest(futures):
+    """What is compared: more successes first, then the sooner one."""
+    turns = [future.turns for future in futures if future.turns is not None]
+    return len(turns), -min(turns, default=0)
+
+
+def tried(world, action, futures):
+    """A judged try, in words."""
+    told = [future.told() for future in futures]
+    return Try(written(action), action, told, critique_text(futures))
+
+
+def examples_of(world, args, t, possible, draw, rng) -> dict:
+    """{part: (messages, reply)} about a transition of random play; `draw(action)`: k futures of it.
+
+    The successor tells a future, B_L counts one turn on, the evaluator reads outcomes. The refiner
+    repeats what was judged good, else takes the critique's hint, else does anything untried; asked
+    to compare, it names the try with more successes, then the sooner one. A share of the critiques
+    is shown as --ablation label-only shows them.
+    """
+    action, label_only = t.action, rng.random() < 0.15
+    left = world.max_turns - len(t.state) // 2  # turns, this one counted
+    first, *later = draw(action), draw(action)
+    found = {
+        "policy": (policy_messages(world, t.state), written(rng.choice(possible))),
+        "successor": (successor_messages(world, t.state, action), first[0].told())}
+    future, then = later[0][0], rng.choice(possible)
+    turns = future.turns + 1 if future.turns and future.turns < left else None
+    merged = Future(t.result, then, turns).told()
+    found["backup"] = backup_messages(world, t, then, future.told()), merged
+    told = [one.told() for one in first]
+    found["evaluator"] = evaluator_messages(world, t.state, action, told), critique_text(first)
+    actions = rng.sample(possible, min(args.m + 1, len(possible)))
+    futures = [draw(one) for one in actions]
+    tries = [tried(world, one, some) for one, some in zip(actions, futures)]
+    some = rng.randint(1, max(1, len(tries) - 1))
+    untried = [one for one in possible if one not in actions[:some]] or possible
+    hint = "" if label_only else hinted(futures[some - 1])
+    reply = hint if hint in untried else rng.choice(untried)
+    if worth(futures[some - 1]) >= VERDICTS.index("good"):
+        reply = actions[some - 1]
+    messages = refiner_messages(world, t.state, tries[:some], label_only)
+    found["refiner"] = messages, written(reply)
+    values = [worth(some) if label_only else soonest(some) for some in futures]
+    if values.count(max(values)) == 1 < len(values):
+        messages = refiner_messages(world, t.state, tries, label_only, CHOOSER)
+        found["chooser"] = messages, f"Best: {values.index(max(values)) + 1}"
+    return found
+
+
+def random_episode(world, seed, rng, actions=(), slips=0.0):
+    """A random player's episode on train, after `actions` -> (transitions, what was possible).
+
+    `slips`: how often it says the first word of one action with the rest of another.
+    """
+    episode, possible = begin(world, "train", seed), []
+    info = world.info(valid=True)
+    while not episode.over:
+        turn = len(possible)
+        possible.append(world.admissible() or [""])
+        action = actions[turn] if turn < len(actions) else envs.random_player(world, info, rng)
+        if rng.random() < slips:
+            action = " ".join([action.split(" ")[0], *rng.choice(possible[-1]).split(" ")[1:]])
+        take_turn(world, episode, written(action))
+        info = world.info(valid=True)
+    return transitions(episode), possible
+
+
+def with_shots(part, messages, args):
+    """The messages of a call, --shots worked examples behind the system prompt."""
+    if not args.shots:
+        return messages
+    shots = worked_examples(args.env, args.shots, args.show_actions, args.k, args.m)
+    return [messages[0], *shots[part], *messages[1:]]
+
+
+@functools.lru_cache(maxsize=8)
+def worked_examples(env, count, show_actions, k, m):
+    """{part: --shots worked examples, as messages}: random play on train, and what came of it.
+
+    By turns the end of an episode that was won and the start of one that was lost, where a random
+    player does win. Futures are played: where the game goes on, it goes on at random.
+    """
+    world, rng = envs.make(env, show_actions=show_actions), random.Random(0)
+    args, played, found = Args(env=env, k=k, m=m), [], {part: [] for part in PARTS}
+    for seed in range(10**6, 10**6 + 8 + 8 * count):  # far from the seeds that are learnt from
+        played.append(random_episode(world, seed, rng))
+    won = [(steps, possible) for steps, possible in played if steps[0].turns is not None]
+    lost = [(steps, possible) for steps, possible in played if steps[0].turns is None]
+    for i in range(20 * count):
+        wanted = (lost if i % 2 else won) or played
+        steps, possible = wanted[i // 2 % len(wanted)]
+        turn = 0 if i % 2 else len(steps) - 1
+        t, before = steps[turn], [one.action for one in steps[:turn]]
+
+        def draw(action):
+            futures = []
+            for _ in range(k):
+                new, _ = random_episode(world, t.seed, rng, [*before, action])  # noqa: B023
+                future = new[turn]  # noqa: B023
+                futures.append(Future(future.result, future.then, future.turns))
+            return futures
+
+        examples = examples_of(world, args, t, possible[turn], draw, rng)
+        for part, (messages, reply) in examples.items():
+            if len(found[part]) < 2 * count:
+                shot = {"role": "assistant", "content": reply, "shot": True}
+                found[part] += [messages[-1], shot]
+    world.close()
+    return found
 
 
 def warmup(world, args):
     """What a model made from nothing is taught: to read, and the form of every part's reply.
 
     Episodes come from a random player on the train split, unfiltered. The policy learns to answer
-    with any action. The successor learns its form from the futures of *other, random* transitions,
-    so it knows nothing of what follows what. B_L learns to copy a result and to count one turn on;
-    the evaluator to read outcomes, the refiner to keep an approved action or to name any untried
-    one. No part sees an expert.
+    with any possible action. Some that were played are impossible, as a refusal that no warm-up
+    ever showed would upset all parts at once. Futures are those of *other, random* transitions with
+    random ends, so that no part knows what follows what. No part sees an expert.
     """
-    rng = random.Random("warm-up")
-    steps = []
+    rng, steps, examples = random.Random("warm-up"), [], []
     for seed in range(max(50, args.examples // 4)):
-        episode, possible = random_episode(world, seed, rng)
-        steps += [t | {"possible": actions} for t, actions in zip(transitions(episode), possible)]
-    futures = [future_text(t["result"], t["turns"]) for t in steps]
-    examples = []
+        steps += zip(*random_episode(world, seed, rng, slips=0.1))
     for _ in range(args.examples):
-        step = rng.choice(steps)
-        action = action_of(world, step["reply"])
-        first, last = first_sentence(step["history"][0]), first_sentence(step["history"][-1])
-        examples += [
-            (policy_messages(world, step["history"]), written(rng.choice(step["possible"]))),
-            (successor_messages(world, step["history"], action), rng.choice(futures)),
-            (part_messages(READER, world, step["history"], next_action(action)),
-             "\n".join([first, last, envs.one_line(action)])),
-            *judging_examples(world, args, step, rng.choices(steps, k=args.k), rng)]
+        t, possible = rng.choice(steps)
+        left = world.max_turns - len(t.state) // 2
+        chance = rng.random()
+
+        def draw(action):
+            return [random_future(rng, steps, left, chance) for _ in range(args.k)]  # noqa: B023
+
+        first, last = first_sentence(t.state[0]), first_sentence(t.state[-1])
+        read = call(READER, world, t.state, f"Next action: {envs.one_line(t.action)}")
+        examples.append((read, "\n".join([first, last, envs.one_line(t.action)])))
+        examples += examples_of(world, args, t, possible, draw, rng).values()
     facts = world.facts() if hasattr(world, "facts") else []
     for fact in facts * (4 * args.examples // max(1, len(facts))):
         examples.append(([{"role": "user", "content": " ".join(fact.split()[:-1])}], fact))
@@ -1086,42 +1052,12 @@ def warmup(world, args):
     return examples
 
 
-def judging_examples(world, args, step, others, rng):
-    """One each for B_L (unless the step ended the game), the evaluator and the refiner.
-
-    `others`: k random transitions, whose results stand in made-up futures.
-    """
-    history, actions, examples = step["history"], step["possible"], []
-    action = action_of(world, step["reply"])
-    left = world.max_turns - len(history) // 2  # turns, this one counted
-
-    def random_end(chance=0.6):
-        return rng.randint(1, left) if rng.random() < chance else None
-
-    def random_ends(chance):
-        return [random_end(chance) for _ in range(args.k)]
-
-    if not step["done"]:
-        n = random_end()
-        forecast = future_text(others[0]["result"], n)
-        merged = future_text(step["result"], n + 1 if n and n < left else None)
-        examples.append((backup_messages(world, history, action, step["result"], forecast), merged))
-    chance = rng.random()
-    ends = random_ends(chance)
-    seen = [future_text(t["result"], n) for t, n in zip(others, ends)]
-    examples.append((evaluator_messages(world, history, action, seen), critique_text(ends)))
-    tried = rng.sample(actions, rng.randint(1, max(1, min(args.m, len(actions) - 1))))
-    critiques = []
-    for _ in tried[1:]:  # earlier tries were not kept
-        ends = random_ends(0.2)
-        critiques.append(critique_text(ends if rank_of(ends) < APPROVED else [None] * args.k))
-    ends = random_ends(chance)
-    critiques.append(critique_text(ends))
-    untried = [a for a in actions if a not in tried] or actions
-    tries = [{"action": a, "critique": text} for a, text in zip(tried, critiques)]
-    reply = "keep" if rank_of(ends) >= APPROVED else rng.choice(untried)
-    examples.append((refiner_messages(world, history, tries), written(reply)))
-    return examples
+def random_future(rng, steps, left, chance):
+    """What was seen in another transition, an action of yet another, and an end drawn at random."""
+    turns = rng.randint(1, left) if rng.random() < chance else None
+    goes_on = turns != 1 and (turns or rng.random() < 0.5)
+    then = rng.choice(rng.choice(steps)[1]) if goes_on else ""
+    return Future(rng.choice(steps)[0].result, then, turns)
 
 
 if __name__ == "__main__":

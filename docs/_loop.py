@@ -6,8 +6,6 @@ can stop at another run's number of environment steps (--match), and it cannot b
 no checkpoint/; these runs take minutes).
 """
 
-import copy
-import dataclasses
 import json
 import random
 import sys
@@ -24,7 +22,7 @@ import common  # noqa: E402
 import envs  # noqa: E402
 import nlac  # noqa: E402
 
-QUICK = nlac.QUICK | dict(critic_warmup=1, micro_batch_size=8)
+QUICK = nlac.QUICK | dict(micro_batch_size=8)
 UNTIL = "directory of a finished run: stop after as many environment steps, whatever --steps says"
 
 
@@ -40,10 +38,9 @@ class Learner:
 
     def __init__(self, model, chat, world, args):
         self.model, self.chat, self.world, self.args = model, chat, world, args
-        self.target = copy.deepcopy(model)  # theta_bar
-        self.start = copy.deepcopy(model)
-        self.parts = self.Parts(model, self.target, self.start, chat, world, args)
+        self.parts = self.Parts(model, chat, world, args)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.learns, self.told = not args.critic_gate, []  # see --critic-gate
         self.buffer = []
         self.extra = Counter()  # env_steps, simulation_steps, tokens, gradient_steps
 
@@ -52,7 +49,7 @@ class Learner:
         """Refuses what is impossible for this rival, before anything is loaded."""
 
     def act(self, step, seeds):
-        actor = self.start if step <= self.args.critic_warmup else self.model
+        actor = self.model if self.learns else self.parts.start
         return nlac.rollout(actor, self.chat, self.args, "train", seeds,
                             temperature=self.args.temperature, stream=("act", step))
 
@@ -63,16 +60,16 @@ class Learner:
 
     # what NLAC's relatives do as nlac.main does
 
-    def states(self, step, rng):
+    def states(self, rng):
         """What is refined in this step."""
-        count = self.args.actor_states if step > self.args.critic_warmup else 0
+        count = self.args.actor_states * self.learns
         return nlac.sample(self.buffer, self.args, rng, count)
 
     def successor_lessons(self, step, rng):
-        """nlac.successor_lessons on a sample of the buffer."""
-        count = self.args.batch_size * nlac.updates_of(self.args)
-        batch = nlac.sample(self.buffer, self.args, rng, count)
-        return nlac.successor_lessons(self.parts, batch, ("bellman", step))
+        """nlac.successor_lessons on a sample of the buffer -> (pairs, targets dropped)."""
+        batch = nlac.sample(self.buffer, self.args, rng, self.args.batch_size * self.args.updates)
+        pairs = nlac.successor_lessons(self.parts, batch, ("backup", step))
+        return pairs, len(batch) - len(pairs)
 
     def anchor_lessons(self, episodes, rng):
         """nlac.anchor_lessons of what was just played."""
@@ -81,9 +78,9 @@ class Learner:
 
     def update(self, step, forecasts, lessons, played=()):
         """nlac.update; returns its metrics."""
-        self.extra["gradient_steps"] += nlac.updates_of(self.args)
-        return nlac.update(self.model, self.target, self.chat, self.args, self.optimizer, step,
-                           forecasts, lessons, played)
+        self.extra["gradient_steps"] += self.args.updates
+        common.set_rate(self.optimizer, self.args.lr * min(1, step / 10))
+        return nlac.update(self.parts, self.optimizer, forecasts, lessons, played)
 
 
 class PlayedParts(nlac.Parts):
@@ -92,14 +89,14 @@ class PlayedParts(nlac.Parts):
     def __init__(self, *all_of_it):
         super().__init__(*all_of_it)
         self.extra = Counter()
+        self.asked = []  # the transitions whose states are refined: what is played knows their seeds
 
-    def foresee(self, states, actions, stream):
-        """k episodes of each action, told as futures."""
-        k = self.args.k
-        rows = [(t, action) for t, action in zip(states, actions) for _ in range(k)]
-        played = self.play(rows, (*stream, "play"))
-        futures = [self.describe(t, episode) for (t, _), episode in zip(rows, played)]
-        return [futures[i * k:(i + 1) * k] for i in range(len(states))]
+    def foresee(self, states, actions, stream, samples=1, averaged=False):
+        """`samples` episodes of each action, told as futures; of none where there is no action."""
+        rows = [row for row in zip(self.asked, actions) for _ in range(samples)]
+        some = [row for row in rows if row[1]]
+        played = iter(self.play(some, (*stream, "play")))
+        return [self.describe(t, next(played)) if action else "" for t, action in rows]
 
     def play(self, rows, stream):
         """An episode for each (transition, action): its dialogue, the action, how the policy went on."""
@@ -107,10 +104,9 @@ class PlayedParts(nlac.Parts):
 
     @staticmethod
     def describe(t, episode):
-        """What was played after the dialogue of `t`, in the words of a future."""
-        turns = (len(episode["history"]) - len(t["history"])) // 2  # the action counted
-        result = episode["history"][len(t["history"]) + 1]
-        return nlac.future_text(result, turns if episode["won"] else None)
+        """What was played after the state of `t`, in the words of a future."""
+        following = nlac.transitions(episode)[len(t.state) // 2]
+        return nlac.forecast_text(following.result, following.then, nlac.ending(following))
 
 
 class PlayingLearner(Learner):
@@ -119,14 +115,16 @@ class PlayingLearner(Learner):
     Parts = PlayedParts
 
     def learn(self, step, episodes, rng, clock):
-        states = self.states(step, rng)
-        refined = nlac.refine(self.parts, states, ("refine", step))
+        self.parts.asked = self.states(rng)
+        states = [t.state for t in self.parts.asked]
+        tries = nlac.refine(self.parts, states, ("refine", step))
+        lessons = nlac.policy_lessons(self.parts, states, tries, ("choose", step))
         self.extra.update(self.parts.extra)
         self.parts.extra.clear()
         clock.lap("refinement")
-        losses = self.update(step, [], nlac.policy_lessons(self.parts, states, refined))
+        losses = self.update(step, [], lessons)
         clock.lap("update")
-        return losses | (nlac.refinement_metrics(self.world, refined) if refined else {})
+        return losses | nlac.watch_refinement(tries) | {"lessons": len(lessons)}
 
 
 def steps_of(directory):
@@ -142,10 +140,7 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
 
     `tiny`: more defaults of a tiny model; `quick`: more settings of --quick.
     """
-    args = common.parse_args(arguments, nlac.TINY | (tiny or {}))
-    if args.quick:
-        sizes = QUICK if common.is_tiny(args.model) else nlac.QUICK_LARGE
-        args = dataclasses.replace(args, **sizes | (quick or {}))
+    args = common.parse_args(arguments, nlac.TINY | (tiny or {}), quick=QUICK | (quick or {}))
     world = nlac.check_args(args)
     common.check(not args.resume and not args.eval_only, "the rivals under docs/ know neither --resume nor --eval-only")
     common.check(args.ablation == "none", "--ablation belongs to nlac.py")
@@ -153,16 +148,16 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
     limit = steps_of(args.match) if args.match else None
     run = common.Run(method, args, common.run_directory(method, args))
     model, chat = nlac.load(world, args)
-    nlac.check_model(model, chat, world, args)
+    first = nlac.policy_messages(world, [world.reset(seed=0)[0]])
+    nlac.check_room(args, chat, model, nlac.with_shots("policy", first, args), args.max_new_tokens)
     run.start({"parameters": common.count_parameters(model)})
     tqdm.write(f"{method} on {args.env}: {common.count_parameters(model):,} parameters on "
                f"{common.device_name(args.device)}; a step plays {args.episodes_per_step} episodes; stops after "
                f"{f'{limit} environment steps' if limit else f'{args.steps} steps'}")
     torch.manual_seed(args.seed)  # for parameters that a rival adds
     learner = make_learner(model, chat, world, args)
-    before, played = nlac.evaluate(model, chat, args, "test", args.eval_episodes)
-    shown = [("before", played[0])]
-    tqdm.write(f"before: {common.result_line('test', before)}")
+    before, episode = nlac.evaluate(model, chat, args, ["test"], args.eval_episodes)
+    shown = [("before", episode)]
 
     totals, seconds, told = Counter(env_steps=0, tokens=0, gradient_steps=0, episodes=0), Counter(), set()
     step, last = 0, False
@@ -177,23 +172,22 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
         fresh = [t for e in episodes for t in nlac.transitions(e)]
         learner.buffer = (learner.buffer + fresh)[-args.buffer_size:]
         clock.lap("rollout")
-        metrics = {"step": step, **nlac.episode_metrics(episodes)}
+        metrics = {"step": step, **nlac.watch(episodes)}
         metrics |= learner.learn(step, episodes, random.Random(f"{args.seed} {step}"), clock)
-        learner.parts.note_episodes(episodes)
-        totals.update(episodes=len(episodes), env_steps=len(fresh), tokens=learner.parts.total("tokens"))
+        sampled = learner.parts.tokens() + sum(episode.tokens for episode in episodes)
+        totals.update(episodes=len(episodes), env_steps=len(fresh), tokens=sampled)
         totals.update(learner.extra)
         learner.extra.clear()
         last = totals["env_steps"] >= limit if limit else step == args.steps
-        records = [{"step": step, **e} for e in episodes]
+        records = [{"step": step, **vars(e)} for e in episodes]
         if last or step % args.eval_every == 0:
             n = args.eval_episodes if last else max(1, args.eval_episodes // 5)
-            after, played = nlac.evaluate(model, chat, args, "test", n)
-            metrics |= {"eval_success": after["success"], "eval_se": after["se"], "eval_episodes": n}
-            tqdm.write(f"step {step}: {common.result_line('test', after)}, {totals['env_steps']} environment steps")
-            records += [{"step": step, "evaluation": True, **played[0]}] * last
+            after, episode = nlac.evaluate(model, chat, args, ["test"], n)
+            metrics |= {f"eval_{name}": value for name, value in after["test"].items()}
+            records += [{"step": step, "evaluation": True, **vars(episode)}] * last
         clock.lap("watching")
         metrics |= learner.parts.metrics() | dict(totals) | clock.seconds()
-        common.warn_cut(metrics, nlac.LIMITS, told)
+        common.warn_cut(metrics, nlac.FLAGS, told)
         run.log(metrics)
         run.write_rollouts(records)
         bar.update((totals["env_steps"] if limit else step) - bar.n)
@@ -202,18 +196,13 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
             sys.exit(run.stopping)
     bar.close()
 
-    shown.append(("after", played[0]))
+    shown.append(("after", episode))
     ends = envs.ends(args.env, args.eval_episodes)
-    summary = common.summary(f"docs/{Path(sys.argv[0]).name}", method, "none", args, {"test": before}, {"test": after},
+    summary = common.summary(f"docs/{Path(sys.argv[0]).name}", method, "none", args, before, after,
                              ends, totals, seconds)
     run.finish(summary | {key: totals[key] for key in ("simulation_steps",) if key in totals}, model, chat)
     for name, episode in shown:
-        print(f"\n{name}\n{common.show({'said': said(episode)})}")
+        print(f"\n{name}\n{common.show(vars(episode))}")
     print()
     common.print_table(summary)
     print(f"whole episodes: {run.dir / 'rollouts.jsonl'}")
-
-
-def said(episode):
-    """Who says what, for `common.show`."""
-    return [(("world", "act")[i % 2], text) for i, text in enumerate(episode["history"])]

@@ -1,10 +1,11 @@
-"""The ceiling of nlac.py: true futures instead of a learned successor model, and verdicts by rule.
+"""The ceiling of nlac.py: true futures instead of a learned successor model, and critiques by rule.
 
  1. Act as nlac.py does.
  2. A future of (s, a): a copy of the world is brought to s, *whatever is hidden is drawn anew among all that fits the dialogue*, a is
     taken and the current policy plays on. So a future holds nothing that the player could not know, and k of them show the chances.
  3. The critique is composed in code from the outcomes (--verdicts model: nlac's evaluator reads them instead).
- 4. nlac's refiner reads the critique (--refiner rule: keep if good or great, else any untried action, drawn in code).
+ 4. nlac's refiner reads the critique (--refiner rule: what is good or great again, else what
+    the critique hints at, else any untried action, drawn in code).
  5. L2 as in nlac.py. There is no L1.
 
 Rules stand here and nowhere else: this measures what a perfect critic would be worth, and with the two switches which learned part costs
@@ -26,7 +27,7 @@ import common
 import envs
 import nlac
 
-TINY = dict(critic_warmup=0)  # there is no critic to wait for
+TINY = dict(critic_gate=0.0)  # there is no critic to wait for
 
 
 @dataclass
@@ -38,14 +39,14 @@ class Args(_loop.Args):
 def restored(args, t, rng):
     """A world in the state of transition `t`, with what is hidden drawn anew among all that fits the dialogue."""
     world = envs.make(args.env, show_actions=args.show_actions)
-    envs.replay(world, t["seed"], [common.aloud(reply) for reply in t["history"][1::2]], "train")
+    envs.replay(world, t.seed, [common.aloud(reply) for reply in t.state[1::2]], "train")
     world.resample(rng)
     return world
 
 
 class Parts(_loop.PlayedParts):
-    def __init__(self, model, target, start, chat, world, args):
-        super().__init__(model, target, start, chat, world, args)
+    def __init__(self, model, chat, world, args):
+        super().__init__(model, chat, world, args)
         self.actions = world.reset(seed=0)[1]["admissible"]
 
     def play(self, rows, stream):
@@ -54,8 +55,8 @@ class Parts(_loop.PlayedParts):
         for i in range(0, len(rows), size):
             episodes += self.side_by_side(rows[i:i + size], stream, i)
         for (t, _), episode in zip(rows, episodes):
-            self.extra["simulation_steps"] += (len(episode["history"]) - len(t["history"])) // 2
-            self.extra["tokens"] += episode["tokens"]
+            self.extra["simulation_steps"] += len(episode.actions) - len(t.state) // 2
+            self.extra["tokens"] += episode.tokens
         return episodes
 
     @torch.no_grad()
@@ -65,7 +66,9 @@ class Parts(_loop.PlayedParts):
         for i, (t, action) in enumerate(rows, first):
             rng = random.Random(common.row_seed(self.args.seed, *stream, "hidden", i))
             worlds.append(restored(self.args, t, rng))
-            episodes.append(nlac.new_episode("train", t["seed"], t["history"][0]) | {"history": list(t["history"])})
+            episodes.append(nlac.Episode("train", t.seed))
+            episodes[-1].said = [[("world", "act")[turn % 2], text] for turn, text in enumerate(t.state)]
+            episodes[-1].actions = [nlac.action_of(worlds[-1], reply) for reply in t.state[1::2]]
             nlac.take_turn(worlds[-1], episodes[-1], nlac.written(action))
         streams = [(*stream, i) for i in range(first, first + len(rows))]
         nlac.play_on(self.model, self.chat, self.args, worlds, episodes, streams, self.args.temperature)
@@ -73,24 +76,26 @@ class Parts(_loop.PlayedParts):
             world.close()
         return episodes
 
-    def __call__(self, part, messages, stream, samples=1):
-        contents = [m[-1]["content"] for m in messages]
+    def ask(self, part, messages, stream, samples=1, averaged=False):
+        contents = [message[-1]["content"] if message else "" for message in messages]
         if part == "evaluator" and self.args.verdicts == "rule":
-            return [self.rule_critique(content) for content in contents]
+            return [content and self.rule_critique(content) for content in contents]
         if part == "refiner" and self.args.refiner == "rule":
             rngs = [random.Random(common.row_seed(self.args.seed, *stream, part, i)) for i in range(len(contents))]
-            return [self.rule_refiner(content, rng) for content, rng in zip(contents, rngs)]
-        return super().__call__(part, messages, stream, samples)
+            return [content and self.rule_refiner(content, rng) for content, rng in zip(contents, rngs)]
+        return super().ask(part, messages, stream, samples, averaged)
 
     def rule_critique(self, content):
-        ends = re.findall(r"^End: (?:failure|success in (\d+) turns?)\.$", content, re.MULTILINE)
-        return nlac.critique_text([int(n) if n else None for n in ends])
+        futures = re.findall(r"^Future \d+: Next: (.+?)(?: Then: (.+?)[.])? End: (?:failure.*|success in (\d+) turns?)[.]$", content, re.M)
+        return nlac.critique_text([nlac.Future(seen, then, int(turns) if turns else None) for seen, then, turns in futures])
 
     def rule_refiner(self, content, rng):
-        if (nlac.parse_verdict(content) or 0) >= nlac.APPROVED:  # the last verdict, that of the last try
-            return nlac.written("keep")
-        untried = [a for a in self.actions if f"\nTry: {envs.one_line(a)}\n" not in content]
-        return nlac.written(rng.choice(untried or self.actions))
+        tried = re.findall(r"^Try \d+: (.+)$", content, re.M)
+        if (nlac.rank(content) or 0) >= nlac.VERDICTS.index("good"):  # the last verdict, that of the last try
+            return nlac.written(tried[-1])
+        hint = re.findall(r"One goes on with: (.+?)[.] Verdict", content.rpartition("Critique: ")[2])
+        untried = [a for a in self.actions if envs.one_line(a) not in tried]
+        return nlac.written(next((a for a in untried if a in hint), rng.choice(untried or self.actions)))
 
 
 class Ceiling(_loop.PlayingLearner):
@@ -105,4 +110,4 @@ class Ceiling(_loop.PlayingLearner):
 
 
 if __name__ == "__main__":
-    _loop.main("ceiling", Args, Ceiling, TINY, {"critic_warmup": 0})
+    _loop.main("ceiling", Args, Ceiling, TINY)

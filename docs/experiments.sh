@@ -89,7 +89,8 @@ runs self-guide-grpo-long  "0 1 2" self_guide.py --guide off --steps 250 # its c
 
 # ACT: the pipelines at equal epochs, the baseline of another paper, and pairs that another size of model proposed
 for pipeline in act,il il,il il,rl act,il,rl; do runs "act-$pipeline" "0 1 2 3 4" act.py --pipeline "$pipeline"; done
-for pipeline in il act act,rl il,rl,rl sft-choice,il dpo,il no-reasoning,il; do runs "act-$pipeline" "0 1 2" act.py --pipeline "$pipeline"; done
+for pipeline in il act act,rl il,rl,rl; do runs "act-$pipeline" "0 1 2" act.py --pipeline "$pipeline"; done
+for pipeline in sft-choice,il dpo,il no-reasoning,il; do runs "act-$pipeline" "0 1 2" docs/act_controls.py --pipeline "$pipeline"; done
 runs act-early-experience  "0 1 2" docs/early_experience.py
 for pipeline in act,il il,il; do # where could ACT help? each setting beside its own control
     runs "act-few-demos-$pipeline"  "0 1 2 3 4" act.py --num-demos 20 --epochs 10 --pipeline "$pipeline"
@@ -97,7 +98,7 @@ for pipeline in act,il il,il; do # where could ACT help? each setting beside its
     runs "act-128x2-$pipeline"      "0 1 2" act.py --model tiny:128x2 --pipeline "$pipeline"
 done
 for pipeline in il sft-choice,il no-reasoning,il; do # is it the thought, or only that imitation overfits less?
-    runs "act-few-demos-$pipeline" "0 1 2 3 4" act.py --num-demos 20 --epochs 10 --pipeline "$pipeline"
+    runs "act-few-demos-$pipeline" "0 1 2 3 4" docs/act_controls.py --num-demos 20 --epochs 10 --pipeline "$pipeline"
 done
 runs act-k4             "0 1 2" act.py --candidates 4
 runs act-32x2           "0 1 2" act.py --model tiny:32x2

@@ -41,30 +41,31 @@ class NLQL(_loop.Learner):
         forecasts, dropped = self.successor_lessons(step, rng)
         clock.lap("backup")
         lessons, metrics = [], {}
-        if states := self.states(step, rng):
+        if states := [t.state for t in self.states(rng)]:
             lessons, metrics = self.best_lessons(states, ("refine", step))
         clock.lap("refinement")
         metrics |= self.update(step, forecasts, lessons, self.anchor_lessons(episodes, rng))
         clock.lap("update")
-        fresh = self.buffer[-sum(len(e["valid"]) for e in episodes):]
-        some = rng.sample(fresh, min(32, len(fresh)))
-        return metrics | {"targets_dropped": dropped} | nlac.calibration(self.parts, some, ("calibration", step))
+        fresh = self.buffer[-sum(len(e.valid) for e in episodes):]
+        self.told = (self.told + nlac.foretell(self.parts, fresh, ("foretell", step), rng))[-nlac.TOLD:]
+        self.learns = self.learns or nlac.tells_apart(self.args, self.told)
+        return metrics | {"targets_dropped": dropped, "auc": nlac.auc(self.told)}
 
     def best_lessons(self, states, stream):
         """Steps 2 and 3 -> (pairs for L2, metrics)."""
         parts, n = self.parts, self.args.candidates
-        asked = [nlac.policy_messages(self.world, t["history"]) for t in states]
-        replies = parts("policy", asked, stream, n)
-        rows = [t for t in states for _ in range(n)]
+        asked = [nlac.policy_messages(self.world, state) for state in states]
+        replies = parts.ask("policy", asked, stream, n)
+        rows = [state for state in states for _ in range(n)]
         actions = [nlac.action_of(self.world, reply) for reply in replies]
         _, critiques = nlac.critique(parts, rows, actions, stream)
-        verdicts = [nlac.parse_verdict(text) for text in critiques]
+        verdicts = [nlac.rank(text) for text in critiques]
         chosen, lessons = [], []
         for i in range(len(states)):
             chosen.append(best(verdicts[i * n:(i + 1) * n]))
             row = i * n + (chosen[-1] or 0)
             if chosen[-1] is not None and actions[row]:
-                lessons.append(nlac.lesson(self.chat, "policy", asked[i], replies[row], self.args))
+                lessons += nlac.lesson(parts, "policy", asked[i], replies[row])
         return lessons, {
             "ties": chosen.count(None) / len(states), "changed": common.mean(bool(c) for c in chosen),
             "verdicts": {name: verdicts.count(i) for i, name in enumerate(nlac.VERDICTS)},

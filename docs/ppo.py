@@ -35,7 +35,7 @@ class Args(_loop.Args):
 
 
 # for --model tiny; see docs/experiments.sh for the search
-TINY = dict(lr=3e-4, batch_size=32)
+TINY = dict(lr=3e-4, batch_size=32, critic_gate=0.0)
 
 
 # ------------------------------------------------------------------------------------------------------ advantages and loss
@@ -130,13 +130,13 @@ class PPO(_loop.Learner):
                 logprobs, _, v = look(self.model, self.head, self.chat, rows[i:i + size], args.temperature)
                 old += logprobs.split([sum(n) for n in lengths[i:i + size]])
                 values += [part.tolist() for part in v.split([len(n) for n in lengths[i:i + size]])]
-        pairs = [gae([0.0] * (len(v) - 1) + [e["reward"]], v, args.gamma, args.gae_lambda) for e, v in zip(episodes, values)]
+        pairs = [gae([0.0] * (len(v) - 1) + [e.score], v, args.gamma, args.gae_lambda) for e, v in zip(episodes, values)]
         flat = torch.tensor([a for advantages, _ in pairs for a in advantages])
         mean, std = flat.mean().item(), flat.std(correction=0).item() + 1e-6  # normalised over the turns of the batch
         token_advantages = [torch.tensor([(a - mean) / std for a, n in zip(advantages, turns) for _ in range(n)], device=self.model.device)
                             for (advantages, _), turns in zip(pairs, lengths)]
         returns = [torch.tensor(r, device=self.model.device) for _, r in pairs]
-        played = sum(e["logprob"] for e in episodes) - sum(o.sum().item() for o in old)
+        played = sum(e.logprob for e in episodes) - sum(o.sum().item() for o in old)
 
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * min(1, step / 10)

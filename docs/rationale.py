@@ -1,8 +1,9 @@
 """The rationale test of ACT's paper: does the choice of two actions hang on the thought before it?
 
 Of a finished run of act.py, on its held-out states, both orders of each pair, greedily:
-free: the model thinks and chooses; removed: it must choose at once; wrong: it chooses behind a
-thought of its own about another state. (--prefill of the run plays no part.)
+free: the model thinks and chooses, choice_first and choice_second by the place of the right action;
+removed: it must choose at once; wrong: it chooses behind a thought of its own about another state;
+next_action: how often it does as the expert. (--prefill of the run plays no part.)
 
     python docs/rationale.py runs/act-household-s0      # of the first stage; writes rationale.json
     python docs/rationale.py runs/act-household-s0 --stage 2-il
@@ -22,31 +23,43 @@ import act  # noqa: E402
 import common  # noqa: E402
 
 
-def accuracy(model, chat, args, prompts, thoughts, pairs, orders):
+def accuracy(state, prompts, thoughts, pairs):
     """How often the expert's action is chosen, when each reply has to begin with a thought (None:
     with nothing). Returns (share, replies)."""
     starts = ["" if thought is None else f"{thought}{act.TAG}" for thought in thoughts]
-    ids = [prompt + (chat.encode(start) if start else [])
-           for prompt, start in zip(prompts, starts)]
-    said = act.answer(model, chat, args, ids, ("rationale",), args.choice_tokens, temperature=0)
-    texts, right = [], []
-    for e, start, pair, order in zip(said, starts, pairs, orders):
-        e = {**e, "text": start + e["text"]}
-        texts.append(e["text"])
-        right.append(act.paid_choice(e, pair, order)[1] == "right")
-    return common.mean(right), texts
+    ids = [state.chat.dialogue(prompt, start) for prompt, start in zip(prompts, starts)]
+    said = common.generate(
+        state.model, state.chat, ids, max_new_tokens=state.args.choice_tokens, temperature=0,
+        seeds=range(len(ids)), rows=state.args.rollout_batch_size)
+    replies = []
+    for start, text, complete, pair in zip(starts, said.texts, said.complete, pairs):
+        reply = act.Reply(start + text, complete, [], [])
+        reply.row = act.pay(state.world, reply, pair)[1]
+        replies.append(reply)
+    return common.mean(reply.row == "right" for reply in replies), replies
 
 
 def settings_of(run):
-    """The Args of a run of act.py."""
+    """The Args of a run of act.py (or docs/act_controls.py), and its first stage."""
     common.check((run / "args.json").is_file(), f"{run}: no run of act.py there")
+    known = {field.name for field in dataclasses.fields(act.Args)}
     try:
-        args = act.Args(**json.loads((run / "args.json").read_text(encoding="utf-8"))["args"])
+        given = json.loads((run / "args.json").read_text(encoding="utf-8"))["args"]
+        args = act.Args(**{name: given[name] for name in known})
     except (ValueError, KeyError, TypeError) as error:
         common.refuse(f"{run / 'args.json'}: not the settings of a run of act.py "
                       f"({type(error).__name__}: {error})")
-    return dataclasses.replace(
-        args, demos="", pairs="", eval_only=False, resume=False, prefill=False)
+    plain = dict(demos="", pairs="", pipeline="il", eval_only=False, resume=False, prefill=False)
+    return dataclasses.replace(args, **plain), f"1-{args.pipeline.split(',')[0]}"
+
+
+def held_out_states(args, count):
+    """The first states of the expert's episodes on `test`, which no stage has seen."""
+    states, seed = [], 0
+    while len(states) < count:
+        states += act.states_of(act.demonstrations(args, "test", [seed]))
+        seed += 1
+    return states[:count]
 
 
 def main():
@@ -54,33 +67,40 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--stage", default="", help="a directory in RUN; default: the first")
+    parser.add_argument("--states", type=int, default=200, help="of the expert on `test`")
     given = parser.parse_args()
-    args = settings_of(given.run)
-    world, stages, *_ = act.check_args(args)
-    stage = given.stage or f"1-{stages[0]}"
+    args, first = settings_of(given.run)
+    world, *_ = act.check_args(args)
+    stage = given.stage or first
     common.check((given.run / stage / "config.json").is_file(),
                  f"{given.run / stage}: no model there")
 
-    start, chat = act.load(world, args)  # who proposed the other actions
-    prompts = act.make_prompts(world, args)
-    held_out = act.that_fit(start, chat, args, prompts, act.held_out_states(args))
-    one_each = dataclasses.replace(args, candidates=1)
-    pairs, _ = act.make_pairs(start, chat, one_each, prompts, held_out, ("held out", "pairs"))
+    # the start policy proposed the other actions
+    model, chat = act.load(world, args)
+    state = act.State(args, world, chat, model)
+    args.candidates = 1
+    states = act.that_fit(state, held_out_states(args, given.states))
+    pairs = act.that_fit(state, act.pairs_of(act.propose(state, states)))
     common.check(len(pairs) > 1, f"{given.run}: fewer than two held-out pairs")
-    model, chat = act.load(world, dataclasses.replace(args, model=str(given.run / stage)))
-    states, orders = len(pairs), [False] * len(pairs) + [True] * len(pairs)
-    pairs = pairs * 2
-    ids = [chat.dialogue(act.question(prompts, pair, order)) for pair, order in zip(pairs, orders)]
+    state.model, _ = act.load(world, dataclasses.replace(args, model=str(given.run / stage)))
+    pairs = pairs + [pair | {"expert_second": True} for pair in pairs]
+    prompts = [act.question(world, args, pair) for pair in pairs]
+    count = len(pairs) // 2
 
-    free, texts = accuracy(model, chat, args, ids, [None] * len(pairs), pairs, orders)
-    thoughts = [re.split(r"<action\s*>", text, flags=re.I)[0] for text in texts]
-    shift = random.Random(0).randrange(1, states)
-    others = [i // states * states + (i + shift) % states for i in range(len(pairs))]
+    free, replies = accuracy(state, prompts, [None] * len(pairs), pairs)
+    right = [reply.row == "right" for reply in replies]
+    thoughts = [re.split(r"<action\s*>", reply.text, flags=re.I)[0] for reply in replies]
+    shift = random.Random(0).randrange(1, count)
+    others = [i // count * count + (i + shift) % count for i in range(len(pairs))]
     wrong = [thoughts[i] for i in others]  # of another state, in the same order
+    args.temperature = 0.0
+    acted = act.ask(state, states, ("rationale",))
     found = {"stage": stage, "choices": len(pairs), "free": free,
+             "choice_first": common.mean(right[:count]), "choice_second": common.mean(right[count:]),
              "thought": common.mean(bool(thought.strip()) for thought in thoughts),
-             "removed": accuracy(model, chat, args, ids, [""] * len(pairs), pairs, orders)[0],
-             "wrong": accuracy(model, chat, args, ids, wrong, pairs, orders)[0]}
+             "removed": accuracy(state, prompts, [""] * len(pairs), pairs)[0],
+             "wrong": accuracy(state, prompts, wrong, pairs)[0],
+             "next_action": common.mean(reply.row == "right" for reply in acted)}
     (given.run / "rationale.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     print(json.dumps(found))
 

@@ -465,16 +465,15 @@ def rating_table(arms):
 
 
 def stage_table(arms):
-    """Of ACT's pipelines: what their last model does on held-out states of the expert."""
-    rows = []
+    """Of ACT's pipelines: what docs/rationale.py found on held-out states of the expert."""
+    rows, keys = [], ("next_action", "free", "choice_first", "choice_second")
     for arm, runs in arms.items():
-        stages = [run["summary"].get("stages") for run in runs.values()]
-        last = [some[-1] for some in stages if some]
-        if last:
-            keys = "next_action", "choice", "choice_first", "choice_second"
-            rows.append([arm, *(cell(stage[key] for stage in last) for key in keys)])
+        found = probes(runs, "rationale")
+        if found:
+            cells = [cell(one.get(key) for one in found) for key in keys]
+            rows.append([arm, found[0]["stage"], *cells])
     head = (
-        "arm, after its last stage | the expert's action | the right one of two | "
+        "arm | stage | the expert's action | the right one of two | "
         "if shown first | if shown second"
     )
     return markdown(head, rows)

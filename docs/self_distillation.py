@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import _loop
 
 import common
+import envs
 import nlac
 
-TINY = dict(critic_warmup=0)  # there is no critic to wait for
+TINY = dict(critic_gate=0.0)  # there is no critic to wait for
 
 
 @dataclass
@@ -33,13 +34,20 @@ class Args(_loop.Args):
 
 class Parts(_loop.PlayedParts):
     def play(self, rows, stream):
-        seeds = [t["seed"] for t, _ in rows]
-        prefixes = [[*t["history"][1::2], nlac.written(action)] for t, action in rows]
-        episodes = nlac.rollout(self.model, self.chat, self.args, "train", seeds, prefixes=prefixes,
-                                temperature=self.args.temperature, stream=stream)
-        for (t, _), episode in zip(rows, episodes):
-            self.extra["env_steps"] += (len(episode["history"]) - len(t["history"])) // 2
-            self.extra["tokens"] += episode["tokens"]
+        worlds, episodes = [], []
+        for t, action in rows:
+            worlds.append(envs.make(self.args.env, show_actions=self.args.show_actions))
+            episodes.append(nlac.begin(worlds[-1], "train", t.seed))
+            for reply in [*t.state[1::2], nlac.written(action)]:
+                nlac.take_turn(worlds[-1], episodes[-1], reply)
+        streams, size = [(*stream, row) for row in range(len(rows))], self.args.rollout_batch_size
+        for i in range(0, len(rows), size):
+            some = slice(i, i + size)
+            nlac.play_on(self.model, self.chat, self.args, worlds[some], episodes[some], streams[some], self.args.temperature)
+        for (t, _), world, episode in zip(rows, worlds, episodes):
+            world.close()
+            self.extra["env_steps"] += len(episode.actions) - len(t.state) // 2
+            self.extra["tokens"] += episode.tokens
         return episodes
 
 
@@ -48,4 +56,4 @@ class SelfDistillation(_loop.PlayingLearner):
 
 
 if __name__ == "__main__":
-    _loop.main("self-distillation", Args, SelfDistillation, TINY, {"critic_warmup": 0})
+    _loop.main("self-distillation", Args, SelfDistillation, TINY)

@@ -47,36 +47,32 @@ def nlac(script, args):
     """Plain episodes; then every part at up to 50 of the states that were met."""
     world = script.check_args(args)
     model, chat = script.load(world, args)
-    parts = script.Parts(model, model, model, chat, world, args)
+    parts = script.Parts(model, chat, world, args)
     played = script.rollout(model, chat, args, "test", range(args.eval_episodes),
                             temperature=args.eval_temperature, stream=("zero-shot",))
-    parts.note_episodes(played)
-    states = [t for episode in played for t in script.transitions(episode)]
-    states = random.Random(0).sample(states, min(SAMPLES, len(states)))
-    refined = script.refine(parts, states, ("zero-shot",), replies=[t["reply"] for t in states])
-    tries = [refinement["tries"][0] for refinement in refined if refinement["tries"]]
-    live = [t for t in states if not t["done"]]
-    targets = script.bellman_targets(parts, live, ("zero-shot",)) if live else []
-    said = {"successor": [future for t in tries for future in t["futures"]], "backup": targets,
-            "evaluator": [t["critique"] for t in tries], "refiner": [r["reply"] for r in refined]}
-    counts = parts.counts
-    names = [name for what, name in counts if what == "asked"]
+    steps = [t for episode in played for t in script.transitions(episode)]
+    steps = random.Random(0).sample(steps, min(SAMPLES, len(steps)))
+    tries = script.refine(parts, [t.state for t in steps], ("zero-shot",), [t.reply for t in steps])
+    targets = script.successor_targets(parts, [t for t in steps if not t.done], ("zero-shot",))
+    said = {"successor": [future for some in tries for future in some[0].futures],
+            "backup": targets, "evaluator": [some[0].critique for some in tries],
+            "refiner": [some[-1].reply for some in tries]}
+    counts = {}
+    for name, seen in parts.counts.items():
+        counts[name] = part(seen["asked"], seen["parse"], seen["cut"])
     return {
-        "understood": common.mean(valid for episode in played for valid in episode["valid"]),
-        "success": common.mean(episode["won"] for episode in played),
-        "parts": {name: part(counts["asked", name], counts["parsed", name], counts["cut", name])
-                  for name in names},
-        "refined_is_possible": share_possible(script, world, states, refined),
-        "samples": said, "episodes": [script.with_thoughts(parts, e, ("whole",)) for e in played[:3]]}
+        "understood": common.mean(valid for episode in played for valid in episode.valid),
+        "success": common.mean(episode.won for episode in played), "parts": counts,
+        "refined_is_possible": share_possible(world, steps, tries), "samples": said,
+        "episodes": [script.annotated(parts, episode, ("whole",)) for episode in played[:3]]}
 
 
-def share_possible(script, world, states, refined):
+def share_possible(world, steps, tries):
     """Of the refined actions, those that the world understands at their state."""
     valid = []
-    for t, refinement in zip(states, refined):
-        before = [script.action_of(world, reply) for reply in t["history"][1::2]]
-        envs.replay(world, t["seed"], before, t.get("split", "test"))
-        *_, info = world.step(common.aloud(refinement["reply"]))
+    for t, some in zip(steps, tries):
+        envs.replay(world, t.seed, [common.aloud(reply) for reply in t.state[1::2]], "test")
+        *_, info = world.step(common.aloud(some[-1].reply))
         valid.append(info["valid"])
     return common.mean(valid)
 
@@ -85,32 +81,31 @@ def act(script, args):
     """Plain episodes; then proposals and choices at up to 50 of the expert's states on `test`."""
     world, *_ = script.check_args(args)
     model, chat = script.load(world, args)
-    prompts = script.make_prompts(world, args)
-    played = script.rollout(model, chat, args, prompts, "test", range(args.eval_episodes),
+    state = script.State(args, world, chat, model)
+    played = script.rollout(model, chat, args, "test", range(args.eval_episodes),
                             temperature=args.eval_temperature, stream=("zero-shot",))
-    states = script.demonstrations(args, "test", range(args.eval_episodes))
+    states = script.states_of(script.demonstrations(args, "test", range(args.eval_episodes)))
     states = random.Random(0).sample(states, min(SAMPLES, len(states)))
-    asked = [chat.dialogue(script.dialogue(prompts, state["messages"])) for state in states]
-    said = script.answer(model, chat, args, asked, ("proposals",), args.max_new_tokens)
-    tagged = [script.parse_action(e["text"]) for e in said]
-    pairs, _ = script.make_pairs(model, chat, args, prompts, states, ("pairs",))
-    asked = [chat.dialogue(script.question(prompts, pair, i % 2 == 1)) for i, pair in enumerate(pairs)]
-    chosen = script.answer(model, chat, args, asked, ("choices",), args.choice_tokens) if pairs else []
-    rows = [script.paid_choice(e, pair, i % 2 == 1)[1] for i, (e, pair) in enumerate(zip(chosen, pairs))]
+    said = script.ask(state, states, ("proposals",))
+    tagged = [script.parse_action(reply.text) for reply in said]
+    pairs = script.pairs_of(script.propose(state, states))
+    pairs = [pair | {"expert_second": i % 2 == 1} for i, pair in enumerate(pairs)]
+    chosen = script.ask(state, pairs, ("choices",)) if pairs else []
+    rows = [reply.row for reply in chosen]
     return {
-        "understood": common.mean(valid for episode in played for valid in episode["valid"]),
-        "success": common.mean(episode["won"] for episode in played),
+        "understood": common.mean(valid for episode in played for valid in episode.valid),
+        "success": common.mean(episode.won for episode in played),
         "parts": {
             "proposal": part(len(said), sum(map(bool, tagged)), count_cut(said)),
             "choice": part(len(rows), len(rows) - rows.count("untagged") - rows.count("cut"), count_cut(chosen))},
         "right_choice": rows.count("right") / max(1, len(rows)),
-        "samples": {"proposal": [e["text"] for e in said], "choice": [e["text"] for e in chosen]},
+        "samples": {"proposal": [reply.text for reply in said], "choice": [reply.text for reply in chosen]},
         "episodes": [script.record(episode) for episode in played[:3]]}
 
 
 def count_cut(said):
     """How many of act.py's answers the limit cut off."""
-    return sum(not complete for e in said for complete in e["complete"])
+    return sum(not reply.complete for reply in said)
 
 
 def reagent(script, args):

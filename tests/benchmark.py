@@ -112,8 +112,8 @@ def outside(cache, steps=6):
         return wrapper
 
     class Run(common.Run):
-        def start(self, extra=None):  # the model is there: the run proper begins
-            super().start(extra)
+        def start(self, **what):  # the model is there: the run proper begins
+            super().start(**what)
             inside[0] = 0.0
             started.append(time.perf_counter())
 
@@ -122,7 +122,7 @@ def outside(cache, steps=6):
     shares = []
     try:
         for seed in range(3):
-            settings = f"--seed {seed} --steps {steps} --critic-warmup {steps // 2} --eval-episodes 100 --out-dir {cache}/run-{seed}"
+            settings = f"--seed {seed} --steps {steps} --critic-gate 0 --eval-episodes 100 --out-dir {cache}/run-{seed}"
             sys.argv = ["nlac.py", *settings.split()]
             nlac.main()
             shares.append(1 - inside[0] / (time.perf_counter() - started[-1]))
@@ -143,7 +143,7 @@ def peak():  # getrusage would count the process that started this one
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 before = peak()
-sys.argv = ["nlac.py", "--steps", "3", "--critic-warmup", "1", "--out-dir", sys.argv[1]]
+sys.argv = ["nlac.py", "--steps", "3", "--critic-gate", "0", "--out-dir", sys.argv[1]]
 nlac.main()
 print("PEAK", peak() - before, before)
 """

@@ -1,4 +1,4 @@
-"""Fixtures to run the script under test, once per test file: test_nlac.py tests nlac.py.
+"""Fixtures to run the script under test, once per test file: test_nlac.py tests nlac.py, test_contract.py all of them in turn.
 
 They read from the test file: SMALL (the flags of a small run), WORLD and ARGS (of `tiny`), save_llama, and PREPARE where there is one.
 """
@@ -21,6 +21,18 @@ ROOT = Path(__file__).parent.parent
 def script(request):
     """The name of the script under test."""
     return request.module.__name__.removeprefix("test_")
+
+
+@pytest.fixture(scope="module")
+def small(request):
+    """The flags of a small run."""
+    return request.module.SMALL
+
+
+@pytest.fixture(scope="module")
+def prepare(request):
+    """Code that the process which runs the script executes first."""
+    return getattr(request.module, "PREPARE", "")
 
 
 # ------------------------------------------------------------------------------------------------------- models to run
@@ -67,13 +79,16 @@ def run_as_user(environment, script):
     return run
 
 
-# Importing torch takes seconds: one process does it and forks a child per run. PREPARE is code that it executes before the first one,
+# Importing torch takes seconds: one process does it and forks a child per run. `prepare` is code that it executes before the first one,
 # `fault` is code that the child executes first.
 SERVER = """
 import importlib, json, os, signal, sys
-import torch
+import torch, transformers
 torch.set_num_threads(1)
 import common
+transformers.LlamaForCausalLM, transformers.Qwen3ForCausalLM, transformers.AutoTokenizer, transformers.DynamicCache
+optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+optimizer.zero_grad(), optimizer.step()  # what a run would import late
 script, prepare = sys.argv[1:]
 module = importlib.import_module(script)
 exec(prepare)
@@ -87,7 +102,7 @@ for line in sys.stdin:
                 os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             os.chdir(job["cwd"])
             sys.argv = [f"{script}.py", *job["argv"]]
-            exec(job["fault"], {"common": common, script: module, "os": os, "signal": signal})
+            exec(job["fault"], {"common": common, "script": module, script: module, "os": os, "signal": signal})
             module.main()
             status = 0
         except SystemExit as end:
@@ -102,10 +117,10 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def run_script(request, script, environment, tmp_path_factory):
+def run_script(script, prepare, environment, tmp_path_factory):
     """run_script("--flags ...", cwd) -> the same as of `run_as_user`, from a fork of one process: faster."""
     streams = tmp_path_factory.mktemp("streams")
-    command = [sys.executable, "-c", SERVER, script, getattr(request.module, "PREPARE", "")]
+    command = [sys.executable, "-c", SERVER, script, prepare]
     server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(flags, cwd, fault=""):
@@ -137,20 +152,20 @@ def run_here(monkeypatch, script, environment, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(request, run_script, tmp_path_factory):
+def whole(small, run_script, tmp_path_factory):
     """A small run that nothing disturbed."""
     path = tmp_path_factory.mktemp("whole")
-    result = run_script(f"{request.module.SMALL} --out-dir run", path)
+    result = run_script(f"{small} --out-dir run", path)
     assert result.status == 0, result.stderr
     return path / "run"
 
 
 @pytest.fixture
-def killed_and_resumed(request, run_script, tmp_path):
+def killed_and_resumed(small, run_script, tmp_path):
     """killed_and_resumed(fault, written) -> directory of a small run that `fault` killed after `written` lines of metrics, resumed."""
 
     def run(fault, written):
-        flags, metrics = f"{request.module.SMALL} --out-dir run", tmp_path / "run" / "metrics.jsonl"
+        flags, metrics = f"{small} --out-dir run", tmp_path / "run" / "metrics.jsonl"
         assert run_script(flags, tmp_path, fault).status == -signal.SIGKILL
         assert (len(metrics.read_text().splitlines()) if metrics.exists() else 0) == written
         assert not metrics.with_name("summary.json").exists()

@@ -39,8 +39,7 @@ import self_distillation  # noqa: E402
 
 RIVALS = {"ppo": "ppo", "nlql": "nlql", "self_distillation": "self-distillation", "ceiling": "ceiling"}  # file: method
 SMALL = dict(model="tiny:32x1", examples=60, max_new_tokens=12, forecast_tokens=12, critique_tokens=12, steps=2, episodes_per_step=8,
-             updates_per_episode=0.125, batch_size=8, micro_batch_size=4, actor_states=6, eval_episodes=8, eval_every=1, k=2,
-             critic_warmup=0)
+             updates=1, batch_size=8, micro_batch_size=4, actor_states=6, eval_episodes=8, eval_every=1, k=2, critic_gate=0.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +93,7 @@ def test_a_rival_runs_and_leaves_what_nlac_leaves(runs, script):
     assert summary["method"] == RIVALS[script] and summary["script"] == f"docs/{script}.py"
     assert set(summary["after"]) == set(summary["expert"]) == {"success", "se"}
     metrics = lines(out / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == [1, 2] and metrics[-1]["eval_episodes"] == 8
+    assert [m["step"] for m in metrics] == [1, 2] and metrics[-1]["eval_n"] == 8
     for key, name in ("env_steps", "env_steps"), ("tokens", "generated_tokens"), ("gradient_steps", "gradient_steps"):
         assert 0 < metrics[0][key] < metrics[1][key] == summary[name]
     played = [r for r in lines(out / "rollouts.jsonl") if "evaluation" not in r]
@@ -111,7 +110,7 @@ def test_a_rival_runs_and_leaves_what_nlac_leaves(runs, script):
 
 def test_all_share_one_base_and_the_first_episodes(runs, cache):
     assert all(result.returncode == 0 for _, result in runs.values())
-    assert len(list((cache / "tiny-models").iterdir())) == 1
+    assert len(list((cache / "tiny-models").glob("[!.]*"))) == 1
     first = [lines(out / "rollouts.jsonl")[:8] for out, _ in runs.values()]
     assert all(episodes == first[0] for episodes in first)
 
@@ -125,7 +124,7 @@ def test_the_base_is_the_one_of_nlac(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(common, "load", load)
-    monkeypatch.setattr(common, "Run", lambda *a: None)
+    monkeypatch.setattr(common, "Run", lambda *a, **k: None)
     for main in nlac.main, lambda: _loop.main("ppo", ppo.Args, ppo.PPO):
         monkeypatch.setattr(sys, "argv", ["x", "--examples", "20"])
         with pytest.raises(KeyboardInterrupt):
@@ -142,7 +141,7 @@ def test_match_stops_at_the_steps_of_another_run(runs, cache, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *a: None)  # the tests' own handlers stay
     _loop.main("ppo", ppo.Args, ppo.PPO, ppo.TINY)
     steps = [m["env_steps"] for m in lines(out / "metrics.jsonl")]
-    assert steps[-2] < limit <= steps[-1] and lines(out / "metrics.jsonl")[-1]["eval_episodes"] == 8
+    assert steps[-2] < limit <= steps[-1] and lines(out / "metrics.jsonl")[-1]["eval_n"] == 8
 
 
 @pytest.mark.parametrize("script, flags", [
@@ -230,7 +229,7 @@ def ppo_step(base, **settings):
     learner = ppo.PPO(copy.deepcopy(model), chat, world, args)
     episodes = learner.act(1, range(8))
     for i, episode in enumerate(episodes):
-        episode["reward"] = float(i % 2)  # something to learn from, whatever the small model plays
+        episode.score = float(i % 2)  # something to learn from, whatever the small model plays
     clock = SimpleNamespace(lap=lambda name: None)
     return learner, episodes, learner.learn(10, episodes, random.Random(0), clock)
 
@@ -244,7 +243,7 @@ def test_ppo_starts_at_ratio_one_and_moves_every_parameter(base):
         assert not torch.equal(new, old), name
     assert learner.head.weight.abs().sum() > 0 and learner.head.bias.item() != 0
     for episode, (_, mask) in zip(episodes, learner.rows):
-        assert len(ppo.reply_lengths(mask)) == len(episode["valid"]) and sum(mask) == episode["tokens"]
+        assert len(ppo.reply_lengths(mask)) == len(episode.valid) and sum(mask) == episode.tokens
 
 
 def test_ppo_does_not_depend_on_micro_batch_and_rollout_batch(base):
@@ -263,11 +262,18 @@ def test_nlql_takes_the_best_and_skips_ties():
 
 
 def played_state(seed, actions, env="repair"):
+    """A transition from where these actions lead."""
     world = envs.make(env)
-    history = [world.reset(seed=seed, options={"split": "train"})[0]]
-    for action in actions:
-        history += [action, world.step(action)[0]]
-    return {"seed": seed, "history": history, "complete": True}
+    episode = nlac.begin(world, "train", seed)
+    for action in [*actions, "nonsense"]:
+        nlac.take_turn(world, episode, action)
+    return nlac.transitions(episode)[-1]
+
+
+def refine(parts, states, action):
+    """nlac.refine from this action on, as a played learner asks for it."""
+    parts.asked = states
+    return nlac.refine(parts, [t.state for t in states], ("test",), replies=[action] * len(states))
 
 
 def twins(env):
@@ -287,7 +293,7 @@ def parts_for(cls, base, module, **settings):
     model, chat, _, _ = base
     args = module.Args(**nlac.TINY | getattr(module, "TINY", {}) | SMALL | settings)
     world = envs.make(args.env)
-    return cls(model, model, model, chat, world, args)
+    return cls(model, chat, world, args)
 
 
 @pytest.mark.parametrize("env", ["repair", "20q"])
@@ -301,13 +307,13 @@ def test_the_ceiling_does_not_know_what_is_hidden(base, env):
         state, prompts = played_state(seed, [], env), []
 
         class Watched(type(parts)):
-            def __call__(self, part, messages, *rest):
+            def ask(self, part, messages, *rest):
                 prompts.append(messages)  # noqa: B023
-                return super().__call__(part, messages, *rest)
+                return super().ask(part, messages, *rest)
 
         parts.__class__ = Watched
-        refined = nlac.refine(parts, [state] * 3, ("test",), replies=[action] * 3)
-        outcomes.append((state["history"], refined, prompts, [e["history"] for e in parts.play([(state, action)] * 40, ("futures",))]))
+        refined = refine(parts, [state] * 3, action)
+        outcomes.append((state.state, refined, prompts, [e.said for e in parts.play([(state, action)] * 40, ("futures",))]))
     assert outcomes[0] == outcomes[1]
 
 
@@ -315,17 +321,17 @@ def test_the_ceiling_draws_all_that_fits_the_dialogue(base):
     parts = parts_for(ceiling.Parts, base, ceiling)
     world = envs.make("repair")
     seed = next(s for s in range(100) if "does not start" in world.reset(seed=s, options={"split": "train"})[0])
-    won = [e["won"] for e in parts.play([(played_state(seed, []), "charge the battery")] * 200, ("a",))]
+    won = [e.won for e in parts.play([(played_state(seed, []), "charge the battery")] * 200, ("a",))]
     assert 35 < sum(won) < 100  # three faults fit, whatever is hidden
     seen = played_state(seed, ["check the power"])
-    right = next(repair for finding, repair in envs.make("repair").faults["does not start"][1].items() if finding in seen["history"][-1])
-    assert all(e["won"] for e in parts.play([(seen, right)] * 20, ("b",)))  # a finding that was seen stays
+    right = next(repair for finding, repair in envs.make("repair").faults["does not start"][1].items() if finding in seen.state[-1])
+    assert all(e.won for e in parts.play([(seen, right)] * 20, ("b",)))  # a finding that was seen stays
     args, state = dataclasses.replace(parts.args, env="20q"), played_state(3, ["Is it an animal?"], "20q")
     possible = set(ceiling.restored(args, state, random.Random(0)).consistent())
     assert {ceiling.restored(args, state, random.Random(i)).hidden for i in range(400)} == possible
     few = parts_for(ceiling.Parts, base, ceiling, rollout_batch_size=7)  # changes nothing
     rows = [(played_state(seed, []), "check the power") for seed in range(20)]
-    assert [e["history"] for e in few.play(rows, ("c",))] == [e["history"] for e in parts.play(rows, ("c",))]
+    assert [e.said for e in few.play(rows, ("c",))] == [e.said for e in parts.play(rows, ("c",))]
 
 
 def test_the_rules_of_the_ceiling_are_what_the_warm_up_teaches(base):
@@ -335,68 +341,67 @@ def test_the_rules_of_the_ceiling_are_what_the_warm_up_teaches(base):
         part = next((p for p in asked if messages[0]["content"].endswith(getattr(nlac, p.upper()))), None)
         if part:
             asked[part] += 1
-            [said] = parts(part, [messages], ("x",))
-            assert said == reply or part == "refiner" and not nlac.keeps(reply) and not nlac.keeps(said)
+            [said] = parts.ask(part, [messages], ("x",))
+            drawn = part == "refiner" and nlac.rank(messages[-1]["content"]) < 3 and "goes on with" not in messages[-1]["content"]
+            assert said == reply or drawn or part == "refiner" and reply not in messages[-1]["content"]
     assert min(asked.values()) == 200
 
 
 def test_the_rules_of_the_ceiling(base):
-    assert nlac.critique_text([1, 1, 1, 1]) == "Futures: 4 of 4 succeed. Verdict: great."
-    assert nlac.critique_text([None, None]) == "Futures: 0 of 2 succeed. Verdict: bad."
-    assert nlac.parse_verdict(nlac.critique_text([2, None, 1, None])) == 2
     parts = parts_for(ceiling.Parts, base, ceiling, refiner="rule")
-    state = played_state(0, [])
-    futures = [nlac.future_text("It works again. You win.", 1), nlac.future_text("It is still broken.", None)]
-    message = nlac.evaluator_messages(parts.world, state["history"], "swap the fuse", futures)
-    assert parts("evaluator", [message], ("x",)) == ["Futures: 1 of 2 succeed. Verdict: fair."]
-    tries = [{"action": "swap the fuse", "critique": "Futures: 0 of 2 succeed. Verdict: bad."}]
-    replies = parts("refiner", [nlac.refiner_messages(parts.world, state["history"], tries)] * 50, ("x",))
-    actions = {nlac.action_of(parts.world, reply) for reply in replies}
-    assert actions <= set(parts.actions) - {"swap the fuse"} and len(actions) > 5
-    tries.append({"action": "open the case", "critique": "Futures: 2 of 2 succeed. Verdict: great."})
-    assert parts("refiner", [nlac.refiner_messages(parts.world, state["history"], tries)], ("x",)) == ["Action: keep"]
+    t = played_state(0, [])
+    futures = [nlac.Future("It works again. You win.", "", 1), nlac.Future("It is still broken.", "", None)]
+    message = nlac.evaluator_messages(parts.world, t.state, "swap the fuse", [future.told() for future in futures])
+    [critique] = parts.ask("evaluator", [message], ("x",))
+    assert critique == nlac.critique_text(futures) and critique.startswith("Futures: 1 of 2 succeed, at best in 1 turn.")
+
+    def refined(futures):
+        tries = [nlac.tried(parts.world, "swap the fuse", futures)]
+        asked = nlac.refiner_messages(parts.world, t.state, tries)
+        return {nlac.action_of(parts.world, reply) for reply in parts.ask("refiner", [asked] * 50, ("x",))}
+
+    lost = nlac.Future("It is still broken.", "", None)
+    assert refined([lost, lost]) <= set(parts.actions) - {"swap the fuse"} and len(refined([lost, lost])) > 5
+    assert refined([lost, lost, nlac.Future("Nothing unusual.", "open the case", 2)]) == {"open the case"}
+    assert refined([nlac.Future("It works again.", "", 1)] * 2) == {"swap the fuse"}
 
 
 def test_self_distillation_plays_the_world_as_it_is(base):
     """Its futures are real continuations: same hidden answer, told in the words of a future, and counted."""
     parts = parts_for(self_distillation.Parts, base, self_distillation)
     for seed in twins("repair"):
-        world = envs.make("repair")
-        state = played_state(seed, [])
+        world, t = envs.make("repair"), played_state(seed, [])
         world.reset(seed=seed, options={"split": "train"})
         right = world.faults[world.symptom][1][world.finding]
         wrong = next(r for r in world.repairs if r != right)
-        parts.args.k, parts.extra["env_steps"] = 3, 0
-        won, lost = nlac.future_text("It works again.", 1), nlac.future_text("It is still broken.", None)
-        assert parts.foresee([state, state], [right, wrong], ("x",)) == [[won] * 3, [lost] * 3]
+        parts.asked, parts.extra["env_steps"] = [t, t, t], 0
+        won, lost = "Next: It works again. End: success in 1 turn.", "Next: It is still broken. End: failure."
+        assert parts.foresee([t.state] * 3, [right, "", wrong], ("x",), 3) == [won] * 3 + [""] * 3 + [lost] * 3
         assert parts.extra["env_steps"] == 6
-    episode = {"history": ["o", "a", "p. q", "b", "r"], "won": True}
-    assert parts.describe({"history": ["o"]}, episode) == "Next: p.\nEnd: success in 2 turns."
 
 
 def test_played_futures_are_of_the_states_that_are_asked_about(base):
-    """In later rounds, too, when some states are settled: behind one dialogue there can be different hidden answers."""
-    parts = parts_for(ceiling.Parts, base, ceiling, refiner="rule", m=4)
+    """In later rounds, too: behind one dialogue there can be different hidden answers."""
+    parts = parts_for(ceiling.Parts, base, ceiling, refiner="rule", m=3)
     states, asked = [played_state(seed, ["check the power"]) for seed in range(20)], []
     plain = parts.play
     parts.play = lambda rows, stream: asked.append(rows) or plain(rows, stream)
-    refined = nlac.refine(parts, states, ("x",))
-    assert len(refined) == 20 and any(len(r["tries"]) > 1 for r in refined)
+    tries = refine(parts, states, "open the case")
+    assert len(asked) == 3 + (parts.args.distil == "best")
     for r, rows in enumerate(asked):
-        live = [i for i, found in enumerate(refined) if len(found["tries"]) > r]
-        wanted = [(states[i]["seed"], refined[i]["tries"][r]["action"]) for i in live for _ in range(parts.args.k)]
-        assert [(t["seed"], action) for t, action in rows] == wanted
+        wanted = [(t.seed, some[r].action) for t, some in zip(states, tries) for _ in range(parts.args.k)]
+        assert [(t.seed, action) for t, action in rows] == wanted
 
 
 # ------------------------------------------------------------------------------------- Early Experience, a baseline of ACT
 
 
-EARLY = dict(env="repair", num_demos=8, eval_episodes=24, max_new_tokens=28, choice_tokens=40, held_out=12)
+EARLY = dict(env="repair", num_demos=8, eval_episodes=24, max_new_tokens=28, choice_tokens=40)
 EARLY_ARGS = dataclasses.replace(act.Args(), **act.TINY | EARLY)
 
 
-def early_prompts(world):
-    return act.Prompts(world.system, [{"role": "user", "content": "shot"}], {act.CHOOSE: [], act.CHOOSE_NOW: []})
+def expert_states(env="repair", split="train", seeds=range(8)):
+    return act.states_of(act.demonstrations(dataclasses.replace(EARLY_ARGS, env=env), split, seeds))
 
 
 @pytest.fixture(scope="module")
@@ -415,18 +420,19 @@ def test_early_experience_runs_and_says_what_actions_led_to(reflected):
     out, result = reflected
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     assert {path.name for path in out.iterdir()} == {
-        "args.json", "metrics.jsonl", "rollouts.jsonl", "reflections.jsonl", "summary.json", "model"}  # fmt: skip
+        "args.json", "metrics.jsonl", "reflections.jsonl", "rollouts.jsonl", "summary.json", "model", "checkpoint", "demos.jsonl",
+        "pairs.jsonl", "1-early-experience"}  # fmt: skip
     summary, told = json.loads((out / "summary.json").read_text()), lines(out / "reflections.jsonl")
-    assert {*json.loads((out / "args.json").read_text())["args"]} == {field.name for field in dataclasses.fields(act.Args)}
+    assert {*json.loads((out / "args.json").read_text())["args"]} == {
+        field.name for field in dataclasses.fields(early_experience.Args)}  # fmt: skip
     expected = """script method arm env model seed split eval_episodes before after random expert train_episodes env_steps generated_tokens
         gradient_steps seconds peak_memory_bytes device git_commit""".split()
     assert set(expected) <= set(summary) and summary["arm"] == "early-experience" and summary["expert"]["success"] == 1
-    counts = summary["pair_counts"]
-    assert counts["reflections"] == len(told) > 3 and counts["proposed"] == 2 * summary["expert_states"]
-    assert counts["tokens"] == summary["generated_tokens"] > counts["proposed"] + len(told) and 0 <= counts["cut_choice"] < 1
-    assert [row["step"] for row in lines(out / "metrics.jsonl")] == [1, 2, 3] and summary["gradient_steps"] == 3
-    args = EARLY_ARGS
-    demos, test = act.demonstrations(args, "train", range(8)), act.demonstrations(args, "test", range(500))
+    counts, metrics = summary["pair_counts"], lines(out / "metrics.jsonl")
+    assert metrics[0]["reflections_reflections"] == len(told) > 3
+    assert counts["tokens"] + metrics[0]["reflections_tokens"] == summary["generated_tokens"]
+    assert [row["step"] for row in metrics] == [1, 2, 3] and summary["gradient_steps"] == 3
+    demos, test = expert_states(), expert_states(split="test", seeds=range(500))
     assert len(demos) == summary["expert_states"] and summary["train_episodes"] == 8
     for row in told:  # the train split alone: its seeds, its customers
         state = {key: value for key, value in row.items() if key != "reply"}
@@ -434,8 +440,7 @@ def test_early_experience_runs_and_says_what_actions_led_to(reflected):
         words, action = row["reply"].split("<action>")
         assert words.strip() and "</action>" not in words and action == f"{row['expert']}</action>"
     assert not {customer(row) for row in told} & {customer(state) for state in test}
-    [episode] = lines(out / "rollouts.jsonl")
-    assert episode["split"] == "test" and "ids" not in episode and f"test: {summary['before']['success']:.3f} before" in result.stdout
+    assert f"test: success {summary['before']['success']:.3f}" in result.stdout + result.stderr
     assert len(common.load(str(out / "model"))[1].encode(early_experience.REFLECT)) == 1  # a line of its prompt is one token
 
 
@@ -443,7 +448,7 @@ def test_early_experience_runs_and_says_what_actions_led_to(reflected):
 def test_outcomes_by_replay_are_what_the_world_says(env):
     world, other, count = envs.make(env), envs.make(env), 0
     for split in "train", "test":
-        for state in act.demonstrations(dataclasses.replace(EARLY_ARGS, env=env), split, [3, 4]):
+        for state in expert_states(env, split, [3, 4]):
             earlier = [m["content"] for m in state["messages"][1::2]]
             actions = [state["expert"], *reversed(state["admissible"]), "dance", state["expert"]]
             found = early_experience.outcomes(world, state, actions)
@@ -455,7 +460,7 @@ def test_outcomes_by_replay_are_what_the_world_says(env):
 
 
 def test_a_world_that_does_not_repeat_itself_is_noticed(capsys):
-    first, second = act.demonstrations(EARLY_ARGS, "train", [3])
+    first, second = expert_states(seeds=[3])
     other = second | {"messages": [*second["messages"][:2], {"role": "user", "content": "Hm."}]}
     for state in first | {"seed": 4}, first | {"split": "test"}, other:
         with pytest.raises(SystemExit) as end:
@@ -464,8 +469,7 @@ def test_a_world_that_does_not_repeat_itself_is_noticed(capsys):
 
 
 def test_a_reflection_is_the_models_own_words_and_the_experts_action(monkeypatch):
-    args, world, asked = EARLY_ARGS, envs.make("repair"), []
-    states = act.demonstrations(args, "train", range(5))
+    world, asked, states = envs.make("repair"), [], expert_states(seeds=range(5))
     said = {  # what the model says: the words of it
         "It helps. <action>dance</action>": "It helps.", "no tags": "no tags", "": "", "<action>dance</action>": "",
         "a < b, so </action> it is <action>": "a < b, so", " <ACTION>": "", "**Because** <Action>x</Action> y": "**Because**",
@@ -473,38 +477,37 @@ def test_a_reflection_is_the_models_own_words_and_the_experts_action(monkeypatch
     candidates = [["check the power", "dance"], *[["swap the fuse"]] * (len(said) - 1)]  # of the last state: none
     pairs = [state | {"candidate": action} for state, actions in zip(states, candidates) for action in actions]
 
-    def answer(model, chat, args, prompts, stream, limit):
+    def answer(model, chat, args, prompts, limit, stream):
         asked.extend(prompts)
         assert limit == args.choice_tokens and not args.prefill
-        return [{"text": text, "mask": [0, 1, 1], "complete": [True]} for text in said]
+        return [act.Reply(text, True, [], [0, 1, 1]) for text in said] if prompts else []
 
-    monkeypatch.setattr(act, "make_pairs", lambda *given: (pairs, {"proposed": 9, "tokens": 100}))
     monkeypatch.setattr(act, "answer", answer)
     model, chat = SimpleNamespace(max_context=4096), SimpleNamespace(dialogue=lambda messages: messages)
-    prompts, args = early_prompts(world), dataclasses.replace(args, prefill=True)
-    told, counts = early_experience.reflect(model, chat, world, args, prompts, states)
+    args = dataclasses.replace(EARLY_ARGS, prefill=True, shots=2)
+    state = act.State(args, world, chat, model, states=states, pairs=pairs)
+    told, counts = early_experience.reflect(state)
     wanted = [(state, words) for state, words in zip(states, said.values()) if words]
     assert len(states) > len(said) == len(asked)
     assert [row["reply"] for row in told] == [f"{words} {act.tagged(state['expert'])}" for state, words in wanted]
     assert [{key: value for key, value in row.items() if key != "reply"} for row in told] == [state for state, _ in wanted]
     steps = sum((len(actions) + 1) * (state["turn"] + 1) for state, actions in zip(states, candidates))  # of the replays
-    assert counts == {"proposed": 9, "tokens": 100 + 2 * len(said), "reflections": 5, "unreadable": 3, "env_steps": steps,
-                      "cut_choice": 0}  # fmt: skip
-    for prompt, state, actions in zip(asked, states, candidates):
-        system, _, *before, last = act.dialogue(prompts, state["messages"])  # without the worked example
-        actions = [*actions, state["expert"]]  # the last one is the one to be praised
-        results = [envs.replay(world, state["seed"], [*(m["content"] for m in state["messages"][1::2]), a])[0] for a in actions]
+    assert counts == {"tokens": 2 * len(said), "reflections": 5, "unreadable": 3, "env_steps": steps, "cut_choice": 0,
+                      "reflections too long": 0}  # fmt: skip
+    for prompt, each, actions in zip(asked, states, candidates):
+        system, *before, last = act.dialogue(world, EARLY_ARGS, each["messages"])  # without worked examples
+        actions = [*actions, each["expert"]]  # the last one is the one to be praised
+        results = [envs.replay(world, each["seed"], [*(m["content"] for m in each["messages"][1::2]), a])[0] for a in actions]
         assert prompt == [system, *before, {"role": "user", "content": "\n".join([
             last["content"], *(f"{a}: {result}" for a, result in zip(actions, results)), early_experience.REFLECT])}]
     model.max_context = 0  # nothing fits: nothing is asked
-    said.clear()
-    told, counts = early_experience.reflect(model, chat, world, args, prompts, states)
+    told, counts = early_experience.reflect(state)
     assert told == [] and counts["reflections too long"] == len(candidates)
 
 
 def test_words_that_were_cut_off_before_the_action_are_no_reflection():
     for text, complete, words in ("So it", False, ""), ("So it", True, "So it"), ("So. <action>x", False, "So."):
-        assert early_experience.words_of({"text": text, "complete": [complete]}) == words
+        assert early_experience.words_of(act.Reply(text, complete, [], [])) == words
 
 
 def test_its_warm_up_sees_train_alone_and_no_expert(monkeypatch):
@@ -558,33 +561,36 @@ def test_rationale_of_a_finished_run(ask, acted, tmp_path, capsys, stage):
     run = tmp_path / "run"
     shutil.copytree(acted, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    ask(run, *(["--stage", stage] if stage else []))
+    ask(run, "--states", 12, *(["--stage", stage] if stage else []))
     out, found = capsys.readouterr().out, json.loads((run / "rationale.json").read_text())
-    assert json.loads(out) == found and set(found) == {"stage", "choices", "thought", "free", "removed", "wrong"}
+    assert json.loads(out) == found and set(found) == {
+        "stage", "choices", "thought", "free", "removed", "wrong", "choice_first", "choice_second", "next_action"}  # fmt: skip
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "rationale.json"} == before
-    stages = json.loads((run / "summary.json").read_text())["stages"]
-    [told] = [numbers for numbers in stages if numbers["stage"] == (stage or "1-act")[2:]]
     assert found["stage"] == (stage or "1-act") and found["choices"] % 2 == 0 and found["choices"] >= 6
-    assert found["free"] == pytest.approx(told["choice"])  # act.py chose greedily too, on the same pairs
+    assert found["free"] == pytest.approx((found["choice_first"] + found["choice_second"]) / 2)
+    assert 0 <= found["next_action"] <= 1
     for key in "thought", "free", "removed", "wrong":
         assert 0 <= found[key] <= 1 and found[key] * found["choices"] == pytest.approx(round(found[key] * found["choices"])), key
 
 
 def test_a_reply_begins_with_the_thought_it_is_given(monkeypatch):
-    asked, chat, orders = [], SimpleNamespace(encode=lambda text: [text]), [False, True, False]
-    pairs = [{"expert": action, "candidate": "dance", "admissible": None} for action in ("look", "go", "sing")]
+    asked, chat = [], SimpleNamespace(dialogue=lambda messages, start: [*messages, start])
+    pairs = [{"expert": action, "candidate": "dance", "admissible": None, "expert_second": second}
+             for action, second in (("look", False), ("go", True), ("sing", False))]  # fmt: skip
+    state = act.State(EARLY_ARGS, envs.make("repair"), chat, None)
 
-    def answer(model, chat, args, prompts, stream, limit, temperature):
-        asked.append((prompts, limit, temperature))
-        return [{"text": text, "complete": [True]} for text in answers]
+    def generate(model, chat, prompts, **how):
+        asked.append((prompts, how["max_new_tokens"], how["temperature"]))
+        return common.Replies([[0]] * 3, [[0.0]] * 3, answers, [True] * 3)
 
     def accuracy(thoughts):
-        return rationale.accuracy(None, chat, EARLY_ARGS, [["a"], ["b"], ["c"]], thoughts, pairs, orders)
+        share, replies = rationale.accuracy(state, [["a"], ["b"], ["c"]], thoughts, pairs)
+        return share, [reply.text for reply in replies]
 
-    monkeypatch.setattr(act, "answer", answer)
+    monkeypatch.setattr(common, "generate", generate)
     answers = ["Hm. <action>look</action>", "<action>Action 1</action>", "sing"]
     assert accuracy([None] * 3) == (1 / 3, answers)
-    assert asked.pop() == ([["a"], ["b"], ["c"]], 40, 0)
+    assert asked.pop() == ([["a", ""], ["b", ""], ["c", ""]], 40, 0)
     answers = ["look</action>", "Action 2</action>", "sing"]  # what follows the tag
     found = accuracy(["", "x ", "Hm. "])
     assert found == (2 / 3, ["<action>look</action>", "x <action>Action 2</action>", "Hm. <action>sing"])
@@ -594,18 +600,17 @@ def test_a_reply_begins_with_the_thought_it_is_given(monkeypatch):
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7, 30])
 def test_a_wrong_thought_is_about_another_state(ask, acted, tmp_path, monkeypatch, count):
     shutil.copytree(acted, tmp_path / "run")
-    states = act.demonstrations(EARLY_ARGS, "test", range(count))[::2]
-    pairs, asked = [state | {"candidate": "dance"} for state in states], []
+    states, asked = expert_states(split="test", seeds=range(count))[::2], []
 
-    def accuracy(model, chat, args, prompts, thoughts, of, orders):
+    def accuracy(state, prompts, thoughts, of):
         asked.append((prompts, thoughts, of))
-        return 0.5, [f"{n} {pair['seed']} <action>dance</action>" for n, pair in enumerate(of)]
+        return 0.5, [act.Reply(f"{n} {pair['seed']} <action>dance</action>", True, [], []) for n, pair in enumerate(of)]
 
-    monkeypatch.setattr(act, "make_pairs", lambda *given: (pairs, {}))
+    monkeypatch.setattr(act, "propose", lambda state, some: [each | {"candidates": ["dance"]} for each in states])
     monkeypatch.setattr(rationale, "accuracy", accuracy)
-    ask(tmp_path / "run")
+    ask(tmp_path / "run", "--states", 4)
     (free, _, _), (removed, _, _), (wrong, thoughts, of) = asked
-    assert len(states) == count and of == pairs * 2 and free == removed == wrong
+    assert len(states) == count and len(of) == 2 * count and free == removed == wrong
     assert all(one != two for one, two in zip(free[:count], free[count:], strict=True))  # both orders
     assert [thoughts for _, thoughts, _ in asked[:2]] == [[None] * 2 * count, [""] * 2 * count]
     assert len(set(thoughts)) == 2 * count  # each is used once
@@ -614,7 +619,7 @@ def test_a_wrong_thought_is_about_another_state(ask, acted, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("arguments, words", [
     (["{tmp}/nowhere"], "no run of act.py"), (["{tmp}"], "no run of act.py"), (["{run}/model"], "no run of act.py"),
-    (["{run}", "--stage", "3-rl"], "no model there"), (["{reflected}"], "no model there")])  # fmt: skip
+    (["{run}", "--stage", "3-rl"], "no model there"), (["{reflected}", "--stage", "2-il"], "no model there")])  # fmt: skip
 def test_rationale_refuses_in_one_line(ask, acted, reflected, tmp_path, capsys, arguments, words):
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:

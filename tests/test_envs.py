@@ -468,6 +468,22 @@ def test_prompts_and_offers_do_not_depend_on_the_episode(env):
 # --------------------------------------------------------------------------------------------------------------- players
 
 
+def test_the_things_in_question_are_named_and_test_asks_about_other_sets():
+    env, sets, hidden = make("twenty_questions:listed"), {"train": set(), "test": set()}, {"train": set(), "test": set()}
+    for split, seed in itertools.product(sets, range(3000)):
+        opening = env.reset(seed=seed, options={"split": split})[0]
+        named = [thing for thing in env.things if re.search(rf" {tq.PHRASES[thing]}(, | or |[.] )", opening)]
+        assert sorted(named) == sorted(env.possible) and len(named) == 6 and env.hidden in named
+        sets[split].add(frozenset(named))
+        hidden[split].add(env.hidden)
+    assert min(map(len, sets.values())) > 1000 and not sets["train"] & sets["test"]
+    assert hidden["train"] == hidden["test"] == set(env.things)
+    assert "of one of the things that I name at first, and you have 4 turns" in env.system
+    assert envs.mean_score(env, envs.expert_player, 300)[0] > 0.98 and envs.mean_score(env, envs.random_player, 300)[0] < 0.15
+    with pytest.raises(ValueError, match="named"):
+        make("twenty_questions:listed", things=["cat", "coat"])
+
+
 @pytest.mark.parametrize("name, turns", [("20q", t) for t in range(1, 9)] + [("20q-full", t) for t in (1, 4, 6, 7, 8, 20)])
 def test_exact_expert_success_equals_simulation_over_all_things(name, turns):
     env = make(name, max_turns=turns)

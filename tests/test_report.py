@@ -117,11 +117,10 @@ def test_one_design_alone(kept, tmp_path, capsys):
 
 def test_tables_of_one_method(tmp_path):
     kept, runs = tmp_path / "kept", []
-    stage = {"next_action": 0.5, "choice": 0.6, "choice_first": 0.7, "choice_second": None}
     for seed in 0, 1:
-        stages = [{}, stage | {"next_action": 0.5 + 0.2 * seed}]
-        runs.append(made_up(tmp_path, "act-act,il", seed, 0.5, env="household", stages=stages))
+        runs.append(made_up(tmp_path, "act-act,il", seed, 0.5, env="household"))
         thoughts = {"stage": "1-act", "free": 0.7 + 0.1 * seed, "removed": 0.5, "wrong": 0.4}
+        thoughts |= {"next_action": 0.5 + 0.2 * seed, "choice_first": 0.7, "choice_second": None}
         write(runs[-1] / "rationale.json", thoughts)
         runs.append(made_up(tmp_path, "act-il,il", seed, 0.4 + 0.1 * seed, env="household"))
         numbers = {"parsed": 1.0, "auc_outcome": 0.8, "auc_process": 0.9 - 0.1 * seed}
@@ -150,7 +149,7 @@ def test_tables_of_one_method(tmp_path):
     assert "| other-base-reagent-U | 1 | 0.100 | **0.900** |" in other
     assert "| other-base-reagent-R | 1 | +0.200 | one seed |" in other
     text = "\n".join(texts.values())
-    assert "| act-act,il | 0.600 ± 0.100 | 0.600 ± 0.000 | 0.700 ± 0.000 | - |" in text
+    assert "| act-act,il | 1-act | 0.600 ± 0.100 | 0.750 ± 0.050 | 0.700 ± 0.000 | - |" in text
     assert "| act-act,il | 1-act | 0.750 ± 0.050 | 0.500 ± 0.000 | 0.400 ± 0.000 |" in text
     assert "| act-il,il | 2 | +0.050 ± 0.050 | no |" in text
     assert "| reagent-U | 0.800 | 0.500 | - | - | 0.100 | - | - |" in text

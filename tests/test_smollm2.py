@@ -72,22 +72,24 @@ def test_decoding_and_the_training_forward_agree(smollm2):
 def test_every_part_of_nlac_answers(smollm2):
     model, chat = smollm2
     args = settings(nlac, forecast_tokens=24, critique_tokens=24)
-    parts = nlac.Parts(model, model, model, chat, world(), args)
+    parts = nlac.Parts(model, chat, world(), args)
     played = nlac.rollout(model, chat, args, "train", [0], temperature=0.7, stream=("test",))
     steps = nlac.transitions(played[0])[:1]
-    refined = nlac.refine(parts, steps, ("test",))
-    assert refined[0]["tries"][0]["futures"][0] and refined[0]["tries"][0]["critique"]
-    assert nlac.bellman_targets(parts, steps, ("test",))[0]
+    tries = nlac.refine(parts, [t.state for t in steps], ("test",))
+    assert tries[0][0].futures[0] and tries[0][0].critique
+    nlac.successor_targets(parts, steps, ("test",))
+    assert all(parts.counts[part]["asked"] for part in ("policy", "successor", "evaluator", "refiner"))
 
 
 def test_act_proposes_and_chooses(smollm2):
     model, chat = smollm2
     args = settings(act, choice_tokens=24)
-    prompts = act.make_prompts(world(), args)
-    states = act.demonstrations(args, "test", range(2))[:2]
-    asked = [chat.dialogue(act.dialogue(prompts, state["messages"])) for state in states]
-    said = act.answer(model, chat, args, asked, ("test",), args.max_new_tokens)
-    assert all(act.parse_action(e["text"]) for e in said)
+    state = act.State(args, world(), chat, model)
+    states = act.states_of(act.demonstrations(args, "test", range(2)))[:2]
+    proposed = act.ask(state, states, ("test",))
+    assert all(act.parse_action(reply.text) for reply in proposed)
+    pairs = act.pairs_of([each | {"candidates": ["clean the gears"]} for each in states])
+    assert len(act.ask(state, pairs, ("test",))) == 2
 
 
 def test_a_judge_answers_in_blocks(smollm2):

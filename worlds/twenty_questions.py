@@ -12,6 +12,7 @@ in the class, not at the top.
 
     --env twenty_questions          (or 20q)       24 things, 12 properties, 8 turns
     --env twenty_questions:full     (or 20q-full)  the whole table, 20 turns
+    --env twenty_questions:listed                  6 of the 24 things, named at first, 4 turns
 
 The reply is read leniently (`understand`): a person or a model may say "Q3: could you eat it?".
 """
@@ -578,6 +579,35 @@ class TwentyQuestionsFull(TwentyQuestions):
     properties = tuple(QUESTIONS)
 
 
+class TwentyQuestionsListed(TwentyQuestions):
+    """The small world, but few things are in question, and they are named at first.
+
+    A fifth of their sets is kept for `test`: every thing is hidden in train too, so what is tested
+    is asking and ruling out, not which things the host likes.
+    """
+
+    name = "20q-listed"
+    max_turns = 4
+    listed = 6
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        if len(self.things) <= self.listed:
+            raise ValueError(f"things must be more than the {self.listed} that are named")
+        everyday = f"{len(self.things)} everyday things"
+        self.system = self.system.replace(everyday, "the things that I name at first")
+
+    def begin(self, rng, split):
+        while True:
+            self.possible = rng.sample(self.things, self.listed)
+            names = " ".join(sorted(self.possible))
+            if (hashlib.sha256(names.encode()).digest()[0] % 5 == 0) == (split == "test"):
+                break
+        self.hidden = rng.choice(self.possible)
+        *first, last = (PHRASES[thing] for thing in self.possible)
+        return f"I am thinking of {', '.join(first)} or {last}."
+
+
 def expert_success(env, split=None):
     """The best-split expert's exact chance to win, by walking its decision tree: no sampling.
 
@@ -603,11 +633,12 @@ def linear_player(env, info, rng):
     return env.guess(rng.choice(env.consistent()))
 
 
-VARIANTS = {"": TwentyQuestions, "full": TwentyQuestionsFull}
+VARIANTS = {"": TwentyQuestions, "full": TwentyQuestionsFull, "listed": TwentyQuestionsListed}
 
 
 def make(argument="", **settings):
-    """The small world, or with "full" the whole table. ValueError for any other argument."""
+    """The small world, or a variant of it by its name. ValueError for any other argument."""
     if argument not in VARIANTS:
-        raise ValueError(f"twenty_questions has no variant {argument!r}; it has: full")
+        known = ", ".join(filter(None, VARIANTS))
+        raise ValueError(f"twenty_questions has no variant {argument!r}; it has: {known}")
     return VARIANTS[argument](**settings)
