@@ -22,14 +22,15 @@ Departures from the paper, and why:
  1. The policy acts in one growing dialogue, so that every token is encoded once, and without a list
     of possible actions, as lists would pile up (--show-actions has them). A question about two
     actions shows that dialogue and the list, once.
- 2. A candidate without tags, proposed twice at a state or cut off makes no pair, nor does one whose
-    question does not fit the context; a state whose prompt does not fit is left out.
+ 2. A candidate without tags, or with nothing in them, makes no pair, and those that are alike make
+    one; a question or a state that does not fit the context is left out, a demonstration cut short.
  3. A choice may be named by its number, where the paper wants the action.
- 4. A reply that the limit cut off before its tags is left out of its group and counted, `cut_PART`:
-    paid -0.5 it would teach brevity, paid 0 it would teach never to end.
+ 4. A reply that the limit cut off before its tags has no part in its group's advantages: paid -0.5
+    it would teach brevity, paid 0 it would teach never to end. Logs count it (`rows`, "cut").
  5. The last batch of a stage is filled up from one more pass: all gradient steps are of one size.
-The table of R is version 1's, as third parties report it, for act and for rl; the prompts and the
-settings of GRPO are not public, those below are ours.
+The table of R is version 1's for act, as third parties report it; of rl the paper says only that
+what the expert does is rewarded: the same table is our choice. Demonstrations have no thoughts, so
+il teaches to act at once. The prompts and the settings of GRPO are not public, those below are ours.
 
     python act.py                                        # tiny, household: .08 -> .45, 10 min
     python act.py --pipeline il,il --out-dir runs/il,il  # a control with equal epochs
@@ -292,7 +293,7 @@ def states_of(episodes) -> list[dict]:
     return states
 
 
-def read_rows(option, path, args, paired) -> list[dict]:
+def read_rows(option, path, world, args, paired) -> list[dict]:
     """Demonstrations or pairs: JSON lines, or anything that `datasets.load_dataset` takes."""
     file = Path(path).expanduser()
     if file.suffix in (".jsonl", ".json") or file.is_file() and file.suffix != ".parquet":
@@ -301,7 +302,7 @@ def read_rows(option, path, args, paired) -> list[dict]:
         rows = list(enumerate(load_dataset(option, path), 1))
     for number, row in rows:
         try:
-            check_row(row, args, paired)
+            check_row(row, world, args, paired)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             told = f"{type(error).__name__}: {str(error)[:200]}"
             common.refuse(f"{option} {path}, line {number}: {told}")
@@ -320,7 +321,7 @@ def load_dataset(option, path):
         common.refuse(f"{option} {path} cannot be read: {type(error).__name__}: {str(error)[:200]}")
 
 
-def check_row(row, args, paired):
+def check_row(row, world, args, paired):
     """ValueError, TypeError or KeyError unless a row is of the form above, and for this run."""
     said, lists = row["messages"], row.get("admissible") or []
     turns = ["user", "assistant"] * (len(said) // 2) + ["user"] * paired
@@ -334,6 +335,8 @@ def check_row(row, args, paired):
     for some in lists:
         words = words + (some or [])  # TypeError unless it is a list
     "".join(words).encode()  # half a surrogate pair is JSON, not text
+    if paired and {"", normal(world, row["expert"])} & {normal(world, a) for a in row["candidates"]}:
+        raise ValueError("a candidate is empty, or the expert's action")
     found = row.get("env") or args.env, row.get("split") or "train"
     if found != (args.env, "train"):
         raise ValueError(f"of {found}, not of {args.env} and train")
@@ -661,7 +664,7 @@ def imitate(model, chat, args, optimizer, dialogues):
     lessons.sort(key=lambda lesson: len(lesson.ids))  # neighbours need little padding
     tokens = max(1, sum(sum(lesson.mask) for lesson in lessons))
     for batch in groups(lessons, args.micro_batch_size):
-        logprobs, _ = sampled_logprobs(model, chat, batch, args.temperature)  # [B, T - 1]
+        logprobs, _ = sampled_logprobs(model, chat, batch, 1.0)  # [B, T - 1]
         part = -logprobs.sum() / tokens
         part.backward()
         loss += part.item()
@@ -841,8 +844,8 @@ def check_args(args):
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
     common.check(args.demos or type(world).expert is not envs.World.expert,
                  f"--env {args.env} has no expert: give --demos")
-    demos = read_rows("--demos", args.demos, args, False) if args.demos else None
-    rows = read_rows("--pairs", args.pairs, args, True) if args.pairs else None
+    demos = read_rows("--demos", args.demos, world, args, False) if args.demos else None
+    rows = read_rows("--pairs", args.pairs, world, args, True) if args.pairs else None
     return world, stages, demos, rows
 
 

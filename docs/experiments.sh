@@ -87,6 +87,13 @@ runs self-guide-dapo       "0 1 2" self_guide.py --estimator dapo
 runs self-guide-grpo-dapo  "0 1 2" self_guide.py --estimator dapo --guide off
 runs self-guide-grpo-long  "0 1 2" self_guide.py --guide off --steps 250 # its curve reaches the full method's sampled tokens
 
+# the same with the paper's premise: a base that knows progress and takes its hints
+dosed="--dose 1 --examples 20000"
+runs self-guide-dose-full       "0 1 2" self_guide.py $dosed
+runs self-guide-dose-zero       "0 1 2" self_guide.py $dosed --trust zero
+runs self-guide-dose-grpo       "0 1 2" self_guide.py $dosed --guide off
+runs self-guide-dose-inference  "0" self_guide.py $dosed --guide inference
+
 # ACT: the pipelines at equal epochs, the baseline of another paper, and pairs that another size of model proposed
 for pipeline in act,il il,il il,rl act,il,rl; do runs "act-$pipeline" "0 1 2 3 4" act.py --pipeline "$pipeline"; done
 for pipeline in il act act,rl il,rl,rl; do runs "act-$pipeline" "0 1 2" act.py --pipeline "$pipeline"; done

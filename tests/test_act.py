@@ -438,12 +438,12 @@ def test_imitation_learns_the_replies_alone(no_step, micro, context):
     model, chat = Bigram(table), SimpleNamespace(pad=0, dialogue_and_mask=lambda talk: talk)
     model.max_context = context
     loss = act.imitate(model, chat, args, None, TALKS)["loss"]
-    p, grad, found = softmax(table, 0.7), torch.zeros(WORDS, WORDS), []
+    p, grad, found = softmax(table, 1.0), torch.zeros(WORDS, WORDS), []  # whatever --temperature
     for ids, mask in TALKS:
         for last, word, learnt in list(zip(ids, ids[1:], mask[1:]))[:context - 1]:
             if learnt:
                 found.append(-math.log(p[last][word]))
-                grad[last] -= (torch.eye(WORDS)[word] - torch.tensor(p[last])) / 0.7
+                grad[last] -= torch.eye(WORDS)[word] - torch.tensor(p[last])
     assert len(found) == (6 if context == 8 else 3)  # what does not fit is cut off
     assert loss == pytest.approx(sum(found) / len(found), abs=1e-5)
     torch.testing.assert_close(model.table.grad, grad / len(found), atol=1e-6, rtol=1e-4)
@@ -961,7 +961,7 @@ def test_data_from_anything_that_datasets_takes(whole, tmp_path, monkeypatch, ho
         if how == "hub":
             stored = list(datasets.load_dataset("parquet", data_files=str(path), split="train"))
             monkeypatch.setattr(datasets, "load_dataset", lambda path, split, rows=stored: rows)
-        assert act.read_rows("--x", str(given), ARGS, paired) == rows
+        assert act.read_rows("--x", str(given), WORLD, ARGS, paired) == rows
         monkeypatch.undo() if how == "hub" else None
 
 
@@ -995,6 +995,8 @@ BAD_ROWS = {  # what the third line is, in place of a good row; and what the mes
 BAD_PAIRS = {"no expert": ({"expert": ...}, "'expert'"), "expert": ({"expert": None}, "TypeError"),
              "no candidates": ({"candidates": ...}, "'candidates'"), "null": ({"candidates": None}, "TypeError"),
              "a candidate": ({"candidates": [3]}, "TypeError"), "a text": ({"candidates": "look"}, "TypeError"),
+             "an empty candidate": ({"candidates": [""]}, "is empty"),
+             "the expert's": ({"expert": "Clean it.", "candidates": ["look", "**clean  it**"]}, "the expert's action"),
              "assistant last": ({"messages": [USER, ASSISTANT]}, "messages go")}  # fmt: skip
 
 
@@ -1002,7 +1004,7 @@ BAD_PAIRS = {"no expert": ({"expert": ...}, "'expert'"), "expert": ({"expert": N
 def test_a_bad_line_is_named(demos, rows, tmp_path, capsys, paired):
     good, path = (rows if paired else demos)[0], tmp_path / "data.jsonl"
     common.write_jsonl(path, [good] * 3)
-    assert act.read_rows("--x", str(path), ARGS, paired) == [good] * 3 == lines(path)
+    assert act.read_rows("--x", str(path), WORLD, ARGS, paired) == [good] * 3 == lines(path)
     bad = BAD_ROWS
     if paired:  # it ends with the user
         cut = {name: row["messages"][:-1] for name, (row, _) in BAD_ROWS.items()
@@ -1014,7 +1016,7 @@ def test_a_bad_line_is_named(demos, rows, tmp_path, capsys, paired):
             line = json.dumps({key: value for key, value in (good | line).items() if value is not ...})
         path.write_text(f"{json.dumps(good)}\n{json.dumps(good)}\n{line}\n{json.dumps(good)}\n")
         with pytest.raises(SystemExit) as end:
-            act.read_rows("--x", str(path), ARGS, paired)
+            act.read_rows("--x", str(path), WORLD, ARGS, paired)
         told = capsys.readouterr().err
         assert end.value.code == 2 and told.count("\n") == 1 and len(told) < 500, name
         assert "data.jsonl, line 3: " in told and words in told, (name, told)
