@@ -10,7 +10,7 @@ One language model rates and acts. With h_t for the history, u for the share of 
     advantage  A_i = (R_i - mean R) / std R, within a group of episodes of one task                (5)
     surrogate  min(rho A, clip(rho) A) over the tokens of ratings *and* of actions                 (6)
 
-The numbers are this file's. The first turn has no step to rate; the last step is never rated.
+The equation numbers are this file's. R_env is the world's score, 0 or 1 in most worlds.
 Arms, one run each: --guide off is plain GRPO; --guide inference trains nothing and compares the
 start policy without and with its ratings; --trust zero lets ratings steer but never earn.
 
@@ -21,8 +21,12 @@ Departures from the paper, and why:
  2. What is possible now is not listed, as lists would pile up in a dialogue; --show-actions does it,
     as the paper's prompts for ALFWorld and WebShop do (its SciWorld prompt does not).
  3. A rating without a label counts as neutral (the paper does not say), and is counted.
+ 4. A label is of the step just taken, as the prompt of the paper's figure 7 has it, so that their sum
+    adds up steps: the first turn has no step to rate, and the last step is never rated.
 The paper leaves open: group size, learning rate and KL weight of its GRPO runs (here: those of its
-DAPO runs), the scale of R_env (1 as written; a public script has 10), gradient steps per batch.
+DAPO runs), the warm-up of the rate and AdamW's betas, how the loss is averaged over tokens, the
+scale of R_env (1 as written; a public script has 10), gradient steps per batch. Plain GRPO at equal
+tokens is --guide off with more --steps: metrics.jsonl counts `tokens`.
 
     python self_guide.py                                         # household, tiny model: minutes
     python self_guide.py --guide off --out-dir runs/grpo         # an arm wants its own directory
@@ -59,7 +63,7 @@ class Args:
     env: str = flag("household", "a world: a name, NAME:ARGUMENT, or path/to/file.py:Class")
     seed: int = flag(0, "of everything sampled; the tiny model is built with seed 0")
     steps: int = flag(100, "passes of the loop: a batch of episodes, an update (paper)")
-    lr: float = flag(1e-6, "AdamW, constant after 5 steps (paper, for DAPO)")
+    lr: float = flag(1e-6, "AdamW, constant after 5 steps; the rate: (paper, for DAPO)")
     batch_size: int = flag(128, "episodes per step (public script: 16 tasks x 8)")
     micro_batch_size: int = flag(1, "sequences per backward pass; changes memory and speed, not the gradient")
     rollout_batch_size: int = flag(64, "episodes or replies sampled side by side; changes memory and speed alone")
@@ -83,8 +87,9 @@ class Args:
     # group-relative policy optimisation
     group_size: int = flag(8, "episodes of one task (paper, for DAPO)")
     updates: int = flag(1, "gradient steps per step, each on its share of the groups (not in the paper)")
-    estimator: str = flag("grpo", "dapo: asymmetric clip, token-mean loss, dynamic sampling (paper: both)", choices=["grpo", "dapo"])
-    clip: float = flag(0.2, "the ratio counts as at least 1 - clip, with grpo as at most 1 + clip (paper, for DAPO)")
+    estimator: str = flag("grpo", "dapo: asymmetric clip, token-mean loss and dynamic sampling, as DAPO has them (paper: both)",
+                          choices=["grpo", "dapo"])
+    clip: float = flag(0.2, "rho counts as at least 1 - clip, with grpo as at most 1 + clip (paper, for DAPO)")
     clip_high: float = flag(0.28, "with dapo as at most 1 + clip_high (paper)")
     kl: float = flag(0.01, "weight of the KL to the start policy; 0 switches it off (paper, for DAPO)")
     resample: int = flag(2, "dapo: times that groups without spread in R are replaced, per step (not in the paper)")
@@ -120,7 +125,7 @@ Your rating is a hint for your next action: go on after a positive one, try some
 RATE = "Rate your last step. Reason: one sentence. Label: positive, neutral or negative."
 ACT = "Now your next action."
 LABELS = ["negative", "neutral", "positive"]
-FORCED = 16  # tokens, room for the words of --prefill and the end of a reply that was cut
+FORCED = 16  # tokens: room for what is never sampled, --prefill's words and the end put to a cut reply
 
 
 def written(action):
@@ -203,6 +208,7 @@ class Episode:
     truncated: bool = False  # the context was full
     wrong: bool = False  # the world's word on a wrong object, where it has one
     tokens: int = 0  # sampled, by whatever weights
+    earned: float = 0.0  # R (3), as far as it counted
     advantage: float = 0.0
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
@@ -232,7 +238,7 @@ def side_by_side(model, chat, args, split, seeds, first, *, guided, temperature,
         episodes.append(Episode(split, seed, said=[["world", observation]]))
         prompts.append(chat.dialogue(opening(worlds[-1], args, guided)))
     actors = common.Dialogues(model, chat, prompts)
-    raters = actors.read_by(rater) if rater else actors
+    raters = actors.read_by(rater) if rater else actors  # the same dialogues, other weights
 
     def ask(part, speakers, limit, word):
         seeds = [common.row_seed(args.seed, *stream, first + i, turn, part) for i in live]
@@ -361,8 +367,8 @@ def guided_advantages(args, group, trust):
     flat = without_spread([environment_return(args, episode) for episode in group], len(group))
     trust = 0.0 if flat and not args.flat_groups else trust
     returns = [total_return(args, episode, trust) for episode in group]
-    for episode, advantage in zip(group, group_advantages(returns)):
-        episode.advantage = advantage
+    for episode, earned, advantage in zip(group, returns, group_advantages(returns)):
+        episode.earned, episode.advantage = earned, advantage
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -457,7 +463,7 @@ def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=F
 
 def watch_rewards(args, batch, trust):
     """Both parts of (3), and how many groups have no advantages by each."""
-    returns = [total_return(args, episode, trust) for episode in batch]
+    returns = [episode.earned for episode in batch]
     environment = [environment_return(args, episode) for episode in batch]
     return {"trust": trust, "return": common.mean(returns), "reward_env": common.mean(environment),
             "reward_guide": common.mean(rating_return(args, episode) for episode in batch),
@@ -500,7 +506,8 @@ def watch_outcomes(episodes):
 
 
 def errors(episode):
-    """The error patterns of the paper's appendix B that an episode shows; how to tell them is ours.
+    """The error patterns of the paper's appendix B that an episode shows (a shop's are left out); how
+    to tell them is ours.
 
     looping: one action three times on one observation; redundant exploration: three observations met
     again after a valid action; wrong object: what the world says. Turns left do not count.

@@ -158,19 +158,3 @@ def whole(small, run_script, tmp_path_factory):
     result = run_script(f"{small} --out-dir run", path)
     assert result.status == 0, result.stderr
     return path / "run"
-
-
-@pytest.fixture
-def killed_and_resumed(small, run_script, tmp_path):
-    """killed_and_resumed(fault, written) -> directory of a small run that `fault` killed after `written` lines of metrics, resumed."""
-
-    def run(fault, written):
-        flags, metrics = f"{small} --out-dir run", tmp_path / "run" / "metrics.jsonl"
-        assert run_script(flags, tmp_path, fault).status == -signal.SIGKILL
-        assert (len(metrics.read_text().splitlines()) if metrics.exists() else 0) == written
-        assert not metrics.with_name("summary.json").exists()
-        result = run_script(f"{flags} --resume", tmp_path)
-        assert result.status == 0, result.stderr
-        return tmp_path / "run"
-
-    return run

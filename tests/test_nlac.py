@@ -23,7 +23,7 @@ import nlac
 
 torch.set_num_threads(1)
 WORLD = envs.make("repair")
-ARGS = dataclasses.replace(nlac.Args(), **nlac.TINY | {"examples": 1500})
+ARGS = dataclasses.replace(nlac.Args(), **nlac.TINY)
 ALL_WORLDS = [*envs.WORLDS, "20q", "twenty_questions:listed"]
 SMALL = (
     "--model tiny:16x1 --examples 60 --steps 3 --batch-size 8 --micro-batch-size 4 --eval-episodes 4 --eval-every 2 --save-every 2"
@@ -716,7 +716,7 @@ def test_refusals_are_known_words_and_never_imitated(taught):
 
 
 def test_reasons_move_the_refiner(tiny):
-    """After the warm-up: the same futures, the same verdict, two reasons; the action follows the reason."""
+    """After the whole warm-up (minutes): the same futures and verdict, two reasons; the action follows the reason."""
     model, chat = tiny
     parts = nlac.Parts(model, chat, WORLD, dataclasses.replace(ARGS, temperature=0.2))
     states = [[WORLD.reset(seed=seed, options={"split": "train"})[0]] for seed in range(60)]
