@@ -1063,7 +1063,6 @@ class Run:
         """
         if model is not None:
             extra = {"parameters": count_parameters(model), "start": fingerprint(model)} | (extra or {})
-            print(f"{self.script}, {self.args['env']}: {extra['parameters']:,} parameters on {device_name(self.args['device'])}")
         record = {"script": self.script, "args": self.args, "git_commit": git_commit(), "versions": versions(),
                   "device": device_name(self.args.get("device", "cpu")), "date": Chat.today.isoformat(), "files": self._files()}
         text = _json(record | (extra or {}), indent=1).encode()
@@ -1079,6 +1078,8 @@ class Run:
                 refuse(f"--out-dir {self.dir}: {error.strerror}")
             check(made, f"{self.dir} exists: another run has started there meanwhile")
             self._lock()
+        if model is not None:
+            print(f"{self.script}, {self.args['env']}: {extra['parameters']:,} parameters on {device_name(self.args['device'])}")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         sys.excepthook = self._on_exception
