@@ -777,7 +777,7 @@ def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypat
 # ------------------------------------------------------------------------------------------------------------------ refusals
 
 
-@pytest.mark.parametrize("flags", [["--resume"], ["--eval-only"], ["--sft-batch-size", "0"], ["--env", "chess"], ["--demos", "nowhere"]])
+@pytest.mark.parametrize("flags", [["--resume"], ["--sft-batch-size", "0"], ["--env", "chess"], ["--demos", "nowhere"]])
 def test_early_experience_refuses_in_one_line(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.setattr(sys, "argv", ["early_experience.py", *flags, "--out-dir", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as end:
