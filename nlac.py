@@ -20,13 +20,17 @@ Departures from the paper, and why:
  3. a' in (2) comes from pi_bar, not from the current policy: averaged weights are steadier.
  4. Targets and lessons of a step are made once, before its gradient steps; each of these takes L1
     and L2 together.
- 5. A forecast ends in a marked end and a critique in a marked verdict, which logs read.
+ 5. A forecast ends in a marked end, with the turns to it, and a critique in a marked verdict: logs
+    read them. So "sooner is better" is counted in turns where the paper discounts in words alone.
+ 6. L1 and L2 are means over target tokens, at the temperature of sampling; L2 weighs less where few
+    states have a lesson. That targets do not speak of what only their writer saw is asked for in
+    the prompts, not checked.
 What a tiny model needs besides is the last group of flags, off here, on in TINY: --distil best,
 where refinement is a comparison of judged tries, and a lesson only where they differ clearly; parts
 that nobody trains from the start weights, as they are forgotten (the paper reports forgetting); L1
 alone until M tells actions apart; imitation of what was just played; late turns oversampled.
 
-    python nlac.py                            # repair shop, tiny model: minutes
+    python nlac.py                            # repair shop, tiny model (TINY): 6 minutes
     python nlac.py --ablation frozen-critic --out-dir runs/frozen   # a floor: M never learns
     python nlac.py --model smollm2 --shots 2 --prefill --show-actions --quick
     python nlac.py --model Qwen/Qwen2.5-1.5B-Instruct --env 20q     # the paper's algorithm, a day
