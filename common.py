@@ -946,6 +946,31 @@ def read_jsonl(path, option) -> list[tuple[int, object]]:
     return found
 
 
+def read_rows(option, path, check_row) -> list:
+    """Rows of data that people bring: a JSON lines file, read plainly, or anything that `datasets.load_dataset` takes.
+
+    What `check_row(row)` raises (ValueError, TypeError, KeyError) ends in `refuse`, with the `option` and the line.
+    """
+    file = Path(path).expanduser()
+    if file.suffix in (".jsonl", ".json") or file.is_file() and file.suffix != ".parquet":
+        rows = read_jsonl(path, option)  # plainly: a loader guesses types
+    else:
+        import datasets  # takes a second, and most runs need none of it
+
+        what = {"path": "parquet", "data_files": str(file)} if file.suffix == ".parquet" else {"path": path}
+        try:
+            rows = list(enumerate(datasets.load_dataset(**what, split="train"), 1))
+        except Exception as error:  # hub, file system and each format have their own
+            refuse(f"{option} {path} cannot be read: {type(error).__name__}: {str(error)[:200]}")
+    for number, row in rows:
+        try:
+            check_row(row)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            refuse(f"{option} {path}, line {number}: {type(error).__name__}: {str(error)[:200]}")
+    check(rows, f"{option} {path} is empty")
+    return [row for _, row in rows]
+
+
 def _new_directory(path, write) -> bool:
     """Lets `write(temporary directory)` fill a directory and moves it to `path`; False if that is taken meanwhile."""
     path = Path(path)

@@ -91,6 +91,12 @@ class World:
         """The best action now. Looks at what the player could know, never at what is hidden."""
         raise NotImplementedError
 
+    players = ()  # weaker ones than the expert, for whoever wants trajectories of many kinds
+
+    def thought(self):
+        """What the expert thinks before its next action; nothing, in most worlds."""
+        return ""
+
     def score(self):
         """How well it went, in [0, 1]."""
         return float(self.won)
@@ -1095,37 +1101,62 @@ def search_thought(question, steps):
     return found[-1]
 
 
-FLAWS = ("skipped lookup", "repeated call", "unsupported guess", "wrong conclusion", "wrong tool", "lucky answer")
+Flaw = collections.namedtuple("Flaw", "name cost found advice")  # of a process: a sentence about it, and one to the player
+FLAWS = {  # name: what it costs, and the two sentences, with a gap for the evidence
+    "skipped lookup": (0.4, 'The page "{}" was not read.', 'Read the page "{}" before you answer.'),
+    "unsupported guess": (0.4, 'The answer "{}" does not come from what was read.', "Answer with what you have read."),
+    "wrong conclusion": (0.4, "{} Something else was asked.", "{} Something else was asked."),
+    "repeated call": (0.2, "This call was made twice: {}.", "Do not repeat: {}."),
+    "wrong tool": (0.2, "This call was of no use: {}.", "Do without: {}."),
+    "no answer": (0.5, "There is no answer.", "Give an answer before the turns run out."),
+}
+
+
+def call_words(action):
+    """A call as a sentence names it: open "Mira Velden"."""
+    tool, argument, _ = read_call(action)
+    return f'{tool} "{argument}"' if tool else one_line(action)[:60]
+
+
+def search_evidence(question, steps) -> dict:
+    """What went wrong on the way: {name: what shows it}, from the public record: (action, observation, valid) of each turn.
+
+    skipped lookup: answered before all facts were read that the question asks for (the page that comes next); repeated call: the same
+    one twice (the call); unsupported guess: the answer was neither shown nor calculated, nor follows from what was read (the answer);
+    wrong conclusion: all was read, and something else follows (the sentence read); wrong tool: a call that was not valid, or a search
+    for an open page that lists nothing new (the call); no answer: none that the world accepted.
+    """
+    form, chains = read_question(question)
+    record, found = read_record(steps), {}
+    made = [call_words(action) for action, _, valid in steps if valid]
+    if repeated := [call for call in made if [other.casefold() for other in made].count(call.casefold()) > 1]:
+        found["repeated call"] = repeated[0]
+    useless = [call_words(action) for action, _, valid in steps if not valid] + [f'search "{name}"' for name in record.vain]
+    if useless:
+        found["wrong tool"] = useless[0]
+    if not record.answer:
+        return found | {"no answer": ""}
+    answer, (values, missing) = record.answer[0], follow(chains, record.facts)
+    shown = [*record.facts.values(), *record.results.values(), *record.listed]
+    if missing:
+        found["skipped lookup"] = f"Notes on {missing[0]}" if missing[0] in record.opened else missing[0]
+    else:
+        shown.append(conclude(form, values)[0])
+    if not any(rule_reward(answer, value) == 1 for value in shown):
+        found["unsupported guess"] = answer
+    elif not missing and rule_reward(answer, conclude(form, values)[0]) < 1:
+        read = [(name, key) for (name, key), value in record.facts.items() if rule_reward(answer, value) == 1]
+        said = [RELATIONS[key].sentence.format(x=name, y=record.facts[name, key]) for name, key in read]
+        found["wrong conclusion"] = said[0] if said else f'You answered "{answer}".'
+    return found
 
 
 def search_flaws(question, steps, won=None):
-    """What went wrong on the way, by name, from the public record: (action, observation, valid) of each turn; the outcome is optional.
-
-    skipped lookup: answered before all facts were read that the question asks for; repeated call: the same one twice; unsupported guess:
-    the answer was neither shown nor calculated, nor follows from what was read; wrong conclusion: all was read, and something else follows;
-    wrong tool: a call that was not valid, or a search for an open page that lists nothing new; lucky answer: right, though unsupported or
-    with a lookup skipped.
-    """
-    form, chains = read_question(question)
-    record, flaws = read_record(steps), set()
-    if len(set(record.calls)) < len(record.calls):
-        flaws.add("repeated call")
-    if record.vain or not all(valid for *_, valid in steps):
-        flaws.add("wrong tool")
-    if record.answer:
-        answer, (values, missing) = record.answer[0], follow(chains, record.facts)
-        shown = [*record.facts.values(), *record.results.values(), *record.listed]
-        if not missing:
-            shown.append(conclude(form, values)[0])
-        if missing:
-            flaws.add("skipped lookup")
-        if not any(rule_reward(answer, value) == 1 for value in shown):
-            flaws.add("unsupported guess")
-        elif not missing and rule_reward(answer, conclude(form, values)[0]) < 1:
-            flaws.add("wrong conclusion")
-        if won and flaws & {"skipped lookup", "unsupported guess"}:
-            flaws.add("lucky answer")
-    return [name for name in FLAWS if name in flaws]
+    """The names of `search_evidence`, in order, and with the outcome "lucky answer": right, though unsupported or with a lookup skipped."""
+    flaws = set(search_evidence(question, steps))
+    if won and flaws & {"skipped lookup", "unsupported guess"}:
+        flaws.add("lucky answer")
+    return [name for name in (*FLAWS, "lucky answer") if name in flaws]
 
 
 class Search(World):
@@ -1271,6 +1302,30 @@ class Search(World):
     def expert(self):
         return search_expert(self.task, self.record)
 
+    def thought(self):
+        """What the expert thinks before its next call."""
+        return search_thought(self.task, self.record)
+
+    def flaws(self):
+        """[Flaw] of the way so far, from what the player could know. None says what the right answer is."""
+        evidence = search_evidence(self.task, self.record)
+        return [Flaw(name, cost, *(text.replace("{}", evidence[name]) for text in told))
+                for name, (cost, *told) in FLAWS.items() if name in evidence]
+
+    def heeding(self, advice):
+        """The calls of `admissible` that follow the advice of `flaws`: first what it says to read, never what it says not to repeat."""
+        made = [call_words(action) for action, *_ in self.record]
+        again = [call for call in re.findall(r'Do not repeat: (\w+ "[^"]+")', advice) if call in made]
+        never = re.findall(r'Do without: (\w+ "[^"]+")', advice)
+        calls = [call for call in self.admissible() if call_words(call) not in again + never]
+        pages = [title for title in re.findall(r'Read the page "([^"]+)"', advice) if title not in read_record(self.record).opened]
+        ways = [f'open "{title}"' for title in pages] + [f'search "{title.removeprefix("Notes on ")}"' for title in pages]
+        for way in ways:
+            if way in map(call_words, calls) and way not in made:
+                return [call for call in calls if call_words(call) == way]
+        reading = [call for call in calls if pages and read_call(call)[0] != "answer"]
+        return reading or calls or self.admissible()
+
 
 class SearchFull(Search):
     """Six kinds of pages, questions of one to four hops, yes or no among them, 12 turns."""
@@ -1323,6 +1378,9 @@ def muddled_player(env, info, rng):
     """Search only: the expert, but the answer is anything that was read."""
     action = env.expert()
     return tool_call("answer", rng.choice(env.seen)) if read_call(action)[0] == "answer" and env.seen else action
+
+
+Search.players = sloppy_player, hasty_player, muddled_player, guess_player
 
 
 # --------------------------------------------------------------------------------------------------------- command line
