@@ -135,26 +135,27 @@ def learn(state):
         if args.variant == "U":
             second = attempt(state, "train", seeds, ("learn", step, 2), first)  # (3)
             judgements += review(state, second, ("learn", step, 2))
-        batch, flat = [], 0
+        batch = []
         for some, again in itertools.zip_longest(groups(first, size), groups(second, size)):
             pool = some + (again or [])  # the attempts at one question
-            flat += not read_advantages(args, pool)  # (4), (5)
+            pool_advantages(args, pool)  # (4), (5)
             batch += pool
         state.run.lap("rollout")
         losses = update(agent.model, agent.reference, agent.chat, args, agent.optimizer, batch,
                         (args.clip, args.clip_high))  # (6)
         metrics = watch(first) | losses | watch_judgements(batch, judgements)
         metrics |= {f"second_{name}": value for name, value in watch(second).items()}
-        metrics |= {"return": common.mean(episode.earned for episode in batch), "groups_flat": flat}
+        metrics |= {"return": common.mean(episode.earned for episode in batch),
+                    "groups_flat": without_spread([e.advantage for e in batch], len(pool))}
         end_step(state, step, metrics, batch, judgements)
 
 
 def attempt(state, split, seeds, stream, before=None):
     """(1) Attempts at questions or, below earlier ones (`before`), (3) second attempts."""
     args, agent = state.args, state.agent
-    heat = args.eval_temperature if stream[0] == "evaluate" else args.temperature
-    return rollout(agent.model, agent.chat, args, split, seeds, temperature=heat, stream=stream,
-                   before=before)
+    temperature = args.temperature if split == "train" else args.eval_temperature
+    return rollout(agent.model, agent.chat, args, split, seeds, temperature=temperature,
+                   stream=stream, before=before)
 
 
 def review(state, episodes, stream):
@@ -167,15 +168,14 @@ def review(state, episodes, stream):
     return found
 
 
-def read_advantages(args, pool):
-    """Writes (4) the returns and (5) the advantages into a pool -> whether there are any."""
+def pool_advantages(args, pool):
+    """Writes (4) returns and (5) advantages; what was left out stays out of its pool."""
     for episode in pool:
         episode.earned = episode.score + args.score_weight * episode.judged
     kept = [episode for episode in pool if not episode.left_out]
     advantages = group_advantages([episode.earned for episode in kept]) if kept else []
     for episode, advantage in zip(kept, advantages):
         episode.advantage = advantage
-    return any(advantages)
 
 
 # ----------------------------------------------------------------------- the method: C, no training
@@ -242,11 +242,9 @@ def judge_grpo(state):
         prompts = [judge_prompt(state, said_in(row["messages"])) for row in rows]
         batch = ask_judge(state, prompts, ("judge-grpo", step), args.temperature, args.group_size)
         for row, group in zip(rows, groups(batch, args.group_size)):
-            for judgement in group:
-                judgement.earned = judge_reward(judgement, row["score"])
-            advantages = group_advantages([judgement.earned for judgement in group])
-            for judgement, advantage in zip(group, advantages):
-                judgement.advantage = advantage
+            rewards = [judge_reward(judgement, row["score"]) for judgement in group]
+            for judgement, reward, advantage in zip(group, rewards, group_advantages(rewards)):
+                judgement.earned, judgement.advantage = reward, advantage
         state.run.lap("rollout")
         losses = update(rrm.model, rrm.reference, rrm.chat, args, rrm.optimizer, batch,
                         (args.clip, args.clip_high))
@@ -281,11 +279,6 @@ Was anything guessed without being checked, or made up?"""
 JUDGE = """You judge how an agent worked on a task. You read the task and the whole transcript.
 Nobody tells you whether the agent succeeded.
 {rubric}
-Reply with three blocks, in this order:
-<think>your analysis</think>
-<critique>to the agent: what to do differently, without the answer or a hint to it; \
-nothing where nothing should change</critique>
-<score>one number from 0, harmful, to 1, flawless</score>
 
 This is what the agent was told:
 {system}"""
@@ -295,7 +288,11 @@ CASE = """The task:
 The transcript:
 {transcript}
 
-Now write the three blocks."""
+Now judge how the agent worked. Write three blocks, in this order:
+<think>your analysis</think>
+<critique>to the agent: what to do differently, without the answer or a hint to it; \
+nothing where nothing should change</critique>
+<score>one number from 0, harmful, to 1, flawless</score>"""
 AGAIN = """You have tried this before:
 {transcript}
 
@@ -366,17 +363,21 @@ def said_in(messages) -> list[list[str]]:
 def worked_examples(env, count, show_actions, judged=False):
     """--shots: what a random player met and did on train; `judged`: its episodes and judgements.
 
-    A judgement follows from what a program can say of the process: nobody knows the outcome.
+    A judgement follows from what a program can say of the process: nobody knows the outcome. Of ten
+    times as many episodes those are shown that spread most in score.
     """
-    world, messages = envs.make(env, show_actions=show_actions), []
-    for seed in range(10**6, 10**6 + count):  # far from the seeds that are learnt from
-        episode = play(world, "train", seed, envs.random_player, random.Random(seed), turns=6)
-        asked = {"role": "user", "content": episode.said[0][1]}
-        reply = episode.said[1][1]
+    world, plays, messages = envs.make(env, show_actions=show_actions), [], []
+    for seed in range(10**6, 10**6 + count * (10 if judged else 1)):  # far from what is learnt from
+        plays.append(play(world, "train", seed, envs.random_player, random.Random(seed)))
+    world.close()
+    if judged:
+        plays.sort(key=lambda episode: reference(episode.flaws)[2])
+        plays = [plays[i] for i in np.linspace(0, len(plays) - 1, count, dtype=int)]
+    for episode in plays:
+        asked, reply = {"role": "user", "content": episode.said[0][1]}, episode.said[1][1]
         if judged:
             asked, reply = case(episode.said), judgement_text(*reference(episode.flaws))
         messages += [asked, {"role": "assistant", "content": reply, "shot": True}]
-    world.close()
     return messages
 
 
@@ -526,11 +527,11 @@ def reference(flaws) -> tuple[str, str, float]:
     return think, critique, max(0.0, 1.0 - sum(flaw.cost for flaw in flaws))
 
 
-def play(world, split, seed, player, rng, thinks=False, turns=None):
+def play(world, split, seed, player, rng, thinks=False):
     """An episode of a player -> Episode; with `thinks`, the expert's thoughts stand before its actions."""
     observation, info = world.reset(seed=seed, options={"split": split})
     episode = Episode(split, seed, [["world", observation]])
-    while not episode.over and len(episode.actions) != turns:
+    while not episode.over:
         thought = world.thought() if thinks else ""
         episode.said.append(["act", written(world, player(world, info, rng), thought)])
         info = take_turn(world, episode, episode.said[-1][1])
