@@ -1145,7 +1145,8 @@ def search_evidence(question, steps) -> dict:
     if not any(rule_reward(answer, value) == 1 for value in shown):
         found["unsupported guess"] = answer
     elif not missing and rule_reward(answer, conclude(form, values)[0]) < 1:
-        read = [(name, key) for (name, key), value in record.facts.items() if rule_reward(answer, value) == 1]
+        read = [(name, key) for (name, key), value in record.facts.items()  # never a sentence about the right answer
+                if rule_reward(answer, value) == 1 and name != conclude(form, values)[0]]
         said = [RELATIONS[key].sentence.format(x=name, y=record.facts[name, key]) for name, key in read]
         found["wrong conclusion"] = said[0] if said else f'You answered "{answer}".'
     return found
