@@ -438,7 +438,7 @@ def parse_score(text) -> float | None:
         return None
     number, scale = float(found[0][0]), float(100 if found[0][2] else found[0][1] or 1)
     unclear = scale > 1 and 0 < number < 1  # 0.8/10: what is meant?
-    return number / scale if number <= scale and scale and not unclear else None
+    return number / scale if number <= scale and scale >= 1 and not unclear else None
 
 
 def judgement_text(think, critique, score) -> str:
