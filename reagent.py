@@ -535,7 +535,7 @@ def play(world, split, seed, player, rng, thinks=False):
         thought = world.thought() if thinks else ""
         episode.said.append(["act", written(world, player(world, info, rng), thought)])
         info = take_turn(world, episode, episode.said[-1][1])
-    episode.flaws = process_flaws(world, episode)
+    episode.flaws, episode.gold = process_flaws(world, episode), getattr(world, "gold", "")
     return episode
 
 
