@@ -19,7 +19,7 @@ attempts at as many questions as U.
 
 A run has four phases: the agent's cold start on correct trajectories, the judge's SFT and its GRPO
 where --judged asks for a judge of its own, and learning. The judge is --rrm, any model at all; by
-default --model as it is after the cold start, prompted and frozen.
+default --model as the run finds it, prompted and frozen.
 
 Departures from the paper, and why:
  1. The judge of the paper is trained on judgements by a model of 120 billion parameters. With
