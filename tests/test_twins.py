@@ -17,30 +17,25 @@ DIFFERENT = {
     "State": "what a method's stages work on",
     "Episode": "what is written down of an episode",
     "written": "the form of a reply is the method's",
-    "opening": "prompts are the method's",
+    "dialogue": "prompts are the method's",
     "transcript": "what another part may see of an episode",
     "worked_examples": "what the method's parts are shown",
     "demonstrations": "states of an expert, or whole attempts",
-    "random_play": "of what a tiny model is taught",
     "warmup": "what a tiny model is taught",
     "load": "the lines that are one token of a tiny model",
-    "rollout": "what is played together",
+    "nlac.rollout": "what is played together",
     "side_by_side": "which parts speak in a turn",
     "take_turn": "what is written down of a turn",
-    "update": "the loss",
+    "nlac.update": "the loss",
+    "read_advantages": "what an episode earns",
+    "end_step": "which phases there are",
+    "parts": "what a checkpoint keeps the weights of",
+    "check_row": "the form of the data",
     "watch": "what is counted",
     "evaluate": "what is evaluated",
     "check_args": "the method's own flags",
     "main": "the loop of the method",
 }
-# What is still of an older design than the other scripts: this can only shrink.
-OLDER = {
-    "nlac": set(),
-    "act": set(),
-    "reagent": {"annotated", "auc", "begin", "check_room", "group_advantages", "imitate",
-                "kl_estimate", "micro_batches", "old_logprobs", "record", "sampled_logprobs",
-                "surrogate", "token_weights", "without_spread"},
-}  # fmt: skip
 HELP_DIFFERS = {
     "steps": "what a step is",
     "lr": "the paper's, if it tells; the warm-up",
@@ -51,7 +46,6 @@ HELP_DIFFERS = {
     "eval_episodes": "when they are played",
     "eval_every": "act and reagent have stages",
     "save_every": "reagent has phases",
-    "dtype": "some are of an older design",
 }
 TYPE_DIFFERS = {"steps": "act's default follows from --epochs"}
 
@@ -71,7 +65,6 @@ TEXTS = {script: definitions(script) for script in SCRIPTS}
 COUNT = Counter(itertools.chain(*TEXTS.values()))
 SHARED = sorted(name for name in COUNT if COUNT[name] > 1)
 OF_ONE_SCRIPT = [key.split(".") for key in DIFFERENT if "." in key]
-OF_ONE_SCRIPT += [[script, name] for script in OLDER for name in sorted(OLDER[script])]
 
 
 def twins(name) -> list[str]:
