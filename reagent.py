@@ -405,7 +405,8 @@ class Judgement:
 
 TAG = re.compile(r"<\s{0,9}(/?)\s{0,9}(think|critique|score)\s{0,9}>", re.IGNORECASE)
 NUMBER = re.compile(  # 0.8, .8, 8/10, 80%; not -1, 1e3, v2
-    r"(?<![\w.,+/\-\u2212])(\d+\.?\d*|\.\d+)(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?)|\s*(%))?(?!\s*/|[\w+-]|[.,]\w)")
+    r"(?<![\w.,+/\-\u2212])(\d+\.?\d*|\.\d+)"
+    r"(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?)|\s*(%))?(?!\s*/|[\w+-]|[.,]\w)")
 
 
 def parse_judgement(reply) -> dict | None:
