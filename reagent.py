@@ -198,7 +198,7 @@ def cold_start(state):
     def lessons(row):
         said = said_in(row["messages"])
         yield dialogue(world, args, said)
-        if args.cold_again and "earlier" in row:
+        if args.cold_again and row.get("earlier"):
             yield dialogue(world, args, said, Episode("train", 0, said_in(row["earlier"])))
 
     supervised(state, "cold-start", state.agent, state.demos, args.cold_epochs, lessons)
@@ -555,7 +555,7 @@ def demonstrations(args):
         expert = play(world, "train", seed, envs.expert_player, rng, thinks=True)
         other = play(world, "train", seed, rng.choice(players_of(world)), rng, rng.random() < 0.5)
         if expert.won:
-            rows.append({"messages": messages_of(expert.said)[:-1], "earlier": messages_of(other.said)})
+            rows.append({"messages": messages_of(expert.said)[:-1], "earlier": messages_of(other.said)[:-1]})
     world.close()
     return rows
 
@@ -599,10 +599,11 @@ def judgeable(state, rows) -> list[dict]:
 
 def check_row(row, judged):
     """ValueError, TypeError or KeyError unless a row is of the form above."""
-    said = row["messages"]
-    if not said or [m["role"] for m in said] != ["user", "assistant"] * (len(said) // 2):
-        raise ValueError("messages go user, assistant, ..., assistant")
-    words = [m["content"] for m in said] + ([row["think"], row["critique"]] if judged else [])
+    words = [row["think"], row["critique"]] if judged else []
+    for said in row["messages"], row.get("earlier") or row["messages"]:
+        if not said or [m["role"] for m in said] != ["user", "assistant"] * (len(said) // 2):
+            raise ValueError("messages go user, assistant, ..., assistant")
+        words += [m["content"] for m in said]
     "".join(words).encode()  # half a surrogate pair is JSON, not text
     if judged and not 0 <= row["score"] <= 1:
         raise ValueError(f"score {row['score']} is not in [0, 1]")
