@@ -1041,6 +1041,8 @@ def check_args(args):
     if args.judgements:
         judged = common.read_rows("--judgements", args.judgements,
                                   functools.partial(check_row, judged=True))
+        needed = judge_grpo_rows(args) + 1
+        common.check(len(judged) >= needed, f"--judgements: {len(judged)} rows, --judge-steps need {needed}")
     return world, demos, judged
 
 
