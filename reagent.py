@@ -1033,7 +1033,7 @@ def check_args(args):
                  "--judgements are for the training of a judge (--judged, without --rrm)")
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
     expert = type(world).expert is not envs.World.expert
-    common.check(expert or args.demos or not args.cold_start or args.variant == "C",
+    common.check(expert or args.demos or not args.cold_start or args.variant == "C" or args.eval_only,
                  f"--env {args.env} has no expert: give --demos, or --cold-start 0")
     demos = judged = None
     if args.demos:
