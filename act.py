@@ -45,12 +45,10 @@ import functools
 import itertools
 import json
 import math
-import os
 import random
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -148,8 +146,11 @@ def system(world, reasons=True):
 
 def dialogue(world, args, messages):
     """The policy's view of a state, or a demonstration: observations and actions by turns."""
-    said = [{**m, "content": tagged(m["content"])} if m["role"] == "assistant" else m
-            for m in messages]
+    said = []
+    for message in messages:
+        if message["role"] == "assistant":
+            message = {**message, "content": tagged(message["content"])}
+        said.append(message)
     shots = worked_examples(args.env, args.shots, args.show_actions)
     return [system(world, not args.prefill), *shots, *said]
 
@@ -166,8 +167,10 @@ def question(world, args, pair, reasons=True):
     bare = [{**m, "content": envs.bare(m["content"])} for m in pair["messages"]]
     _, *said, last = dialogue(world, dataclasses.replace(args, shots=0), bare)
     one, two = in_order(pair)
-    lines = [last["content"], *([LISTED, *pair["admissible"]] if pair["admissible"] else []),
-             PROPOSED, f"Action 1: {one}", f"Action 2: {two}", choose(reasons)]
+    lines = [last["content"]]
+    if pair["admissible"]:
+        lines += [LISTED, *pair["admissible"]]
+    lines += [PROPOSED, f"Action 1: {one}", f"Action 2: {two}", choose(reasons)]
     shots = worked_examples(args.env, args.shots, False, True, reasons)
     return [system(world, reasons), *shots, *said, user("\n".join(lines))]
 
@@ -181,15 +184,17 @@ def worked_examples(env, count, show_actions, choice=False, reasons=False):
     world, messages = envs.make(env, show_actions=show_actions), []
     for seed in range(10**6, 10**6 + count):  # far from the seeds that are learnt from
         observation, info = world.reset(seed=seed, options={"split": "train"})
-        action, reason = envs.random_player(world, info, random.Random(seed)), ""
-        asked = user(observation)
+        action = envs.random_player(world, info, random.Random(seed))
+        asked, reply = user(observation), tagged(action)
         if choice:
-            pair = {"messages": [asked], "expert": action, "candidate": "sing a song",
-                    "admissible": info["admissible"], "expert_second": seed % 2 == 1}
+            second = seed % 2 == 1
+            pair = {"messages": [asked], "admissible": info["admissible"], "expert": action,
+                    "candidate": "sing a song", "expert_second": second}
             asked = question(world, Args(env=env, prefill=not reasons), pair)[-1]
-            good, bad = (2, 1) if pair["expert_second"] else (1, 2)
-            reason = f"Action {good} can be done now, and action {bad} cannot. " * reasons
-        messages += [asked, {"role": "assistant", "content": reason + tagged(action), "shot": True}]
+        if choice and reasons:
+            good, bad = (2, 1) if second else (1, 2)
+            reply = f"Action {good} can be done now, and action {bad} cannot. {reply}"
+        messages += [asked, {"role": "assistant", "content": reply, "shot": True}]
     world.close()
     return messages
 
@@ -219,11 +224,12 @@ def normal(world, action):
     """Equal for actions that mean the same to the world: as it reads them, in `plain` words."""
     said = world.read(action)
     call = re.sub(r"</?tool_call>", " ", said).strip()
-    try:
-        tool_call = json.loads(call) if call.startswith("{") else None
-    except (ValueError, RecursionError):
-        tool_call = None
-    return json.dumps(tool_call, sort_keys=True).lower() if tool_call else plain(said)
+    if call.startswith("{"):
+        try:
+            return json.dumps(json.loads(call), sort_keys=True).lower()
+        except (ValueError, RecursionError):
+            pass  # only looks like a tool call
+    return plain(said)
 
 
 def parse_choice(world, reply, one, two) -> str | None:
@@ -233,11 +239,13 @@ def parse_choice(world, reply, one, two) -> str | None:
     """
     said = parse_action(reply)
     number = NUMBERED.fullmatch(said or "")
-    rest = (number[2] or "").strip() if number else ""
-    for words in filter(None, (said, rest)):
-        if normal(world, words) in (normal(world, one), normal(world, two)):
+    behind = (number[2] or "").strip() if number else ""
+    for words in said, behind:
+        if words and normal(world, words) in (normal(world, one), normal(world, two)):
             return words
-    return said if number is None or rest else one if number[1] else two
+    if number and not behind:
+        return one if number[1] else two
+    return said
 
 
 def pay(world, reply, example):
@@ -271,12 +279,13 @@ def demonstrations(args, split, seeds) -> list[dict]:
         messages, admissible, over = [], [], False
         while not over:
             action = world.expert()
-            messages += [user(observation), {"role": "assistant", "content": action}]
+            messages.append(user(observation))
+            messages.append({"role": "assistant", "content": action})
             admissible.append(info["admissible"])
             observation, _, terminated, truncated, info = world.step(action)
             over = terminated or truncated
-        episodes.append({"env": args.env, "split": split, "seed": seed, "messages": messages,
-                         "admissible": admissible})
+        episodes.append({"env": args.env, "split": split, "seed": seed,
+                         "messages": messages, "admissible": admissible})
     world.close()
     return episodes
 
@@ -287,93 +296,62 @@ def states_of(episodes) -> list[dict]:
     for episode in episodes:
         said = episode["messages"]
         lists = episode.get("admissible") or [None] * len(said)
-        for turn, admissible in zip(range(len(said) // 2), lists):
-            states.append({**episode, "turn": turn, "messages": said[:2 * turn + 1],
-                           "admissible": admissible, "expert": said[2 * turn + 1]["content"]})
+        for turn in range(len(said) // 2):
+            states.append({
+                **episode,
+                "turn": turn,
+                "messages": said[:2 * turn + 1],
+                "admissible": lists[turn],
+                "expert": said[2 * turn + 1]["content"]})
     return states
 
 
-def read_rows(option, path, world, args, paired) -> list[dict]:
-    """Demonstrations or pairs: JSON lines, or anything that `datasets.load_dataset` takes."""
-    file = Path(path).expanduser()
-    if file.suffix in (".jsonl", ".json") or file.is_file() and file.suffix != ".parquet":
-        rows = common.read_jsonl(path, option)  # plainly: a loader guesses types
-    else:
-        rows = list(enumerate(load_dataset(option, path), 1))
-    for number, row in rows:
-        try:
-            check_row(row, world, args, paired)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            told = f"{type(error).__name__}: {str(error)[:200]}"
-            common.refuse(f"{option} {path}, line {number}: {told}")
-    common.check(rows, f"{option} {path} is empty")
-    return [row for _, row in rows]
-
-
-def load_dataset(option, path):
-    """What `datasets` makes of a hub id, a directory or a parquet file."""
-    import datasets  # takes a second, and most runs need none of it
-
-    what = {"path": "parquet", "data_files": path} if path.endswith(".parquet") else {"path": path}
-    try:
-        return datasets.load_dataset(**what, split="train")
-    except Exception as error:  # hub, file system and each format have their own
-        common.refuse(f"{option} {path} cannot be read: {type(error).__name__}: {str(error)[:200]}")
-
-
-def check_row(row, world, args, paired):
-    """ValueError, TypeError or KeyError unless a row is of the form above, and for this run."""
-    said, lists = row["messages"], row.get("admissible") or []
-    turns = ["user", "assistant"] * (len(said) // 2) + ["user"] * paired
-    if not turns or [m["role"] for m in said] != turns:
-        raise ValueError(f"messages go user, assistant, ..., {'user' if paired else 'assistant'}")
-    words = [m["content"] for m in said]
+def check_row(world, args, row, paired):
+    """ValueError, TypeError or LookupError unless a row is of the form above, and for this run."""
+    common.check_messages(row["messages"], "user" if paired else "assistant")
+    texts = row.get("admissible") or []
     if paired:
-        words, lists = [*words, row["expert"]] + row["candidates"], [lists]
-    elif lists and len(lists) != len(said) // 2:
-        raise ValueError(f"{len(lists)} lists in admissible, {len(said) // 2} actions")
-    for some in lists:
-        words = words + (some or [])  # TypeError unless it is a list
-    "".join(words).encode()  # half a surrogate pair is JSON, not text
-    if paired and {"", normal(world, row["expert"])} & {normal(world, a) for a in row["candidates"]}:
-        raise ValueError("a candidate is empty, or the expert's action")
-    found = row.get("env") or args.env, row.get("split") or "train"
-    if found != (args.env, "train"):
-        raise ValueError(f"of {found}, not of {args.env} and train")
+        texts = [texts, [row["expert"]], row["candidates"]]
+    elif texts and len(texts) != len(row["messages"]) // 2:
+        raise ValueError(f"{len(texts)} lists in admissible, not one for each action")
+    for some in texts:
+        common.check_texts(some or [])
+    origin = row.get("env") or args.env, row.get("split") or "train"
+    if origin != (args.env, "train"):
+        raise ValueError(f"of {origin}, not of {args.env} and train")
+    if paired:
+        candidates = {normal(world, action) for action in row["candidates"]}
+        if candidates & {"", normal(world, row["expert"])}:
+            raise ValueError("a candidate is empty, or the expert's action")
 
 
 # ------------------------------------------------------------------------------------- data: pairs
 
 
-def propose(state, states, path=None) -> list[dict]:
-    """(1) The policy's own actions at states, --candidates each: rows of pairs.
+def propose(state, states, first=0):
+    """(1) The policy's own actions at states, --candidates each: yields rows of pairs.
 
-    With a path, they are written there as they come; what it holds already is not sampled again.
+    `first`: the number of the first state; what is sampled depends on the number and --seed alone.
     """
-    count, rows = state.args.candidates, whole_lines(path) if path else []
+    count = state.args.candidates
     size = max(1, state.args.rollout_batch_size // count)
-    for first in range(len(rows), len(states), size):
-        some, new = states[first:first + size], []
+    for some in groups(states, size):
         replies = ask(state, some, ("pairs",), count, first=first * count)
-        for each, group in zip(some, groups(replies, count)):
-            others = [parse_action(r.text) for r in group if r.row in ("possible", "impossible")]
-            others = {normal(state.world, action): action for action in others if action}
-            counts = Counter(reply.row for reply in group)
-            counts.update(tokens=sum(sum(reply.mask) for reply in group))
-            new.append({**each, "candidates": [*others.values()], "proposed": counts})
-        if path:
-            with open(path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in new)
-        rows += new
-    return rows
+        first += len(some)
+        for each, said in zip(some, groups(replies, count)):
+            proposed = Counter(reply.row for reply in said)
+            proposed["tokens"] = count_tokens(said)
+            yield {**each, "candidates": others(state.world, said), "proposed": proposed}
 
 
-def whole_lines(path) -> list[dict]:
-    """The rows of a file of ours; a last line that was not written to its end is cut off."""
-    text = path.read_bytes() if path.exists() else b""
-    if text:
-        os.truncate(path, text.rfind(b"\n") + 1)
-    return [common.checked(json.loads, line) for line in text.split(b"\n")[:-1]]
+def others(world, replies):
+    """The actions of replies that are not the expert's, each once."""
+    found = {}
+    for reply in replies:
+        action = parse_action(reply.text)
+        if action and reply.row in ("possible", "impossible"):
+            found[normal(world, action)] = action
+    return [*found.values()]
 
 
 def pairs_of(rows) -> list[dict]:
@@ -419,19 +397,18 @@ def side_by_side(model, chat, args, split, seeds, first, *, temperature, stream)
     """
     worlds, episodes, prompts = [], [], []
     for seed in seeds:
-        worlds.append(envs.make(args.env, show_actions=args.show_actions))
-        observation, _ = worlds[-1].reset(seed=seed, options={"split": split})
+        world = envs.make(args.env, show_actions=args.show_actions)
+        observation, _ = world.reset(seed=seed, options={"split": split})
+        prompts.append(chat.dialogue(dialogue(world, args, [user(observation)])))
         episodes.append(Episode(split, seed, said=[["world", observation]]))
-        prompts.append(chat.dialogue(dialogue(worlds[-1], args, [user(observation)])))
+        worlds.append(world)
     actors = common.Dialogues(model, chat, prompts)
+    room = model.max_context - FORCED - args.max_new_tokens
     for turn in itertools.count():
+        for ids, episode in zip(actors.ids, episodes):
+            if not episode.over and len(ids) > room:  # it ends; no turn is ever dropped
+                episode.truncated = episode.over = True
         live = [i for i, episode in enumerate(episodes) if not episode.over]
-        if turn:
-            actors.extend(live, [worlds[i].observation for i in live])
-        for i in live:  # a full context ends the episode; no turn is ever dropped
-            if len(actors.ids[i]) + FORCED + args.max_new_tokens > model.max_context:
-                episodes[i].truncated = episodes[i].over = True
-        live = [i for i in live if not episodes[i].over]
         if not live:
             break
         row_seeds = [common.row_seed(args.seed, *stream, first + i, turn) for i in live]
@@ -441,6 +418,7 @@ def side_by_side(model, chat, args, split, seeds, first, *, temperature, stream)
             episodes[i].said.append(["act", reply])
             episodes[i].cut += not complete
             take_turn(worlds[i], episodes[i], parse_action(reply) or "")
+            actors.extend([i], [worlds[i].observation])
     for world in worlds:
         world.close()
     return episodes
@@ -472,33 +450,37 @@ class Reply:
     advantage: float = 0.0
 
 
-def answer(model, chat, args, prompts, limit, stream, samples=1, first=0) -> list[Reply]:
+def answer(state, prompts, limit, stream, samples=1, first=0) -> list[Reply]:
     """`samples` replies of at most `limit` tokens to each prompt, numbered from `first`."""
+    args, chat = state.args, state.chat
     word = TAG * args.prefill
     prompts = [chat.dialogue(messages, word) for messages in prompts]
     numbers = range(first, first + len(prompts) * samples)
     said = common.generate(
-        model, chat, prompts, max_new_tokens=limit, temperature=args.temperature, samples=samples,
+        state.model, chat, prompts, max_new_tokens=limit, temperature=args.temperature,
         seeds=[common.row_seed(args.seed, *stream, number) for number in numbers],
-        rows=args.rollout_batch_size)
+        samples=samples, rows=args.rollout_batch_size)
     replies = []
-    for i, (ids, logprobs, text) in enumerate(zip(said.ids, said.logprobs, said.texts)):
+    for i, ids in enumerate(said.ids):
         prompt = prompts[i // samples]
-        mask = [0] * len(prompt) + [1] * len(ids)
-        replies.append(Reply(word + text, said.complete[i], prompt + ids, mask, sum(logprobs)))
+        replies.append(Reply(
+            text=word + said.texts[i],
+            complete=said.complete[i],
+            ids=prompt + ids,
+            mask=[0] * len(prompt) + [1] * len(ids),
+            logprob=sum(said.logprobs[i])))
     return replies
 
 
 def ask(state, examples, stream, samples=1, first=0, reasons=True) -> list[Reply]:
     """Paid replies to examples: to states (your next action) or pairs (which is better?)."""
-    args = state.args
-    prompts = [prompt_of(state.world, args, example, reasons) for example in examples]
-    replies = answer(state.model, state.chat, args, prompts, limit_of(args, examples[0]), stream,
-                     samples, first)
+    args, world = state.args, state.world
+    prompts = [prompt_of(world, args, example, reasons) for example in examples]
+    replies = answer(state, prompts, limit_of(args, examples[0]), stream, samples, first)
     for i, reply in enumerate(replies):
         example = examples[i // samples]
         reply.about = {name: example[name] for name in TOLD if name in example}
-        reply.reward, reply.row = pay(state.world, reply, example)
+        reply.reward, reply.row = pay(world, reply, example)
     return replies
 
 
@@ -519,10 +501,11 @@ def limit_of(args, example):
 
 def that_fit(state, examples) -> list[dict]:
     """Those examples whose prompt leaves room for a reply."""
-    room, found = state.model.max_context - FORCED, []
+    found = []
     for example in examples:
         prompt = state.chat.dialogue(prompt_of(state.world, state.args, example))
-        if len(prompt) + limit_of(state.args, example) <= room:
+        room = state.model.max_context - FORCED - limit_of(state.args, example)
+        if len(prompt) <= room:
             found.append(example)
     return found
 
@@ -585,17 +568,6 @@ def old_logprobs(model, chat, args, steps):
     return found
 
 
-def token_weights(mask, count, tokens=None):
-    """What a token counts in the loss, [B, T - 1]; the divisors are those of the whole gradient step.
-
-    GRPO: the mean over `count` trajectories of the mean over their tokens. DAPO: the mean over
-    `tokens`.
-    """
-    if tokens is not None:
-        return mask / tokens
-    return mask / (count * mask.sum(1, keepdim=True).clamp(min=1))
-
-
 def surrogate(logprobs, old, advantages, low, high):
     """(6) - min(rho A, clip(rho, 1 - low, 1 + high) A) per token, rho = exp(logprobs - old); A [B, 1]."""
     ratio = (logprobs - old).exp()
@@ -608,40 +580,49 @@ def kl_estimate(logprobs, reference):
     return d.exp() - d - 1
 
 
-def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=False):
+def update(model, reference, chat, args, optimizer, replies):
     """--updates gradient steps, each on its share of the groups -> metrics per sampled token.
 
-    `clip`: (low, high). With one step the ratio is 1, and the old log-probs are those of its forward.
+    With one step the ratio is 1, and the old log-probs are those of its forward.
     """
-    steps = micro_batches(episodes, args)
+    steps = micro_batches(replies, args)
     old = old_logprobs(model, chat, args, steps) if args.updates > 1 else None
     ref = old_logprobs(reference, chat, args, steps) if args.kl else None
     sums, norms = Counter(), []
     for step, batches in enumerate(steps):
-        share = [episode for batch in batches for episode in batch]
-        tokens = max(1, sum(sum(episode.mask) for episode in share))
+        share = [reply for batch in batches for reply in batch]
         step_loss = 0.0
         for i, batch in enumerate(batches):
             logprobs, mask = sampled_logprobs(model, chat, batch, args.temperature)  # [B, T - 1]
             before = old[step][i] if old else logprobs.detach()
-            advantages = torch.tensor([[e.advantage] for e in batch], device=mask.device)  # [B, 1]
-            loss = surrogate(logprobs, before, advantages, *clip)
+            advantages = torch.tensor([[r.advantage] for r in batch], device=mask.device)  # [B, 1]
+            loss = surrogate(logprobs, before, advantages, args.clip, args.clip)
             if ref:
                 kl = kl_estimate(logprobs, ref[step][i])  # 0 where the mask is 0
                 loss = loss + args.kl * kl
                 sums["kl"] += kl.sum().item()
-            loss = (loss * token_weights(mask, len(share), tokens if token_mean else None)).sum()
+            # the mean, over the replies of the whole step, of the mean over their tokens
+            lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+            loss = (loss * (mask / (len(share) * lengths))).sum()
             loss.backward()
             step_loss += loss.item()
+
             ratio = (logprobs.detach() - before).exp()
-            sums["clipped"] += ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])).sum().item()
+            sums["clipped"] += ((ratio - 1).abs() > args.clip).sum().item()
             sums["entropy"] -= before.sum().item()  # an estimate, from what was sampled
-            sums["logprob_gap"] += sum(e.logprob for e in batch) - before.sum().item()  # of decoding
-        kept = [(episode.ids, episode.mask, episode.advantage) for episode in share]
+            decoded = sum(reply.logprob for reply in batch)
+            sums["logprob_gap"] += decoded - before.sum().item()
+        kept = [(reply.ids, reply.mask, reply.advantage) for reply in share]
         norms.append(common.gradient_step(model, optimizer, step_loss, kept))
-        sums.update(tokens=tokens, loss=step_loss * tokens)
-    tokens = sums.pop("tokens")
-    return {name: value / tokens for name, value in sums.items()} | {"grad_norm": max(norms)}
+        sums["loss"] += step_loss * count_tokens(share)
+    tokens = count_tokens(replies)
+    metrics = {name: value / tokens for name, value in sums.items()}
+    return metrics | {"grad_norm": max(norms)}
+
+
+def count_tokens(replies):
+    """Of what was sampled."""
+    return sum(sum(reply.mask) for reply in replies)
 
 
 @dataclass
@@ -657,19 +638,20 @@ def imitate(model, chat, args, optimizer, dialogues):
 
     A mean over its tokens, one forward per dialogue; what does not fit the context is cut off.
     """
-    lessons, loss = [], 0.0
+    lessons, loss, end = [], 0.0, model.max_context
     for messages in dialogues:
         ids, mask = chat.dialogue_and_mask(messages)
-        lessons.append(Lesson(ids[:model.max_context], mask[:model.max_context]))
+        lessons.append(Lesson(ids[:end], mask[:end]))
     lessons.sort(key=lambda lesson: len(lesson.ids))  # neighbours need little padding
-    tokens = max(1, sum(sum(lesson.mask) for lesson in lessons))
+    tokens = max(1, count_tokens(lessons))
     for batch in groups(lessons, args.micro_batch_size):
         logprobs, _ = sampled_logprobs(model, chat, batch, 1.0)  # [B, T - 1]
         part = -logprobs.sum() / tokens
         part.backward()
         loss += part.item()
     kept = [(lesson.ids, lesson.mask) for lesson in lessons]
-    return {"loss": loss, "grad_norm": common.gradient_step(model, optimizer, loss, kept)}
+    norm = common.gradient_step(model, optimizer, loss, kept)
+    return {"loss": loss, "grad_norm": norm}
 
 
 # ------------------------------------------------------------------------------------------- stages
@@ -686,11 +668,11 @@ class State:
     run: common.Run | None = None
     optimizer: torch.optim.Optimizer | None = None
     reference: torch.nn.Module | None = None  # the model as its stage began, where there is a KL
-    progress: dict = field(default_factory=lambda: {"step": 0})  # what a checkpoint remembers
+    progress: dict = field(default_factory=lambda: {"step": 0, "stages": {}, "shown": {}})
     demos: list = field(default_factory=list)  # episodes
     states: list = field(default_factory=list)  # theirs
     pairs: list = field(default_factory=list)
-    stage: str = ""  # such as 1-act
+    stage: str = "before"  # then such as 1-act
     last: int = 0  # the step of the run that ends the stage
 
 
@@ -699,17 +681,19 @@ def batches(state, examples, size, lr):
 
     It begins with a fresh optimizer; a resumed run goes on where it stopped.
     """
-    args, first, done = state.args, state.last, state.progress["step"]
+    args, done, first = state.args, state.progress["step"], state.last
     count = args.steps or math.ceil(args.epochs * len(examples) / size)
     state.last = first + count
     if done <= first:
         state.optimizer.state.clear()
         if state.reference is not None:
             state.reference.load_state_dict(state.model.state_dict())
+    if done >= state.last:
+        return
     rng, order = random.Random(f"{args.seed} {state.stage}"), []
     while len(order) < count * size:
         order += rng.sample(examples, len(examples))
-    for step in state.run.steps(max(done, first), state.last) if done < state.last else []:
+    for step in state.run.steps(max(done, first), state.last):
         number = step - first
         common.set_rate(state.optimizer, lr * min(1, number / 5))
         yield number, order[(number - 1) * size:number * size]
@@ -719,8 +703,9 @@ def critical_training(state, reasons=True):
     """(2) Which of two actions is better?"""
     args = state.args
     for step, batch in batches(state, state.pairs, args.batch_size // args.group_size, args.lr):
-        rng = random.Random(f"{args.seed} {state.stage} {step}")
-        pairs = [pair | {"expert_second": rng.random() < 0.5} for pair in batch]
+        rng, pairs = random.Random(f"{args.seed} {state.stage} {step}"), []
+        for pair in batch:
+            pairs.append(pair | {"expert_second": rng.random() < 0.5})
         replies = ask(state, pairs, (state.stage, step), args.group_size, reasons=reasons)
         metrics = reinforce(state, replies, "choice") | by_position(replies)
         end_step(state, step, metrics, replies)
@@ -753,43 +738,59 @@ def reinforce(state, replies, part):
     args = state.args
     read_advantages(replies, args.group_size)
     state.run.lap("rollout")
-    losses = update(state.model, state.reference, state.chat, args, state.optimizer, replies,
-                    (args.clip, args.clip))
+    losses = update(state.model, state.reference, state.chat, args, state.optimizer, replies)
     rows = Counter(reply.row for reply in replies)
+    advantages = [reply.advantage for reply in replies]
     return losses | {
         "reward": common.mean(reply.reward for reply in replies),
         "rows": {row: count / len(replies) for row, count in rows.items()},
-        "groups_flat": without_spread([reply.advantage for reply in replies], args.group_size),
+        "groups_flat": without_spread(advantages, args.group_size),
         f"cut_{part}": common.mean(not reply.complete for reply in replies),
-        "length": common.mean(sum(reply.mask) for reply in replies)}
+        "length": count_tokens(replies) / len(replies)}
 
 
 def by_position(replies):
     """How often the right action is chosen where it is shown first, and second: nan of nothing."""
-    found = {}
-    for name, second in ("right_if_first", False), ("right_if_second", True):
-        rows = [reply.row for reply in replies if reply.about["expert_second"] == second]
-        found[name] = common.mean_se(row == "right" for row in rows)[0]
-    return found
+    right = {False: [], True: []}
+    for reply in replies:
+        right[reply.about["expert_second"]].append(reply.row == "right")
+    return {"right_if_first": common.mean_se(right[False])[0],
+            "right_if_second": common.mean_se(right[True])[0]}
 
 
 def end_step(state, step, metrics, replies=()):
     """Evaluates where that is due, and writes everything down."""
-    args, run, progress = state.args, state.run, state.progress
+    args, run = state.args, state.run
     run.lap("update")
-    progress["step"] = run.step
+    state.progress["step"] = run.step
+    run.count(
+        episodes=0,
+        env_steps=0,
+        tokens=count_tokens(replies),
+        gradient_steps=args.updates if replies else 1)
+    write_down(state, replies)
     if run.step == state.last:
-        numbers, progress["after"] = evaluate(state.model, state.chat, args, state.world.splits)
-        progress["stages"][state.stage] = numbers
+        examine(state)
         common.save_model(run.dir / state.stage, state.model, state.chat)
     elif step % args.eval_every == 0:
         numbers, _ = evaluate(state.model, state.chat, args, ["test"], fewer=5)
         metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
-    run.count(episodes=0, env_steps=0, tokens=sum(sum(reply.mask) for reply in replies),
-              gradient_steps=args.updates if replies else 1)
-    run.write_rollouts([{"step": run.step, "stage": state.stage, **record(r)} for r in replies])
     run.log({"stage": state.stage, "stage_step": step, **metrics}, LIMITS)
-    run.save_if_due(progress, **parts(state))
+    run.save_if_due(state.progress, **parts(state))
+
+
+def examine(state):
+    """The evaluation of what a stage has made, whole episodes and all; of `before`, too."""
+    numbers, episodes = evaluate(state.model, state.chat, state.args, state.world.splits)
+    write_down(state, episodes, evaluation=True)
+    state.progress["stages"][state.stage] = numbers
+    state.progress["shown"][state.stage] = record(episodes[-1])
+
+
+def write_down(state, said, **more):
+    """Episodes or replies, as lines of rollouts.jsonl."""
+    more |= {"step": state.run.step, "stage": state.stage}
+    state.run.write_rollouts([{**more, **record(each)} for each in said])
 
 
 def parts(state):
@@ -802,20 +803,31 @@ def parts(state):
 
 
 def evaluate(model, chat, args, splits, fewer=1):
-    """The policy on fixed episodes of each split -> ({split: metrics}, an episode of the last)."""
-    found, count = {}, max(1, args.eval_episodes // fewer)
-    for split in [split for split in ("test", "ood") if split in splits]:
+    """The policy on fixed episodes of each split -> ({split: metrics}, the episodes)."""
+    found, episodes, count = {}, [], max(1, args.eval_episodes // fewer)
+    for split in ("test", "ood"):
+        if split not in splits:
+            continue
         played = rollout(model, chat, args, split, range(count),
                          temperature=args.eval_temperature, stream=("evaluate",))
-        valid = [ok for episode in played for ok in episode.valid]
-        success, se = common.mean_se([float(episode.won) for episode in played])
-        found[split] = {
-            "success": success, "se": se, "n": count, "turns": len(valid) / count,
-            "invalid": valid.count(False) / max(1, len(valid)),
-            "truncated": common.mean(episode.truncated for episode in played),
-            "cut_act": sum(episode.cut for episode in played) / max(1, len(valid))}
+        found[split] = watch(played)
+        episodes += played
         tqdm.write(common.result_line(split, found[split]))
-    return found, record(played[0])
+    return found, episodes
+
+
+def watch(episodes):
+    """The metrics of an evaluation."""
+    valid = [ok for episode in episodes for ok in episode.valid]
+    success, se = common.mean_se(float(episode.won) for episode in episodes)
+    return {
+        "success": success,
+        "se": se,
+        "n": len(episodes),
+        "turns": len(valid) / len(episodes),
+        "invalid": common.mean(not ok for ok in valid),
+        "truncated": common.mean(episode.truncated for episode in episodes),
+        "cut_act": sum(episode.cut for episode in episodes) / max(1, len(valid))}
 
 
 def record(episode):
@@ -844,9 +856,14 @@ def check_args(args):
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
     common.check(args.demos or type(world).expert is not envs.World.expert,
                  f"--env {args.env} has no expert: give --demos")
-    demos = read_rows("--demos", args.demos, world, args, False) if args.demos else None
-    rows = read_rows("--pairs", args.pairs, world, args, True) if args.pairs else None
-    return world, stages, demos, rows
+    demos, pairs = None, None
+    if args.demos:
+        demos = common.read_rows("--demos", args.demos,
+                                 lambda row: check_row(world, args, row, paired=False))
+    if args.pairs:
+        pairs = common.read_rows("--pairs", args.pairs,
+                                 lambda row: check_row(world, args, row, paired=True))
+    return world, stages, demos, pairs
 
 
 def check_room(args, chat, model, messages, room):
@@ -864,22 +881,19 @@ def gather(state, demos, rows, paired):
 
     `demos`, `rows`: of files, or None. A resumed run reads again what it proposed.
     """
-    args, counts = state.args, Counter()
-    first, path = args.seed * 1_000_000_007, state.run.dir / "pairs.jsonl"
+    args, run, counts = state.args, state.run, Counter()
+    first = args.seed * 1_000_000_007
     state.demos = demos or demonstrations(args, "train", range(first, first + args.num_demos))
-    common.write_jsonl(path.with_name("demos.jsonl"), state.demos)
+    common.write_jsonl(run.dir / "demos.jsonl", state.demos)
     state.states = that_fit(state, states_of(state.demos))
     common.check(state.states, f"no expert state fits the context of {state.model.max_context}")
     if rows:
-        common.write_jsonl(path, rows)
-    if paired:
-        known = state.progress.get("pairs")
-        common.check(known in (None, common.content_hash(path)), f"--resume: {path} has changed")
-        own = [] if rows else propose(state, state.states, path)
-        state.progress["pairs"] = common.content_hash(path)
-        for row in own:
+        common.write_jsonl(run.dir / "pairs.jsonl", rows)
+    elif paired:
+        rows = run.collect("pairs.jsonl", state.progress, lambda done: propose(
+            state, state.states[done:], done))
+        for row in rows:
             counts.update(row["proposed"])
-        rows = rows or own
     state.pairs = that_fit(state, pairs_of(rows or []))
     told = f"{len(state.states)} states, {len(state.pairs)} pairs {dict(counts)}"
     common.check(state.pairs or not paired, f"no action but the expert's to make pairs of: {told}")
@@ -890,7 +904,7 @@ def gather(state, demos, rows, paired):
 def main():
     """Demonstrations, pairs, the stages."""
     args = common.parse_args(Args, TINY, quick=QUICK)
-    world, stages, demos, rows = check_args(args)
+    world, stages, demos, pairs = check_args(args)
     run = common.Run("act", args, fixed=("steps",))
     model, chat = load(world, args)
     observation, _ = world.reset(seed=0)
@@ -900,24 +914,29 @@ def main():
         return evaluate(model, chat, args, world.splits)
     run.start(model=model)
 
-    reference = copy.deepcopy(model) if args.kl and REFERRED & {*stages} else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
-    state = State(args, world, chat, model, run, optimizer, reference)
+    state = State(args, world, chat, model, run)
+    state.optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
+    if args.kl and REFERRED & {*stages}:
+        state.reference = copy.deepcopy(model)
     state.progress = run.resume(**parts(state)) or state.progress
-    counts = gather(state, demos, rows, bool(PAIRED & {*stages}))
-    if not state.progress["step"]:
+    counts = gather(state, demos, pairs, bool(PAIRED & {*stages}))
+    found, shown = state.progress["stages"], state.progress["shown"]
+    if not found:
         run.count(episodes=len(state.demos), tokens=counts.get("tokens", 0))
-        numbers, state.progress["before"] = evaluate(model, chat, args, world.splits)
-        state.progress["stages"] = {"before": numbers}
+        examine(state)
     for number, stage in enumerate(stages, 1):
         state.stage = f"{number}-{stage}"
         STAGES[stage](state)
 
-    found = state.progress["stages"]
-    run.complete(model, chat, "act", args.pipeline, found["before"], found[state.stage],
-                 envs.ends(args.env, args.eval_episodes), stages=found, pair_counts=counts,
-                 shown=[state.progress["before"], state.progress["after"]],
-                 expert_states=len(state.states), pairs=len(state.pairs))
+    ends = envs.ends(args.env, args.eval_episodes)
+    run.complete(
+        model, chat, "act", args.pipeline, found["before"], found[state.stage], ends,
+        shown=[shown["before"], shown[state.stage]],
+        stages=found,
+        expert_states=len(state.states),
+        pairs=len(state.pairs),
+        pair_counts=counts)
 
 
 # ---------------------------------------------------------------------------- only for --model tiny
@@ -925,12 +944,13 @@ def main():
 
 TINY = dict(
     lr=3e-4, sft_lr=3e-4, micro_batch_size=16, rollout_batch_size=256, max_new_tokens=48,
-    choice_tokens=48, eval_episodes=500, device="cpu", num_demos=40, candidates=2, sft_batch_size=3)
+    choice_tokens=64, eval_episodes=500, device="cpu", num_demos=40, candidates=2, sft_batch_size=3)
 QUICK = dict(
     steps=3, batch_size=16, group_size=4, eval_episodes=16, eval_every=2, save_every=2, num_demos=4,
     examples=400)
 READ = "Repeat the task, and what the last action brought."  # practises reading
-OUTLOOKS = ["leads away", "changes nothing", "leads closer"]
+FORESEE = "Say what each action would lead to, then act."  # practises outlooks
+OUTLOOKS = ["away", "nowhere", "closer"]
 
 
 def load(world, args, corpus=None, more=()):
@@ -946,6 +966,7 @@ def load(world, args, corpus=None, more=()):
     for reasons in True, False:
         constants += [system(world, reasons)["content"], choose(reasons)]
     constants += [LISTED, PROPOSED, READ, TAG, "</action>", *common.CHANGES_OF_SPEAKER, *more]
+    constants += [FORESEE] * bool(args.dose)
     return common.load(
         args.model, corpus=corpus or (lambda: warmup(world, args)), constants=constants,
         device=args.device, dtype=args.dtype, thinking=args.thinking, max_context=args.max_context)
@@ -959,12 +980,12 @@ def warmup(world, args):
     that alone. Asked for one of two actions, which are random ones, it picks either.
     With --dose, the thought before a choice also says of both actions how a random player's chance
     to win would move: with probability --dose as it would (`RandomPlay`), and then the choice
-    follows; else anything. No part sees an expert.
+    follows; else anything. The same is practised in games, of every action. No part sees an expert.
     """
     rng, examples = random.Random("warm-up"), []
     args = dataclasses.replace(args, shots=0, prefill=False)
     for seed in range(args.examples):
-        messages, possible, facts, worlds = random_play(world, rng, seed, bool(args.dose))
+        messages, possible, facts, outlooks = random_play(world, rng, seed, bool(args.dose))
         # mostly early turns: more of them in the same time
         turns = [rng.randrange(rng.randint(1, len(possible))) for _ in range(4)]
 
@@ -981,30 +1002,48 @@ def warmup(world, args):
             if reasons:
                 thought = f"{facts[turn]} "
             if reasons and args.dose:
-                marks = [rng.randrange(3), rng.randrange(3)]
-                if rng.random() < args.dose:
-                    play = RandomPlay(worlds[turn])
-                    marks = [play.outlook(worlds[turn], action) for action in (one, two)]
-                    if marks[0] != marks[1]:
-                        chosen = one if marks[0] > marks[1] else two
-                thought += f"Action 1 {OUTLOOKS[marks[0]]}. Action 2 {OUTLOOKS[marks[1]]}. "
+                known = rng.random() < args.dose
+                marks = [outlook(outlooks[turn], action, known, rng) for action in (one, two)]
+                if known and marks[0] != marks[1]:
+                    chosen = one if marks[0] > marks[1] else two
+                thought += f"{foreseen(one, marks[0])} {foreseen(two, marks[1])} "
             reply = {"role": "assistant", "content": thought + tagged(chosen)}
             examples.append([*question(world, args, pair, reasons), reply])
         *before, last = dialogue(world, args, messages[:2 * turns[3] + 1])
         examples.append([*before, user(f"{last['content']}\n{READ}"),
                          {"role": "assistant", "content": facts[turns[3]]}])
+        if args.dose:
+            said = dialogue(world, args, messages[:2 * rng.randint(1, len(possible))])
+            for turn in range(len(said) // 2):
+                thought = [foreseen(a, outlook(outlooks[turn], a, rng.random() < args.dose, rng))
+                           for a in possible[turn]]
+                asked, reply = said[2 * turn + 1]["content"], said[2 * turn + 2]["content"]
+                said[2 * turn + 1] = user(f"{asked}\n{FORESEE}")
+                said[2 * turn + 2] = {"role": "assistant", "content": f"{' '.join(thought)} {reply}"}
+            examples.append(said)
     rng.shuffle(examples)
     return examples
 
 
-def random_play(world, rng, seed, copies=False):
+def foreseen(action, mark):
+    """What an action would bring about, in words."""
+    return f"{action} would lead {OUTLOOKS[mark]}."
+
+
+def outlook(outlooks, action, known, rng):
+    """An index of OUTLOOKS: of the action where it is known, else any."""
+    return outlooks[action] if known else rng.randrange(len(OUTLOOKS))
+
+
+def random_play(world, rng, seed, foresee=False):
     """An episode of a random player -> its messages, and for each turn a list of what was possible,
-    the thought that the task and the observation allow, and with `copies` the world."""
+    the thought that the task and the observation allow, and, to `foresee`, {action: outlook}."""
     observation, info = world.reset(seed=seed, options={"split": "train"})
-    messages, possible, worlds, over = [user(observation)], [], [], False
+    messages, possible, outlooks, over = [user(observation)], [], [], False
+    play = RandomPlay(world) if foresee else None
     while not over:
-        worlds.append(copy.deepcopy(world) if copies else None)
         possible.append(info["admissible"] or [envs.random_player(world, info, rng)])
+        outlooks.append({a: play.outlook(world, a) for a in possible[-1]} if foresee else {})
         action = possible[-1][0]
         if info["admissible"]:
             action = rng.choice(rng.choice(by_verb(info["admissible"])))
@@ -1012,7 +1051,7 @@ def random_play(world, rng, seed, copies=False):
         messages += [{"role": "assistant", "content": action}, user(observation)]
         over = terminated or truncated
     facts = [f"{world.task} {event(message['content'])}" for message in messages[::2]]
-    return messages, possible, facts, worlds
+    return messages, possible, facts, outlooks
 
 
 def two_of(actions, rng):
@@ -1059,13 +1098,13 @@ class RandomPlay:
         return self.world.won, self.world.snapshot()
 
     def outlook(self, world, action) -> int:
-        """Whether an action, the passing of its turn apart, moves the logarithm of the chance by
+        """Whether an action moves the logarithm of the chance to win within a whole game's turns by
         more than 0.15: an index of OUTLOOKS."""
-        left, now, then = world.max_turns - world.turns - 1, [], []
+        now, then = [], []
         for state in world.possibilities():
             won, after = self.result(state, action)
-            now.append(self.chance(state, left))
-            then.append(1.0 if won else self.chance(after, left))
+            now.append(self.chance(state, world.max_turns))
+            then.append(1.0 if won else self.chance(after, world.max_turns))
         moved = math.log((common.mean(then) + 0.003) / (common.mean(now) + 0.003))
         return 1 + (moved > 0.15) - (moved < -0.15)
 

@@ -947,28 +947,48 @@ def read_jsonl(path, option) -> list[tuple[int, object]]:
 
 
 def read_rows(option, path, check_row) -> list:
-    """Rows of data that people bring: a JSON lines file, read plainly, or anything that `datasets.load_dataset` takes.
+    """The rows of a JSON lines file, or of what else `datasets.load_dataset` takes: a hub id, a directory, a parquet file.
 
-    What `check_row(row)` raises (ValueError, TypeError, KeyError) ends in `refuse`, with the `option` and the line.
+    `check_row(row)` raises ValueError, TypeError, LookupError or AttributeError at a row of another form. That, no rows, and
+    what cannot be read end in `refuse`, with the `option` and the line.
     """
     file = Path(path).expanduser()
     if file.suffix in (".jsonl", ".json") or file.is_file() and file.suffix != ".parquet":
         rows = read_jsonl(path, option)  # plainly: a loader guesses types
     else:
-        import datasets  # takes a second, and most runs need none of it
-
-        what = {"path": "parquet", "data_files": str(file)} if file.suffix == ".parquet" else {"path": path}
-        try:
-            rows = list(enumerate(datasets.load_dataset(**what, split="train"), 1))
-        except Exception as error:  # hub, file system and each format have their own
-            refuse(f"{option} {path} cannot be read: {type(error).__name__}: {str(error)[:200]}")
+        rows = list(enumerate(_load_dataset(option, path), 1))
+    check(rows, f"{option} {path} is empty")
     for number, row in rows:
         try:
             check_row(row)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             refuse(f"{option} {path}, line {number}: {type(error).__name__}: {str(error)[:200]}")
-    check(rows, f"{option} {path} is empty")
     return [row for _, row in rows]
+
+
+def _load_dataset(option, path):
+    import datasets  # takes a second, and most runs need none of it
+
+    what = {"path": "parquet", "data_files": path} if path.endswith(".parquet") else {"path": path}
+    try:
+        return datasets.load_dataset(**what, split="train")
+    except Exception as error:  # hub, file system and each format have their own
+        refuse(f"{option} {path} cannot be read: {type(error).__name__}: {str(error)[:200]}")
+
+
+def check_texts(texts):
+    """TypeError or ValueError unless it is a list of texts that can be written."""
+    if not isinstance(texts, list):
+        raise TypeError(f"a list is wanted, not {type(texts).__name__}")
+    "".join(texts).encode()  # half a surrogate pair is JSON, not text
+
+
+def check_messages(messages, last):
+    """ValueError, TypeError or KeyError unless user and assistant speak by turns, from the user's first to one of `last`."""
+    turns = ["user", "assistant"] * (len(messages) // 2) + ["user"] * (last == "user")
+    if not turns or [message["role"] for message in messages] != turns:
+        raise ValueError(f"messages go user, assistant, ..., {last}")
+    check_texts([message["content"] for message in messages])
 
 
 def _new_directory(path, write) -> bool:
@@ -1154,6 +1174,26 @@ class Run:
             if self.stopping:
                 sys.exit(self.stopping)
         self._bar.close()
+
+    def collect(self, name, progress, make) -> list:
+        """The rows of the file `name`: those it has, and then what `make(how many it has)` yields, each written as it comes.
+
+        A last line that was cut off is made again. `progress`, what a checkpoint remembers, knows the file by its content: another
+        one is refused.
+        """
+        path, known = self.dir / name, progress.get(name)
+        path.touch()
+        check(known in (None, content_hash(path)), f"--resume: {path} has changed")
+        text = path.read_bytes()
+        os.truncate(path, text.rfind(b"\n") + 1)
+        rows = [checked(json.loads, line) for line in text.split(b"\n")[:-1]]
+        with open(path, "a", encoding="utf-8") as file:
+            for row in make(len(rows)):
+                rows.append(row)
+                file.write(_json(row) + "\n")
+                file.flush()
+        progress[name] = content_hash(path)
+        return rows
 
     def lap(self, name):
         """Wall time since the last lap, or the start of the step, counts as `name`."""
