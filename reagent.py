@@ -571,20 +571,18 @@ def mixed_episodes(state, split, seeds, stream):
     return players, attempt(state, split, seeds[1::2], stream)
 
 
-def judged_rows(state) -> list[dict]:
-    """What the judge learns from, written to judged.jsonl; a resumed run reads it there."""
-    args, path = state.args, state.run.dir / "judged.jsonl"
-    if path.exists():
-        return [row for _, row in common.read_jsonl(path, "--resume")]
-    start, rows = args.seed * 1_000_000_007 + JUDGED, []
+def judged_rows(state, done):
+    """What the judge learns from: rows but the first `done`, which judged.jsonl has already."""
+    args = state.args
+    if "judged.jsonl" in state.progress:  # all of them
+        return
+    start = args.seed * 1_000_000_007 + JUDGED
     seeds = range(start, start + args.judged + judge_grpo_rows(args))
-    for episode in itertools.chain(*zip(*mixed_episodes(state, "train", seeds, ("judged",)))):
-        if episode.actions:
-            think, critique, score = reference(episode.flaws)
-            rows.append({"messages": messages_of(episode.said)[:-1], "think": think,
-                         "critique": critique, "score": score, "won": episode.won})
-    common.write_jsonl(path, rows)
-    return rows
+    mixed = itertools.chain(*zip(*mixed_episodes(state, "train", seeds, ("judged",))))
+    for episode in [episode for episode in mixed if episode.actions][done:]:
+        think, critique, score = reference(episode.flaws)
+        yield {"messages": messages_of(episode.said)[:-1], "think": think, "critique": critique,
+               "score": score, "won": episode.won}
 
 
 def judgeable(state, rows) -> list[dict]:
@@ -599,12 +597,10 @@ def judgeable(state, rows) -> list[dict]:
 
 def check_row(row, judged):
     """ValueError, TypeError or KeyError unless a row is of the form above."""
-    words = [row["think"], row["critique"]] if judged else []
-    for said in row["messages"], row.get("earlier") or row["messages"]:
-        if not said or [m["role"] for m in said] != ["user", "assistant"] * (len(said) // 2):
-            raise ValueError("messages go user, assistant, ..., assistant")
-        words += [m["content"] for m in said]
-    "".join(words).encode()  # half a surrogate pair is JSON, not text
+    common.check_messages(row["messages"], "assistant")
+    common.check_messages(row.get("earlier") or row["messages"], "assistant")
+    if judged:
+        common.check_texts([row["think"], row["critique"]])
     if judged and not 0 <= row["score"] <= 1:
         raise ValueError(f"score {row['score']} is not in [0, 1]")
 
@@ -1101,7 +1097,8 @@ def main():
     if rrm and "before" not in progress["judge"]:
         progress["judge"]["before"] = quality(state)
     if rrm and rrm.optimizer:
-        state.judged = judgeable(state, judged or judged_rows(state))
+        judged = judged or run.collect("judged.jsonl", progress, functools.partial(judged_rows, state))
+        state.judged = judgeable(state, judged)
         judge_sft(state)
         judge_grpo(state)
     if learns:
