@@ -41,6 +41,7 @@ import functools
 import itertools
 import random
 import re
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -101,7 +102,6 @@ class Args:
     distil: str = flag("all", "L2 teaches every refinement (paper), or the best of judged tries",
                        choices=["all", "best"])
     margin: int = flag(1, "best: verdicts from the worst try that make a lesson (not in the paper)")
-    margin_share: float = flag(0.0, "best: share of states, the clearest, that teach below it too")
     frozen_parts: bool = flag(False, "B_L, E, pi_r from the start weights; False: theta's (paper)")
     anchor: float = flag(0.0, "weight of imitating the actions just played; 0: none (paper)")
     critic_gate: float = flag(0.0, "AUC of M from which on L2 teaches; 0: from the start (paper)")
@@ -115,17 +115,18 @@ class Args:
 
 POLICY = "Think first, in a sentence or two. Then write Action: and, behind it, your next action."
 SUCCESSOR = """You foresee how an episode goes on. Read it so far, and the player's next action.
-Begin with Next: and what the player sees right after it, in one sentence.
-Go on with Then: and what the player is likely to do after that and what comes of it, briefly.
-Finish with End: and how the episode ends: failure, or success and the number of turns to it."""
+Reply in this form, and add nothing:
+Next: what the player sees right after that action, in one sentence.
+Then: what the player is likely to do after that and what comes of it, briefly.
+End: failure, or success and the number of turns to it."""
 BACKUP = """You make a forecast start one turn earlier. Read the episode so far, the player's next
 action, what was seen after it, what the player does then, and a forecast of what follows.
 Write a forecast of the next action, in the words of somebody who has seen nothing after it.
-Begin with Next: and what was seen after it, in one sentence.
-Go on with Then: and what the player does after that and what comes of it, the more briefly the
-further ahead. Finish with End: and how the episode ends, one turn further away than in the
-forecast that you read: failure, or success and the number of turns to it; failure if there are not
-so many turns left."""
+Reply in this form, and add nothing:
+Next: what was seen after it, in one sentence.
+Then: what the player does after that and what comes of it, the more briefly the further ahead.
+End: failure, or success and the number of turns to it, one more than in the forecast that you read;
+failure if there are not so many turns left."""
 EVALUATOR = """You judge a player's next action by the futures it may lead to. Success is better
 than failure, and sooner is better than later. Read the episode so far, the action, and the futures.
 Begin with Futures: and say what they show: how many succeed, how soon, and what decides it.
@@ -198,17 +199,12 @@ def evaluator_messages(world, state, action, futures):
     return call(EVALUATOR, world, state, next_action(action), *told) if told else None
 
 
-def refiner_messages(world, state, tries, label_only=False, part=None):
-    """pi_r(. | s, a^1, Q_L(s, a^1), ...). `label_only`: the verdict alone; `part`: CHOOSER."""
+def refiner_messages(world, state, tries, part=None):
+    """pi_r(. | s, a^1, Q_L(s, a^1), ...); part: CHOOSER, to compare the tries."""
     lines = []
     for number, t in enumerate(tries, 1):
         lines.append(f"Try {number}: {envs.one_line(t.action)}")
-        if label_only:
-            verdict = rank(t.critique)
-            lines.append(f"Critique: Verdict: {'none' if verdict is None else VERDICTS[verdict]}.")
-        else:
-            lines += numbered("Future", t.futures)
-            lines.append(f"Critique: {in_one_line(t.critique)}")
+        lines += [*numbered("Future", t.futures), f"Critique: {in_one_line(t.critique)}"]
     return call(part or REFINER, world, state, *lines) if tries[-1].critique else None
 
 
@@ -238,6 +234,23 @@ def action_of(world, reply):
     return world.read(common.aloud(reply))
 
 
+def in_form(world, reply):
+    """A reply as the policy learns it: its thought, Action:, its action, and nothing behind that.
+
+    "" where there is no action, or where another one would be read in this text.
+    """
+    action, marks = action_of(world, reply), list(envs.MARKER.finditer(reply))
+    thought = reply[:marks[-1].start()].rstrip(" \n*_#") if marks else ""
+    text = f"{thought}\n{written(action)}".lstrip()
+    return text if action and action_of(world, text) == action else ""
+
+
+def is_whole(world, reply):
+    """Whether the action of a reply that the limit cut had ended: its last line is not needed."""
+    lines = common.aloud(reply).rpartition("\n")[0]
+    return bool(common.marked(lines, "Action")) and world.read(lines) == action_of(world, reply)
+
+
 def forecast_text(seen, then, ending):
     """A forecast: `seen` comes next, then the player does `then` ("": nothing), and it ends so."""
     follows = f" Then: {envs.one_line(then)}." if then else ""
@@ -256,15 +269,25 @@ def first_sentence(observation):
     return re.split(r"(?<=[.?!]) ", in_one_line(envs.bare(observation)), maxsplit=1)[0]
 
 
+ENDS = ["failure", "fails", "success", "succeeds"]
+
+
 def foresees_success(forecast) -> bool | None:
     """The end that a forecast tells, None where it tells none; for logs and the gate."""
-    end = common.chosen(forecast, "End", ["failure", "fails", "success", "succeeds"])
+    end = common.chosen(forecast, "End", ENDS)
     return None if end is None else end > 1
 
 
 def rank(critique) -> int | None:
     """A critique's verdict, 0 (bad) to 4 (great); None where it has none."""
     return common.chosen(critique, "Verdict", VERDICTS)
+
+
+def is_readable(mark, reply) -> bool:
+    """Whether the marked place of a reply says something that can be read."""
+    if options := {"End": ENDS, "Verdict": VERDICTS}.get(mark):
+        return common.chosen(reply, mark, options) is not None
+    return common.marked(reply, mark) is not None
 
 
 # ------------------------------------------------------------------------------------------ rollout
@@ -279,6 +302,7 @@ class Episode:
     said: list = field(default_factory=list)  # [who, text]: world and act, by turns
     actions: list[str] = field(default_factory=list)  # as the world read them
     valid: list[bool] = field(default_factory=list)
+    cut: list[int] = field(default_factory=list)  # turns in whose action the limit fell
     won: bool = False
     score: float = 0.0
     over: bool = False
@@ -295,6 +319,7 @@ class Transition:
     state: list[str]  # s: observation, reply, observation, ..., observation
     reply: str  # a with its thought
     action: str  # a as the world read it
+    cut: bool  # the limit fell in a
     result: str  # the observation that makes s' of s and a
     done: bool
     score: float
@@ -312,10 +337,10 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream) -> list[Epi
 
     `stream` names the randomness: a row's replies depend on (--seed, stream, row, turn) alone.
     """
-    played, size = [], args.rollout_batch_size
-    for first in range(0, len(seeds), size):
+    played = []
+    for some in groups(list(enumerate(seeds)), args.rollout_batch_size):
         worlds, episodes, streams = [], [], []
-        for row, seed in enumerate(seeds[first:first + size], first):
+        for row, seed in some:
             worlds.append(envs.make(args.env, show_actions=args.show_actions))
             episodes.append(begin(worlds[-1], split, seed))
             streams.append((*stream, row))
@@ -351,7 +376,9 @@ def play_on(model, chat, args, worlds, episodes, streams, temperature):
         seeds = [common.row_seed(args.seed, *streams[i], len(episodes[i].said)) for i in live]
         replies = dialogues.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature,
                                   seeds=seeds, prefill=word)
-        for i, reply in zip(live, replies.texts):
+        for i, reply, complete in zip(live, replies.texts, replies.complete):
+            if not complete and not is_whole(worlds[i], reply):
+                episodes[i].cut.append(len(episodes[i].actions))
             take_turn(worlds[i], episodes[i], reply)
         dialogues.extend(live, [worlds[i].observation for i in live])
     for i, episode in enumerate(episodes):
@@ -374,9 +401,10 @@ def transitions(episode) -> list[Transition]:
     texts, count, found = [text for _, text in episode.said], len(episode.actions), []
     for turn, (action, then) in enumerate(zip(episode.actions, [*episode.actions[1:], ""])):
         *state, reply, result = texts[:2 * turn + 3]
-        turns = count - turn if episode.won else None
-        found.append(Transition(episode.seed, state, reply, action, result, turn + 1 == count,
-                                episode.score, turns, then))
+        found.append(Transition(
+            seed=episode.seed, state=state, reply=reply, action=action, cut=turn in episode.cut,
+            result=result, done=turn + 1 == count, score=episode.score,
+            turns=count - turn if episode.won else None, then=then))
     return found
 
 
@@ -398,52 +426,55 @@ class Parts:
 
     def __init__(self, model, chat, world, args):
         """Copies of the weights are made where a setting needs them."""
-        frozen_critic = args.ablation == "frozen-critic"
-        frozen = args.frozen_parts or args.critic_gate or frozen_critic
         self.model, self.chat, self.world, self.args = model, chat, world, args  # model: theta
         self.target = copy.deepcopy(model) if args.ema else model  # theta_bar
+        frozen = args.frozen_parts or args.critic_gate or args.ablation == "frozen-critic"
         self.start = copy.deepcopy(model) if frozen else None
-        self.weights = dict.fromkeys(PARTS, model) | {"backup": self.target}
-        self.averaged = {"policy": self.target, "successor": self.target}  # in (2)
-        if args.frozen_parts:
-            self.weights |= dict.fromkeys(["backup", "evaluator", "refiner", "chooser"], self.start)
-        if frozen_critic:
-            self.weights["successor"] = self.averaged["successor"] = self.start
-        self.counts = defaultdict(Counter)  # part -> asked, parse, cut, overlong, tokens
+        self.counts = defaultdict(Counter)  # part -> asked, parse, cut, lost, overlong, tokens
+        self.warned = set()
+
+    def weights(self, part, averaged=False):
+        """Which weights answer; `averaged`: pi_bar and M_bar, in (2)."""
+        if part == "successor" and self.args.ablation == "frozen-critic":
+            return self.start
+        if self.args.frozen_parts and part not in ("policy", "successor"):
+            return self.start
+        return self.target if averaged or part == "backup" else self.model
 
     @torch.no_grad()
     def ask(self, part, messages, stream, samples=1, averaged=False) -> list[str]:
         """What a part says aloud: `samples` replies per entry of `messages`, prompt-major.
 
-        Empty: the reply to None, to a prompt beyond the context, and one that its limit cut, if it
-        is a backup or has no action yet.
+        Empty: the reply to None, to a prompt beyond the context, and one that is lost: its limit
+        cut it, and it is a backup or its action had not ended.
         """
         word, mark, limit = PARTS[part]
-        model = self.averaged[part] if averaged else self.weights[part]
-        word, room = word if self.args.prefill else "", getattr(self.args, limit)
-        prompts, rows, counts = [], [], self.counts[part]
+        model, args, counts = self.weights(part, averaged), self.args, self.counts[part]
+        word, room = word if args.prefill else "", getattr(args, limit)
+        prompts, rows = [], []
         for i, message in enumerate(messages):
-            prompt = message and self.chat.dialogue(with_shots(part, message, self.args), word)
-            fits = prompt and len(prompt) + room <= model.max_context
-            counts["overlong"] += bool(prompt and not fits)
-            if fits:
+            prompt = message and self.chat.dialogue(with_shots(part, message, args), word)
+            if prompt and len(prompt) + room <= model.max_context:
                 prompts.append(prompt)
                 rows += range(i * samples, (i + 1) * samples)
+            elif prompt:
+                counts["overlong"] += samples
         texts = [""] * (len(messages) * samples)
         if not prompts:
             return texts
         reads = part in ("backup", "evaluator", "chooser")
         replies = common.generate(
             model, self.chat, prompts, max_new_tokens=room, samples=samples,
-            temperature=self.args.reader_temperature if reads else self.args.temperature,
-            rows=self.args.rollout_batch_size,
-            seeds=[common.row_seed(self.args.seed, *stream, part, row) for row in rows])
+            temperature=args.reader_temperature if reads else args.temperature,
+            rows=args.rollout_batch_size,
+            seeds=[common.row_seed(args.seed, *stream, part, row) for row in rows])
         for row, ids, text, complete in zip(rows, replies.ids, replies.texts, replies.complete):
-            texts[row] = common.aloud(word + text)
-            marked = common.marked(texts[row], mark) is not None
-            counts.update(asked=1, parse=marked, cut=not complete, tokens=len(ids))
-            if not complete and (part == "backup" or mark == "Action" and not marked):
-                texts[row] = ""
+            said = common.aloud(word + text)
+            lost = not complete and (
+                part == "backup" or mark == "Action" and not is_whole(self.world, said))
+            texts[row] = "" if lost else said
+            counts.update(asked=1, parse=is_readable(mark, said), cut=not complete, lost=lost,
+                          tokens=len(ids))
         return texts
 
     def foresee(self, states, actions, stream, samples=1, averaged=False):
@@ -452,17 +483,32 @@ class Parts:
         return self.ask("successor", asked, stream, samples, averaged)
 
     def metrics(self) -> dict:
-        """Shares of replies: parse_PART has the word searched for, cut_PART met its limit."""
+        """Shares of a part's replies: parse_PART can be read in its marked place, cut_PART met the
+        limit, lost_PART came to nothing by that; overlong_PART: of what it should have been asked.
+        """
         found = {}
         for part, counts in self.counts.items():
             found[f"tokens_{part}"] = counts["tokens"]
-            for what in ("parse", "cut", "overlong"):
+            for what in ("parse", "cut", "lost"):
                 found[f"{what}_{part}"] = counts[what] / max(1, counts["asked"])
+            whole = counts["asked"] + counts["overlong"]
+            found[f"overlong_{part}"] = counts["overlong"] / max(1, whole)
+            self.warn(part, found[f"parse_{part}"])
         return found
+
+    def warn(self, part, readable):
+        """A part that is forgotten teaches noise: says so once."""
+        if self.counts[part]["asked"] and readable < READABLE and part not in self.warned:
+            self.warned.add(part)
+            tqdm.write(f"warning: only {readable:.0%} of the replies of {part} can be read: "
+                       "a lower --lr or --frozen-parts True forgets less", file=sys.stderr)
 
     def tokens(self) -> int:
         """Sampled since the counts were cleared."""
         return sum(counts["tokens"] for counts in self.counts.values())
+
+
+READABLE = 0.5  # a share of readable replies, below which a warning is due
 
 
 def groups(items, size):
@@ -504,10 +550,18 @@ def critique(parts, states, actions, stream):
     """(4) Q_L(s, a) = E(s, a, d^(1..k)) -> (futures, critiques): k and one per state."""
     futures = groups(parts.foresee(states, actions, stream, parts.args.k), parts.args.k)
     if parts.args.ablation == "blind-critic":  # futures of other states: a floor
-        shift = random.Random(str(stream)).randrange(1, max(2, len(futures)))
-        futures = futures[shift:] + futures[:shift]
+        futures = futures[1:] + futures[:1]
     asked = [evaluator_messages(parts.world, *row) for row in zip(states, actions, futures)]
-    return futures, parts.ask("evaluator", asked, stream)
+    critiques = parts.ask("evaluator", asked, stream)
+    if parts.args.ablation == "label-only":  # what pi_r then reads
+        return [[]] * len(states), [text and label(text) for text in critiques]
+    return futures, critiques
+
+
+def label(critique) -> str:
+    """The verdict of a critique, without its reasons."""
+    verdict = rank(critique)
+    return f"Verdict: {'none' if verdict is None else VERDICTS[verdict]}."
 
 
 # --------------------------------------------------------------------------- the actor: pi and pi_r
@@ -539,70 +593,48 @@ def refine(parts, states, stream, replies=None) -> list[list[Try]]:
         for t, futures, text in zip(last, *judged):
             t.futures, t.critique = futures, text
         if turn < parts.args.m:
-            asked = ask_about(parts, REFINER, states, tries)
+            asked = [refiner_messages(world, *row) for row in zip(states, tries)]
             for some, reply in zip(tries, parts.ask("refiner", asked, (*stream, turn))):
                 some.append(Try(reply, action_of(world, reply)))
     return tries
-
-
-def ask_about(parts, part, states, tries):
-    """Messages for pi_r, which goes on from the tries (REFINER) or compares them (CHOOSER)."""
-    label_only = parts.args.ablation == "label-only"
-    return [refiner_messages(parts.world, state, some, label_only, part)
-            for state, some in zip(states, tries)]
 
 
 def policy_lessons(parts, states, tries, stream):
     """(6) What the policy shall learn to say at once -> pairs for `nll`."""
     taught, pairs = [some[-1] for some in tries], []
     if parts.args.distil == "best":
-        taught = best_tries(parts, states, tries, stream)
+        asked = [refiner_messages(parts.world, *row, CHOOSER) for row in zip(states, tries)]
+        replies = parts.ask("chooser", asked, stream)
+        taught = [best_try(*row, parts.args.margin) for row in zip(tries, replies)]
     for state, t in zip(states, taught):
-        reply = t.reply if t and t.action else ""
+        reply = in_form(parts.world, t.reply) if t else ""
         pairs += lesson(parts, "policy", policy_messages(parts.world, state), reply)
     return pairs
 
 
-def best_tries(parts, states, tries, stream) -> list[Try | None]:
-    """--distil best: pi_r names the best of the judged tries; None where that is no lesson."""
-    replies = parts.ask("chooser", ask_about(parts, CHOOSER, states, tries), stream)
-    found = [chosen_try(some, reply) for some, reply in zip(tries, replies)]
-    gaps = [gap(some, best) for some, best in zip(tries, found)]
-    clear = clear_gaps(gaps, parts.args.margin, parts.args.margin_share)
-    return [best if taught else None for best, taught in zip(found, clear)]
+def best_try(tries, reply, margin) -> Try | None:
+    """--distil best: the try that pi_r named behind Best:; None where that is no lesson.
 
-
-def chosen_try(tries, reply) -> Try | None:
-    """The try whose number stands behind Best:, or an earlier one with the same critique."""
-    number = common.chosen(reply, "Best", [str(i + 1) for i in range(len(tries))])
-    if number is None:
-        return None
-    return next(t for t in tries if t.critique == tries[number].critique)
-
-
-def gap(tries, best) -> int:
-    """Verdicts between the action of `best` and the worst other one; 0 where a verdict is missing.
-
-    Where pi_r repeats the policy's action, as none is better, it is compared with a bad one.
+    Of tries with one critique the first is meant. Its action must be `margin` verdicts better than
+    the worst other one; a try without a verdict that can be read is not compared. Where pi_r
+    repeats the policy's action, as none is better, that is compared with a bad one.
     """
-    if best is None or None in [rank(t.critique) for t in tries]:
-        return 0
-    same = [rank(t.critique) for t in tries if t.action == best.action]
-    others = [rank(t.critique) for t in tries if t.action != best.action]
-    return min(same) - min(others, default=0)
-
-
-def clear_gaps(gaps, margin, share) -> list[bool]:
-    """Which gaps make lessons: those from the margin on, and the largest `share` of all."""
-    largest = sorted(range(len(gaps)), key=lambda i: -gaps[i])[:round(share * len(gaps))]
-    return [number > 0 and (number >= margin or i in largest) for i, number in enumerate(gaps)]
+    number = common.chosen(reply, "Best", [str(i + 1) for i in range(len(tries))])
+    ranks = [rank(t.critique) for t in tries]
+    if number is None or None in ranks:
+        return None
+    best = next(t for t in tries if t.critique == tries[number].critique)
+    same = [value for t, value in zip(tries, ranks) if t.action == best.action]
+    others = [value for t, value in zip(tries, ranks) if t.action != best.action]
+    return best if min(same) - min(others, default=0) >= margin else None
 
 
 def anchor_lessons(parts, fresh, rng):
     """Some of what was just played: a sampled KL to the policy of this step (--anchor)."""
     count, pairs = parts.args.batch_size // 4 * parts.args.updates, []
     for t in rng.sample(fresh, min(count, len(fresh))) if parts.args.anchor else []:
-        pairs += lesson(parts, "policy", policy_messages(parts.world, t.state), t.reply)
+        reply = "" if t.cut else in_form(parts.world, t.reply)
+        pairs += lesson(parts, "policy", policy_messages(parts.world, t.state), reply)
     return pairs
 
 
@@ -669,23 +701,27 @@ def update(parts, optimizer, forecasts, lessons, played) -> dict:
 
 
 def foretell(parts, fresh, stream, rng) -> list[list]:
-    """[share of k forecasts that end in success, whether it came] of some that were just played."""
+    """[share of k forecasts that end in success, whether it came, turn] of 32 just played."""
     k, found, some = parts.args.k, [], sample(fresh, parts.args, rng, 32)
     told = parts.foresee([t.state for t in some], [t.action for t in some], stream, k)
     for t, forecasts in zip(some, groups(told, k)):
         ends = [end for end in map(foresees_success, forecasts) if end is not None]
         if ends:
-            found.append([common.mean(ends), t.turns is not None])
+            found.append([common.mean(ends), t.turns is not None, len(t.state) // 2])
     return found
 
 
-def auc(pairs) -> float | None:
-    """How often M told more success of an action that led there than of one that did not."""
-    won = [told for told, came in pairs if came]
-    lost = [told for told, came in pairs if not came]
-    if not won or not lost:
-        return None
-    return common.mean((a > b) + (a == b) / 2 for a, b in itertools.product(won, lost))
+def auc(told) -> float | None:
+    """How often M told more success of an action that led there than of one that did not.
+
+    Of two actions in the same turn: between turns the state alone would tell, as the later ones
+    are nearer to the end, whatever is done in them.
+    """
+    won = [(share, turn) for share, came, turn in told if came]
+    lost = [(share, turn) for share, came, turn in told if not came]
+    pairs = [(a > b) + (a == b) / 2 for (a, turn), (b, other) in itertools.product(won, lost)
+             if turn == other]
+    return common.mean(pairs) if pairs else None
 
 
 def tells_apart(args, told) -> bool:
@@ -709,12 +745,17 @@ def watch(episodes) -> dict:
 
 
 def watch_refinement(tries) -> dict:
-    """How often a^r is another action than the policy's; the critic's mean sentiment, 0 to 1."""
+    """How often a^r is another action than the policy's, and, where the critic judged both, how
+    often better in its eyes; its mean sentiment, 0 to 1, over verdicts that can be read.
+    """
     if not tries:
         return {}
-    ranks = [rank(t.critique) or 0 for some in tries for t in some if t.critique]
+    ranks = [[rank(t.critique) for t in some] for some in tries]
     changed = [some[-1].action != some[0].action for some in tries if some[-1].action]
-    return {"changed": common.mean(changed), "sentiment": common.mean(ranks) / 4}
+    better = [some[-1] > some[0] for some in ranks if None not in (some[0], some[-1])]
+    read = [value for some in ranks for value in some if value is not None]
+    return {"changed": common.mean(changed), "sentiment": common.mean(read) / 4} | (
+        {"better": common.mean(better)} if better else {})
 
 
 def evaluate(model, chat, args, splits, count):
@@ -755,9 +796,8 @@ def check_args(args) -> envs.World:
     common.check_common(args)
     common.check_at_least(args, AT_LEAST)
     common.check(0 <= args.ema < 1, f"--ema must be in [0, 1), not {args.ema}")
-    for name in "margin_share", "critic_gate":
-        value = getattr(args, name)
-        common.check(0 <= value <= 1, f"--{name.replace('_', '-')} must be in [0, 1], not {value}")
+    common.check(0 <= args.critic_gate <= 1,
+                 f"--critic-gate must be in [0, 1], not {args.critic_gate}")
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
     listed = world.reset(seed=0)[1]["admissible"]
     common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
@@ -782,10 +822,10 @@ def main():
     model, chat = load(world, args)
     first = policy_messages(world, [world.reset(seed=0)[0]])
     check_room(args, chat, model, with_shots("policy", first, args), args.max_new_tokens)
-    parts = Parts(model, chat, world, args)
     splits = [split for split in ("test", "ood") if split in world.splits]
     if args.eval_only:
         return evaluate(model, chat, args, splits, args.eval_episodes)
+    parts = Parts(model, chat, world, args)
     run.start(model=model)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
@@ -806,6 +846,10 @@ def main():
         fresh = [t for episode in played for t in transitions(episode)]
         buffer = (buffer + fresh)[-args.buffer_size:]
         run.lap("rollout")
+        told = state["told"] + foretell(parts, fresh, ("foretell", step), rng)  # not yet learnt
+        told = told[-TOLD:]
+        learns = learns or tells_apart(args, told)
+        run.lap("foretelling")
         batch = sample(buffer, args, rng, args.batch_size * args.updates)
         forecasts = successor_lessons(parts, batch, ("backup", step))  # (2)
         run.lap("backup")
@@ -818,20 +862,19 @@ def main():
                         anchor_lessons(parts, fresh, rng))  # (3), (6), (7)
         run.lap("update")
 
-        told = state["told"] + foretell(parts, fresh, ("foretell", step), rng)
-        state |= {"step": step, "told": told[-TOLD:],
-                  "learns": learns or tells_apart(args, told[-TOLD:])}
+        state |= {"step": step, "told": told, "learns": learns}
         metrics = watch(played) | watch_refinement(tries) | losses | parts.metrics()
-        metrics |= {"auc": auc(told[-TOLD:]), "lessons": len(lessons),
-                    "targets_dropped": len(batch) - len(forecasts)}
+        metrics |= {"auc": auc(told), "lessons": len(lessons),
+                    "targets_dropped": len(batch) - len(forecasts),
+                    "targets_terminal": common.mean(t.done for t in batch)}
+        run.count(episodes=len(played), env_steps=len(fresh), gradient_steps=args.updates,
+                  tokens=parts.tokens() + sum(episode.tokens for episode in played))
         records = [vars(episode) for episode in played]
         if step % args.eval_every == 0 and step < args.steps:
             fewer = max(1, args.eval_episodes // 5)
             numbers, episode = evaluate(model, chat, args, ["test"], fewer)
             metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
             records.append(annotated(parts, episode, ("shown", step)))
-        run.count(episodes=len(played), env_steps=len(fresh), gradient_steps=args.updates,
-                  tokens=parts.tokens() + sum(episode.tokens for episode in played))
         run.log(metrics, FLAGS)
         run.write_rollouts([{"step": step, **record} for record in records])
         run.save_if_due(state | {"buffer": [vars(t) for t in buffer]}, **trained)
@@ -949,17 +992,19 @@ def examples_of(world, args, t, possible, draw, rng) -> dict:
     actions = rng.sample(possible, min(args.m + 1, len(possible)))
     futures = [draw(one) for one in actions]
     tries = [tried(world, one, some) for one, some in zip(actions, futures)]
+    if label_only:
+        tries = [Try(t.reply, t.action, [], label(t.critique)) for t in tries]
     some = rng.randint(1, max(1, len(tries) - 1))
     untried = [one for one in possible if one not in actions[:some]] or possible
     hint = "" if label_only else hinted(futures[some - 1])
     reply = hint if hint in untried else rng.choice(untried)
     if worth(futures[some - 1]) >= VERDICTS.index("good"):
         reply = actions[some - 1]
-    messages = refiner_messages(world, t.state, tries[:some], label_only)
+    messages = refiner_messages(world, t.state, tries[:some])
     found["refiner"] = messages, written(reply)
     values = [worth(some) if label_only else soonest(some) for some in futures]
     if values.count(max(values)) == 1 < len(values):
-        messages = refiner_messages(world, t.state, tries, label_only, CHOOSER)
+        messages = refiner_messages(world, t.state, tries, CHOOSER)
         found["chooser"] = messages, f"Best: {values.index(max(values)) + 1}"
     return found
 
