@@ -142,7 +142,7 @@ CHOOSER = """You choose a player's next action. Read the episode so far, and wha
 next action, with the futures it may lead to and a critique. Success is better than failure, and
 sooner is better than later.
 Say in a sentence or two which try is the best, and why. Finish with Best: and its number."""
-VERDICTS = ["bad", "weak", "fair", "good", "great"]  # the order of sentiments of the paper's theory
+VERDICTS = "bad weak fair good great".split()  # the order of sentiments of the paper's theory
 # part: the word that --prefill puts into its mouth, the word that is searched for, its limit
 PARTS = {"policy": ("Action:", "Action", "max_new_tokens"),
          "successor": ("Next:", "End", "forecast_tokens"),
@@ -172,10 +172,10 @@ def call(part, world, state, *lines):
 
 def transcript(world, state):
     """Lines of an episode: without thoughts, and without lists of possible actions but the last."""
-    lines = [envs.bare(text) for text in state[:-1:2]] + [state[-1]]
-    for turn, reply in enumerate(state[1::2]):
-        lines.insert(2 * turn + 1, f"> {envs.one_line(action_of(world, reply))}")
-    return lines
+    lines = []
+    for seen, reply in zip(state[::2], state[1::2]):
+        lines += [envs.bare(seen), f"> {envs.one_line(action_of(world, reply))}"]
+    return [*lines, state[-1]]
 
 
 def successor_messages(world, state, action):
@@ -269,7 +269,7 @@ def first_sentence(observation):
     return re.split(r"(?<=[.?!]) ", in_one_line(envs.bare(observation)), maxsplit=1)[0]
 
 
-ENDS = ["failure", "fails", "success", "succeeds"]
+ENDS = "failure fails success succeeds".split()
 
 
 def foresees_success(forecast) -> bool | None:
@@ -284,10 +284,9 @@ def rank(critique) -> int | None:
 
 
 def is_readable(mark, reply) -> bool:
-    """Whether the marked place of a reply says something that can be read."""
-    if options := {"End": ENDS, "Verdict": VERDICTS}.get(mark):
-        return common.chosen(reply, mark, options) is not None
-    return common.marked(reply, mark) is not None
+    """Whether what stands behind the mark of a part can be read."""
+    read = {"End": foresees_success, "Verdict": rank}.get(mark)
+    return (read(reply) if read else common.marked(reply, mark)) is not None
 
 
 # ------------------------------------------------------------------------------------------ rollout
@@ -310,6 +309,10 @@ class Episode:
     tokens: int = 0  # sampled
     logprob: float = 0.0  # of all of them, in decoding
 
+    def texts(self):
+        """Observation, reply, observation, ..."""
+        return [text for _, text in self.said]
+
 
 @dataclass
 class Transition:
@@ -319,12 +322,12 @@ class Transition:
     state: list[str]  # s: observation, reply, observation, ..., observation
     reply: str  # a with its thought
     action: str  # a as the world read it
-    cut: bool  # the limit fell in a
     result: str  # the observation that makes s' of s and a
     done: bool
     score: float
     turns: int | None  # from here to success; for logs and --ablation mc-backup, as `then`
     then: str  # the action after this one
+    cut: bool  # the limit fell in a
 
     @property
     def next_state(self):
@@ -339,11 +342,9 @@ def rollout(model, chat, args, split, seeds, *, temperature, stream) -> list[Epi
     """
     played = []
     for some in groups(list(enumerate(seeds)), args.rollout_batch_size):
-        worlds, episodes, streams = [], [], []
-        for row, seed in some:
-            worlds.append(envs.make(args.env, show_actions=args.show_actions))
-            episodes.append(begin(worlds[-1], split, seed))
-            streams.append((*stream, row))
+        worlds = [envs.make(args.env, show_actions=args.show_actions) for _ in some]
+        episodes = [begin(world, split, seed) for world, (_, seed) in zip(worlds, some)]
+        streams = [(*stream, row) for row, _ in some]
         play_on(model, chat, args, worlds, episodes, streams, temperature)
         played += episodes
         for world in worlds:
@@ -357,12 +358,11 @@ def begin(world, split, seed) -> Episode:
     return Episode(split, seed, said=[["world", observation]])
 
 
-@torch.no_grad()
 def play_on(model, chat, args, worlds, episodes, streams, temperature):
     """(1) The policy plays until all episodes are over, in dialogues that share a cache."""
     prompts, word = [], PARTS["policy"][0] if args.prefill else ""
     for world, episode in zip(worlds, episodes):
-        messages = policy_messages(world, [text for _, text in episode.said])
+        messages = policy_messages(world, episode.texts())
         prompts.append(chat.dialogue(with_shots("policy", messages, args)))
     dialogues = common.Dialogues(model, chat, prompts)
     room = model.max_context - args.max_new_tokens - len(chat.encode(word))
@@ -377,18 +377,18 @@ def play_on(model, chat, args, worlds, episodes, streams, temperature):
         replies = dialogues.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature,
                                   seeds=seeds, prefill=word)
         for i, reply, complete in zip(live, replies.texts, replies.complete):
-            if not complete and not is_whole(worlds[i], reply):
-                episodes[i].cut.append(len(episodes[i].actions))
-            take_turn(worlds[i], episodes[i], reply)
+            take_turn(worlds[i], episodes[i], reply, complete)
         dialogues.extend(live, [worlds[i].observation for i in live])
     for i, episode in enumerate(episodes):
         _, sampled, episode.logprob = dialogues.sampled(i)
         episode.tokens = sum(sampled)
 
 
-def take_turn(world, episode, reply):
-    """One step of the world, written down in `episode`."""
+def take_turn(world, episode, reply, complete=True):
+    """One step of the world, written down in `episode`; `complete`: no limit cut the reply."""
     observation, _, terminated, truncated, info = world.step(common.aloud(reply))
+    if not complete and not is_whole(world, reply):
+        episode.cut.append(len(episode.actions))
     episode.said += [["act", reply], ["world", observation]]
     episode.actions.append(info["action"])
     episode.valid.append(info["valid"])
@@ -398,23 +398,18 @@ def take_turn(world, episode, reply):
 
 def transitions(episode) -> list[Transition]:
     """What the buffer keeps of an episode."""
-    texts, count, found = [text for _, text in episode.said], len(episode.actions), []
+    texts, count, found = episode.texts(), len(episode.actions), []
     for turn, (action, then) in enumerate(zip(episode.actions, [*episode.actions[1:], ""])):
         *state, reply, result = texts[:2 * turn + 3]
-        found.append(Transition(
-            seed=episode.seed, state=state, reply=reply, action=action, cut=turn in episode.cut,
-            result=result, done=turn + 1 == count, score=episode.score,
-            turns=count - turn if episode.won else None, then=then))
+        turns = count - turn if episode.won else None
+        found.append(Transition(episode.seed, state, reply, action, result, turn + 1 == count,
+                                episode.score, turns, then, turn in episode.cut))
     return found
 
 
 def sample(buffer, args, rng, count) -> list[Transition]:
-    """Of the buffer, uniformly, or with --even-turns late turns more often than that.
-
-    They are rare while most episodes are lost early, and they decide the others.
-    """
-    turns = Counter(len(t.state) for t in buffer)
-    weights = [turns[len(t.state)] ** -0.75 for t in buffer] if args.even_turns else None
+    """Of the buffer, uniformly, but for --even-turns."""
+    weights = even_weights(buffer) if args.even_turns else None
     return rng.choices(buffer, weights, k=count) if buffer else []  # empty: no prompt had room
 
 
@@ -441,7 +436,6 @@ class Parts:
             return self.start
         return self.target if averaged or part == "backup" else self.model
 
-    @torch.no_grad()
     def ask(self, part, messages, stream, samples=1, averaged=False) -> list[str]:
         """What a part says aloud: `samples` replies per entry of `messages`, prompt-major.
 
@@ -453,12 +447,14 @@ class Parts:
         word, room = word if args.prefill else "", getattr(args, limit)
         prompts, rows = [], []
         for i, message in enumerate(messages):
-            prompt = message and self.chat.dialogue(with_shots(part, message, args), word)
-            if prompt and len(prompt) + room <= model.max_context:
+            if not message:
+                continue
+            prompt = self.chat.dialogue(with_shots(part, message, args), word)
+            fits = len(prompt) + room <= model.max_context
+            counts.update(asked=samples, overlong=samples * (not fits))
+            if fits:
                 prompts.append(prompt)
                 rows += range(i * samples, (i + 1) * samples)
-            elif prompt:
-                counts["overlong"] += samples
         texts = [""] * (len(messages) * samples)
         if not prompts:
             return texts
@@ -473,8 +469,8 @@ class Parts:
             lost = not complete and (
                 part == "backup" or mark == "Action" and not is_whole(self.world, said))
             texts[row] = "" if lost else said
-            counts.update(asked=1, parse=is_readable(mark, said), cut=not complete, lost=lost,
-                          tokens=len(ids))
+            counts.update(tokens=len(ids), parse=is_readable(mark, said), cut=not complete,
+                          lost=lost)
         return texts
 
     def foresee(self, states, actions, stream, samples=1, averaged=False):
@@ -483,32 +479,27 @@ class Parts:
         return self.ask("successor", asked, stream, samples, averaged)
 
     def metrics(self) -> dict:
-        """Shares of a part's replies: parse_PART can be read in its marked place, cut_PART met the
-        limit, lost_PART came to nothing by that; overlong_PART: of what it should have been asked.
+        """Shares of the replies that a part was asked for: parse_PART can be read in its marked
+        place, cut_PART met the limit, lost_PART came to nothing by that, overlong_PART had no room.
         """
         found = {}
         for part, counts in self.counts.items():
             found[f"tokens_{part}"] = counts["tokens"]
-            for what in ("parse", "cut", "lost"):
+            for what in ("parse", "cut", "lost", "overlong"):
                 found[f"{what}_{part}"] = counts[what] / max(1, counts["asked"])
-            whole = counts["asked"] + counts["overlong"]
-            found[f"overlong_{part}"] = counts["overlong"] / max(1, whole)
-            self.warn(part, found[f"parse_{part}"])
         return found
 
-    def warn(self, part, readable):
-        """A part that is forgotten teaches noise: says so once."""
-        if self.counts[part]["asked"] and readable < READABLE and part not in self.warned:
-            self.warned.add(part)
-            tqdm.write(f"warning: only {readable:.0%} of the replies of {part} can be read: "
-                       "a lower --lr or --frozen-parts True forgets less", file=sys.stderr)
+    def warn(self):
+        """Says once of a part that it is forgotten, or was never known: what it teaches is noise."""
+        for part, counts in self.counts.items():
+            if counts["parse"] < counts["asked"] / 2 and part not in self.warned:
+                self.warned.add(part)
+                tqdm.write(f"warning: only {counts['parse']} of {counts['asked']} replies of {part} "
+                           "can be read: see --lr and --frozen-parts, --shots", file=sys.stderr)
 
     def tokens(self) -> int:
         """Sampled since the counts were cleared."""
         return sum(counts["tokens"] for counts in self.counts.values())
-
-
-READABLE = 0.5  # a share of readable replies, below which a warning is due
 
 
 def groups(items, size):
@@ -539,32 +530,8 @@ def successor_lessons(parts, batch, stream):
     """(3) What M shall learn to foresee -> pairs for `nll`; a target that is empty is dropped."""
     if parts.args.ablation == "frozen-critic":
         return []
-    pairs = []
-    for t, text in zip(batch, successor_targets(parts, batch, stream)):
-        messages = successor_messages(parts.world, t.state, t.action)
-        pairs += lesson(parts, "successor", messages, text)
-    return pairs
-
-
-def critique(parts, states, actions, stream):
-    """(4) Q_L(s, a) = E(s, a, d^(1..k)) -> (futures, critiques): k and one per state."""
-    futures = groups(parts.foresee(states, actions, stream, parts.args.k), parts.args.k)
-    if parts.args.ablation == "blind-critic":  # futures of other states: a floor
-        futures = futures[1:] + futures[:1]
-    asked = [evaluator_messages(parts.world, *row) for row in zip(states, actions, futures)]
-    critiques = parts.ask("evaluator", asked, stream)
-    if parts.args.ablation == "label-only":  # what pi_r then reads
-        return [[]] * len(states), [text and label(text) for text in critiques]
-    return futures, critiques
-
-
-def label(critique) -> str:
-    """The verdict of a critique, without its reasons."""
-    verdict = rank(critique)
-    return f"Verdict: {'none' if verdict is None else VERDICTS[verdict]}."
-
-
-# --------------------------------------------------------------------------- the actor: pi and pi_r
+    asked = [successor_messages(parts.world, t.state, t.action) for t in batch]
+    return lessons(parts, "successor", asked, successor_targets(parts, batch, stream))
 
 
 @dataclass
@@ -577,6 +544,34 @@ class Try:
     critique: str = ""
 
 
+def proposal(world, reply) -> Try:
+    """What a reply proposes."""
+    return Try(common.aloud(reply), action_of(world, reply))
+
+
+def critique(parts, states, tries, stream):
+    """(4) Q_L(s, a) = E(s, a, d^(1..k)): writes the futures and the critique of a try per state."""
+    k, ablation = parts.args.k, parts.args.ablation
+    futures = groups(parts.foresee(states, [t.action for t in tries], stream, k), k)
+    if ablation == "blind-critic":  # futures of other states: a floor
+        futures = futures[1:] + futures[:1]
+    asked = [evaluator_messages(parts.world, state, t.action, told)
+             for state, t, told in zip(states, tries, futures)]
+    for t, told, text in zip(tries, futures, parts.ask("evaluator", asked, stream)):
+        t.futures, t.critique = told, text
+        if ablation == "label-only" and text:
+            t.futures, t.critique = [], label(text)
+
+
+def label(critique) -> str:
+    """The verdict of a critique, without its reasons."""
+    verdict = rank(critique)
+    return f"Verdict: {'none' if verdict is None else VERDICTS[verdict]}."
+
+
+# --------------------------------------------------------------------------- the actor: pi and pi_r
+
+
 def refine(parts, states, stream, replies=None) -> list[list[Try]]:
     """(5) The tries of each state: a^1 of the policy, then what pi_r makes of it in m rounds.
 
@@ -586,75 +581,46 @@ def refine(parts, states, stream, replies=None) -> list[list[Try]]:
     if replies is None:
         asked = [policy_messages(world, state) for state in states]
         replies = parts.ask("policy", asked, stream)
-    tries = [[Try(common.aloud(reply), action_of(world, reply))] for reply in replies]
+    tries = [[proposal(world, reply)] for reply in replies]
     for turn in range(parts.args.m + best):
-        last = [some[-1] for some in tries]
-        judged = critique(parts, states, [t.action for t in last], (*stream, turn))
-        for t, futures, text in zip(last, *judged):
-            t.futures, t.critique = futures, text
+        critique(parts, states, [some[-1] for some in tries], (*stream, turn))
         if turn < parts.args.m:
             asked = [refiner_messages(world, *row) for row in zip(states, tries)]
             for some, reply in zip(tries, parts.ask("refiner", asked, (*stream, turn))):
-                some.append(Try(reply, action_of(world, reply)))
+                some.append(proposal(world, reply))
     return tries
 
 
 def policy_lessons(parts, states, tries, stream):
     """(6) What the policy shall learn to say at once -> pairs for `nll`."""
-    taught, pairs = [some[-1] for some in tries], []
+    taught = [some[-1] for some in tries]
     if parts.args.distil == "best":
-        asked = [refiner_messages(parts.world, *row, CHOOSER) for row in zip(states, tries)]
-        replies = parts.ask("chooser", asked, stream)
-        taught = [best_try(*row, parts.args.margin) for row in zip(tries, replies)]
-    for state, t in zip(states, taught):
-        reply = in_form(parts.world, t.reply) if t else ""
-        pairs += lesson(parts, "policy", policy_messages(parts.world, state), reply)
-    return pairs
-
-
-def best_try(tries, reply, margin) -> Try | None:
-    """--distil best: the try that pi_r named behind Best:; None where that is no lesson.
-
-    Of tries with one critique the first is meant. Its action must be `margin` verdicts better than
-    the worst other one; a try without a verdict that can be read is not compared. Where pi_r
-    repeats the policy's action, as none is better, that is compared with a bad one.
-    """
-    number = common.chosen(reply, "Best", [str(i + 1) for i in range(len(tries))])
-    ranks = [rank(t.critique) for t in tries]
-    if number is None or None in ranks:
-        return None
-    best = next(t for t in tries if t.critique == tries[number].critique)
-    same = [value for t, value in zip(tries, ranks) if t.action == best.action]
-    others = [value for t, value in zip(tries, ranks) if t.action != best.action]
-    return best if min(same) - min(others, default=0) >= margin else None
-
-
-def anchor_lessons(parts, fresh, rng):
-    """Some of what was just played: a sampled KL to the policy of this step (--anchor)."""
-    count, pairs = parts.args.batch_size // 4 * parts.args.updates, []
-    for t in rng.sample(fresh, min(count, len(fresh))) if parts.args.anchor else []:
-        reply = "" if t.cut else in_form(parts.world, t.reply)
-        pairs += lesson(parts, "policy", policy_messages(parts.world, t.state), reply)
-    return pairs
+        taught = best_tries(parts, states, tries, stream)
+    asked = [policy_messages(parts.world, state) for state in states]
+    replies = [in_form(parts.world, t.reply) if t else "" for t in taught]
+    return lessons(parts, "policy", asked, replies)
 
 
 # --------------------------------------------------------------------------------------------- loss
 
 
-def lesson(parts, part, messages, text) -> list:
-    """[(prompt ids, target ids)], to teach a part to say `text`, but for what --prefill forces.
+def lessons(parts, part, asked, texts) -> list:
+    """[(prompt ids, target ids)] that teach a part to say `texts`, but for what --prefill forces.
 
-    [] where nothing is asked or said, or where it is more than the model can read.
+    Left out: where nothing is asked or said, and what is more than the model can read.
     """
-    if not messages or not text:
-        return []
-    chat, args, word = parts.chat, parts.args, PARTS[part][0]
-    word = word if args.prefill and text.startswith(word) else ""
-    prompt = chat.dialogue(with_shots(part, messages, args), word)
-    if chat.opened and not text.startswith(chat.opened):  # a thought that the template opens: empty
-        text = f"{chat.opened}</think>\n\n{text}"
-    target = chat.reply(text.removeprefix(word).removeprefix(chat.opened))
-    return [(prompt, target)] * (len(prompt) + len(target) <= parts.model.max_context)
+    chat, args, pairs = parts.chat, parts.args, []
+    word = PARTS[part][0] if args.prefill else ""
+    for messages, text in zip(asked, texts):
+        if not messages or not text:
+            continue
+        prompt = chat.dialogue(with_shots(part, messages, args), word)
+        if not text.startswith(chat.opened):  # a thought that the template opens stays empty
+            text = f"{chat.opened}</think>\n\n{text}"
+        target = chat.reply(text.removeprefix(word).removeprefix(chat.opened))
+        if len(prompt) + len(target) <= parts.model.max_context:
+            pairs.append((prompt, target))
+    return pairs
 
 
 def nll(parts, pairs, weight) -> float:
@@ -683,79 +649,48 @@ def update(parts, optimizer, forecasts, lessons, played) -> dict:
     taught = len(lessons) / args.actor_states  # states without a lesson count, too
     losses = {"l1": (1.0, forecasts), "l2": (args.actor_weight * taught, lessons),
               "anchor": (args.anchor, played)}
-    metrics = Counter(dict.fromkeys([*losses, "grad_norm"], 0.0))
+    metrics = Counter()
     for u in range(args.updates):
-        loss, batch = 0.0, {}
+        batch, found = {}, {}
         for name, (weight, pairs) in losses.items():
             batch[name] = pairs[u::args.updates]
-            mean = nll(parts, batch[name], weight)
-            loss += weight * mean
-            metrics[name] += mean / args.updates
-        norm = common.gradient_step(parts.model, optimizer, loss, batch)
-        metrics["grad_norm"] += norm / args.updates
+            found[name] = nll(parts, batch[name], weight)
+        loss = sum(found.values())  # finite if each is
+        found["grad_norm"] = common.gradient_step(parts.model, optimizer, loss, batch)
         common.ema_update(parts.target, parts.model, args.ema)
+        for name, value in found.items():
+            metrics[name] += value / args.updates
     return dict(metrics)
 
 
 # --------------------------------------------------------------------------------------- evaluation
 
 
-def foretell(parts, fresh, stream, rng) -> list[list]:
-    """[share of k forecasts that end in success, whether it came, turn] of 32 just played."""
-    k, found, some = parts.args.k, [], sample(fresh, parts.args, rng, 32)
-    told = parts.foresee([t.state for t in some], [t.action for t in some], stream, k)
-    for t, forecasts in zip(some, groups(told, k)):
-        ends = [end for end in map(foresees_success, forecasts) if end is not None]
-        if ends:
-            found.append([common.mean(ends), t.turns is not None, len(t.state) // 2])
-    return found
-
-
-def auc(told) -> float | None:
-    """How often M told more success of an action that led there than of one that did not.
-
-    Of two actions in the same turn: between turns the state alone would tell, as the later ones
-    are nearer to the end, whatever is done in them.
-    """
-    won = [(share, turn) for share, came, turn in told if came]
-    lost = [(share, turn) for share, came, turn in told if not came]
-    pairs = [(a > b) + (a == b) / 2 for (a, turn), (b, other) in itertools.product(won, lost)
-             if turn == other]
-    return common.mean(pairs) if pairs else None
-
-
-def tells_apart(args, told) -> bool:
-    """--critic-gate: whether M tells actions apart well enough for L2 to begin."""
-    return not args.critic_gate or len(told) == TOLD and (auc(told) or 0.0) >= args.critic_gate
-
-
-TOLD = 256  # the latest transitions whose forecasts --critic-gate counts
-
-
 def watch(episodes) -> dict:
     """What was played; the entropy is an estimate, per sampled token."""
     valid = [ok for episode in episodes for ok in episode.valid]
     tokens = sum(episode.tokens for episode in episodes)
-    return {"success": common.mean(episode.won for episode in episodes),
-            "score": common.mean(episode.score for episode in episodes),
-            "turns": len(valid) / len(episodes),
-            "invalid": valid.count(False) / max(1, len(valid)),
-            "truncated": common.mean(episode.truncated for episode in episodes),
+
+    def share(name):
+        return common.mean(getattr(episode, name) for episode in episodes)
+
+    return {"success": share("won"), "score": share("score"), "turns": len(valid) / len(episodes),
+            "invalid": valid.count(False) / max(1, len(valid)), "truncated": share("truncated"),
             "entropy": -sum(episode.logprob for episode in episodes) / max(1, tokens)}
 
 
 def watch_refinement(tries) -> dict:
-    """How often a^r is another action than the policy's, and, where the critic judged both, how
-    often better in its eyes; its mean sentiment, 0 to 1, over verdicts that can be read.
+    """How often a^r is another action than the policy's, and how often better in the critic's eyes
+    (None where it judged no a^r); its mean sentiment, 0 to 1, over the verdicts that can be read.
     """
     if not tries:
         return {}
     ranks = [[rank(t.critique) for t in some] for some in tries]
+    read = [value for some in ranks for value in some if value is not None]
     changed = [some[-1].action != some[0].action for some in tries if some[-1].action]
     better = [some[-1] > some[0] for some in ranks if None not in (some[0], some[-1])]
-    read = [value for some in ranks for value in some if value is not None]
-    return {"changed": common.mean(changed), "sentiment": common.mean(read) / 4} | (
-        {"better": common.mean(better)} if better else {})
+    return {"changed": common.mean(changed), "better": common.mean(better) if better else None,
+            "sentiment": common.mean(read) / 4}
 
 
 def evaluate(model, chat, args, splits, count):
@@ -776,8 +711,8 @@ def annotated(parts, episode, stream) -> dict:
     tries = refine(parts, [t.state for t in steps], stream, [t.reply for t in steps])
     for t, some in zip(steps, tries):
         for who, one in zip(itertools.chain(["act"], itertools.repeat("refined")), some):
-            said += [[who, one.reply], *(["future", future] for future in one.futures[:2])]
-            said.append(["critique", one.critique])
+            futures = [["future", text] for text in one.futures[:2]]
+            said += [[who, one.reply], *futures, ["critique", one.critique]]
         said.append(["world", t.result])
     return vars(episode) | {"said": said}
 
@@ -785,19 +720,18 @@ def annotated(parts, episode, stream) -> dict:
 # --------------------------------------------------------------------------------------------- main
 
 FLAGS = {part: "--" + limit.replace("_", "-") for part, (_, _, limit) in PARTS.items()}
-AT_LEAST = {
-    "k": 1, "m": 1, "forecast_tokens": 1, "critique_tokens": 1, "reader_temperature": 0,
-    "buffer_size": 1, "episodes_per_step": 1, "updates": 1, "actor_states": 1, "actor_weight": 0,
-    "margin": 1, "anchor": 0, "examples": 1}
 
 
 def check_args(args) -> envs.World:
     """Everything that can be refused before a model is loaded."""
     common.check_common(args)
-    common.check_at_least(args, AT_LEAST)
+    at_least_one = ("k m forecast_tokens critique_tokens buffer_size episodes_per_step updates "
+                    "actor_states margin examples").split()
+    weights = "actor_weight anchor reader_temperature".split()
+    common.check_at_least(args, dict.fromkeys(at_least_one, 1) | dict.fromkeys(weights, 0))
     common.check(0 <= args.ema < 1, f"--ema must be in [0, 1), not {args.ema}")
-    common.check(0 <= args.critic_gate <= 1,
-                 f"--critic-gate must be in [0, 1], not {args.critic_gate}")
+    gate = args.critic_gate
+    common.check(0 <= gate <= 1, f"--critic-gate must be in [0, 1], not {gate}")
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
     listed = world.reset(seed=0)[1]["admissible"]
     common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
@@ -837,36 +771,35 @@ def main():
                  "before": before, "episode": annotated(parts, episode, ("before",))}
     buffer = [Transition(**t) for t in state["buffer"]]
     for step in run.steps(state["step"], args.steps):
-        rng, learns = random.Random(f"{args.seed} {step}"), state["learns"]
+        rng = random.Random(f"{args.seed} {step}")
         first = args.seed * 1_000_000_007 + (step - 1) * args.episodes_per_step
         parts.counts.clear()
-        played = rollout(model if learns else parts.start, chat, args, "train",
-                         range(first, first + args.episodes_per_step),
+        actor = model if state["learns"] else parts.start
+        played = rollout(actor, chat, args, "train", range(first, first + args.episodes_per_step),
                          temperature=args.temperature, stream=("act", step))  # (1)
         fresh = [t for episode in played for t in transitions(episode)]
         buffer = (buffer + fresh)[-args.buffer_size:]
         run.lap("rollout")
-        told = state["told"] + foretell(parts, fresh, ("foretell", step), rng)  # not yet learnt
-        told = told[-TOLD:]
-        learns = learns or tells_apart(args, told)
-        run.lap("foretelling")
+        state |= gate(parts, state, fresh, ("foretell", step), rng)
+        run.lap("gate")
         batch = sample(buffer, args, rng, args.batch_size * args.updates)
         forecasts = successor_lessons(parts, batch, ("backup", step))  # (2)
         run.lap("backup")
-        states = [t.state for t in sample(buffer, args, rng, args.actor_states * learns)]
+        refined = sample(buffer, args, rng, args.actor_states * state["learns"])
+        states = [t.state for t in refined]
         tries = refine(parts, states, ("refine", step))  # (4), (5)
-        lessons = policy_lessons(parts, states, tries, ("choose", step))
+        actions = policy_lessons(parts, states, tries, ("choose", step))
         run.lap("refinement")
         common.set_rate(optimizer, args.lr * min(1, step / 10))
-        losses = update(parts, optimizer, forecasts, lessons,
+        losses = update(parts, optimizer, forecasts, actions,
                         anchor_lessons(parts, fresh, rng))  # (3), (6), (7)
         run.lap("update")
 
-        state |= {"step": step, "told": told, "learns": learns}
-        metrics = watch(played) | watch_refinement(tries) | losses | parts.metrics()
-        metrics |= {"auc": auc(told), "lessons": len(lessons),
-                    "targets_dropped": len(batch) - len(forecasts),
-                    "targets_terminal": common.mean(t.done for t in batch)}
+        state["step"] = step
+        metrics = watch(played) | watch_refinement(tries) | losses | parts.metrics() | {
+            "auc": auc(state["told"]), "lessons": len(actions),
+            "targets_dropped": len(batch) - len(forecasts),
+            "targets_terminal": common.mean(t.done for t in batch)}
         run.count(episodes=len(played), env_steps=len(fresh), gradient_steps=args.updates,
                   tokens=parts.tokens() + sum(episode.tokens for episode in played))
         records = [vars(episode) for episode in played]
@@ -876,6 +809,7 @@ def main():
             metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
             records.append(annotated(parts, episode, ("shown", step)))
         run.log(metrics, FLAGS)
+        parts.warn()
         run.write_rollouts([{"step": step, **record} for record in records])
         run.save_if_due(state | {"buffer": [vars(t) for t in buffer]}, **trained)
 
@@ -885,8 +819,87 @@ def main():
                  shown=[state["episode"], annotated(parts, episode, ("after",))])
 
 
-# ------------------------------------------- worked examples (--shots), and only for --model tiny
-# What a model made from nothing is taught before NLAC begins, and the settings that suit it.
+# ------------------- departures that are off by default, worked examples (--shots), and what is
+# only for --model tiny: the settings that suit a model made from nothing, and what it is taught
+
+
+def best_tries(parts, states, tries, stream) -> list[Try | None]:
+    """--distil best: pi_r names the best of the judged tries; None where that is no lesson."""
+    asked = [refiner_messages(parts.world, *row, CHOOSER) for row in zip(states, tries)]
+    replies = parts.ask("chooser", asked, stream)
+    return [best_try(*row, parts.args.margin) for row in zip(tries, replies)]
+
+
+def best_try(tries, reply, margin) -> Try | None:
+    """--distil best: the try that pi_r named behind Best:; None where that is no lesson.
+
+    Of tries with one critique the first is meant. Its action must be `margin` verdicts better than
+    the worst other one; a try without a verdict that can be read is not compared. Where pi_r
+    repeats the policy's action, as none is better, that is compared with a bad one.
+    """
+    number = common.chosen(reply, "Best", [str(i + 1) for i in range(len(tries))])
+    ranks = [rank(t.critique) for t in tries]
+    if number is None or None in ranks:
+        return None
+    best = next(t for t in tries if t.critique == tries[number].critique)
+    same = [value for t, value in zip(tries, ranks) if t.action == best.action]
+    others = [value for t, value in zip(tries, ranks) if t.action != best.action]
+    return best if min(same) - min(others, default=0) >= margin else None
+
+
+def anchor_lessons(parts, fresh, rng):
+    """--anchor: some of what was just played, a sampled KL to the policy of this step."""
+    count = parts.args.batch_size // 4 * parts.args.updates if parts.args.anchor else 0
+    some = rng.sample(fresh, min(count, len(fresh)))
+    asked = [policy_messages(parts.world, t.state) for t in some]
+    replies = ["" if t.cut else in_form(parts.world, t.reply) for t in some]
+    return lessons(parts, "policy", asked, replies)
+
+
+def gate(parts, state, fresh, stream, rng) -> dict:
+    """--critic-gate, before L1 sees what was just played -> what M told lately; whether L2 learns."""
+    told = (state["told"] + foretell(parts, fresh, stream, rng))[-TOLD:]
+    return {"told": told, "learns": state["learns"] or tells_apart(parts.args, told)}
+
+
+def foretell(parts, fresh, stream, rng) -> list[list]:
+    """[share of k forecasts that end in success, whether it came, turn] of 32 just played."""
+    k, found, some = parts.args.k, [], sample(fresh, parts.args, rng, 32)
+    told = parts.foresee([t.state for t in some], [t.action for t in some], stream, k)
+    for t, forecasts in zip(some, groups(told, k)):
+        ends = [end for end in map(foresees_success, forecasts) if end is not None]
+        if ends:
+            found.append([common.mean(ends), t.turns is not None, len(t.state) // 2])
+    return found
+
+
+def auc(told) -> float | None:
+    """How often M told more success of an action that led there than of one that did not.
+
+    Of two actions in the same turn: between turns the state alone would tell, as the later ones
+    are nearer to the end, whatever is done in them.
+    """
+    pairs = [(a > b) + (a == b) / 2 for (a, came, turn), (b, other, same)
+             in itertools.product(told, told) if came and not other and turn == same]
+    return common.mean(pairs) if pairs else None
+
+
+def tells_apart(args, told) -> bool:
+    """--critic-gate: whether M tells actions apart well enough for L2 to begin."""
+    return not args.critic_gate or len(told) == TOLD and (auc(told) or 0.0) >= args.critic_gate
+
+
+TOLD = 256  # the latest transitions whose forecasts --critic-gate counts
+
+
+def even_weights(buffer):
+    """--even-turns: late turns more often than they were played.
+
+    They are rare while most episodes are lost early, and they decide the others.
+    """
+    turns = Counter(len(t.state) for t in buffer)
+    return [turns[len(t.state)] ** -0.75 for t in buffer]
+
 
 TINY = dict(
     steps=150, lr=1e-3, batch_size=64, micro_batch_size=16, rollout_batch_size=256, device="cpu",
