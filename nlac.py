@@ -199,13 +199,13 @@ def evaluator_messages(world, state, action, futures):
     return call(EVALUATOR, world, state, next_action(action), *told) if told else None
 
 
-def refiner_messages(world, state, tries, part=None):
+def refiner_messages(world, state, tries, part=REFINER):
     """pi_r(. | s, a^1, Q_L(s, a^1), ...); part: CHOOSER, to compare the tries."""
     lines = []
     for number, t in enumerate(tries, 1):
         lines.append(f"Try {number}: {envs.one_line(t.action)}")
         lines += [*numbered("Future", t.futures), f"Critique: {in_one_line(t.critique)}"]
-    return call(part or REFINER, world, state, *lines) if tries[-1].critique else None
+    return call(part, world, state, *lines) if tries[-1].critique else None
 
 
 def next_action(action):
@@ -240,7 +240,7 @@ def in_form(world, reply):
     "" where there is no action, or where another one would be read in this text.
     """
     action, marks = action_of(world, reply), list(envs.MARKER.finditer(reply))
-    thought = reply[:marks[-1].start()].rstrip(" \n*_#") if marks else ""
+    thought = reply[:marks[-1].start()].rstrip(" \n*_#`-") if marks else ""
     text = f"{thought}\n{written(action)}".lstrip()
     return text if action and action_of(world, text) == action else ""
 
@@ -281,12 +281,6 @@ def foresees_success(forecast) -> bool | None:
 def rank(critique) -> int | None:
     """A critique's verdict, 0 (bad) to 4 (great); None where it has none."""
     return common.chosen(critique, "Verdict", VERDICTS)
-
-
-def is_readable(mark, reply) -> bool:
-    """Whether what stands behind the mark of a part can be read."""
-    read = {"End": foresees_success, "Verdict": rank}.get(mark)
-    return (read(reply) if read else common.marked(reply, mark)) is not None
 
 
 # ------------------------------------------------------------------------------------------ rollout
@@ -360,11 +354,12 @@ def begin(world, split, seed) -> Episode:
 
 def play_on(model, chat, args, worlds, episodes, streams, temperature):
     """(1) The policy plays until all episodes are over, in dialogues that share a cache."""
-    prompts, word = [], PARTS["policy"][0] if args.prefill else ""
+    prompts = []
     for world, episode in zip(worlds, episodes):
         messages = policy_messages(world, episode.texts())
         prompts.append(chat.dialogue(with_shots("policy", messages, args)))
     dialogues = common.Dialogues(model, chat, prompts)
+    word = PARTS["policy"][0] if args.prefill else ""
     room = model.max_context - args.max_new_tokens - len(chat.encode(word))
     while True:
         for ids, episode in zip(dialogues.ids, episodes):
@@ -426,7 +421,7 @@ class Parts:
         frozen = args.frozen_parts or args.critic_gate or args.ablation == "frozen-critic"
         self.start = copy.deepcopy(model) if frozen else None
         self.counts = defaultdict(Counter)  # part -> asked, parse, cut, lost, overlong, tokens
-        self.warned = set()
+        self.forgotten = set()  # parts that a warning has named
 
     def weights(self, part, averaged=False):
         """Which weights answer; `averaged`: pi_bar and M_bar, in (2)."""
@@ -455,15 +450,13 @@ class Parts:
             if fits:
                 prompts.append(prompt)
                 rows += range(i * samples, (i + 1) * samples)
-        texts = [""] * (len(messages) * samples)
-        if not prompts:
-            return texts
         reads = part in ("backup", "evaluator", "chooser")
         replies = common.generate(
             model, self.chat, prompts, max_new_tokens=room, samples=samples,
             temperature=args.reader_temperature if reads else args.temperature,
             rows=args.rollout_batch_size,
             seeds=[common.row_seed(args.seed, *stream, part, row) for row in rows])
+        texts = [""] * (len(messages) * samples)
         for row, ids, text, complete in zip(rows, replies.ids, replies.texts, replies.complete):
             said = common.aloud(word + text)
             lost = not complete and (
@@ -485,17 +478,9 @@ class Parts:
         found = {}
         for part, counts in self.counts.items():
             found[f"tokens_{part}"] = counts["tokens"]
-            for what in ("parse", "cut", "lost", "overlong"):
+            for what in "parse", "cut", "lost", "overlong":
                 found[f"{what}_{part}"] = counts[what] / max(1, counts["asked"])
         return found
-
-    def warn(self):
-        """Says once of a part that it is forgotten, or was never known: what it teaches is noise."""
-        for part, counts in self.counts.items():
-            if counts["parse"] < counts["asked"] / 2 and part not in self.warned:
-                self.warned.add(part)
-                tqdm.write(f"warning: only {counts['parse']} of {counts['asked']} replies of {part} "
-                           "can be read: see --lr and --frozen-parts, --shots", file=sys.stderr)
 
     def tokens(self) -> int:
         """Sampled since the counts were cleared."""
@@ -679,20 +664,6 @@ def watch(episodes) -> dict:
             "entropy": -sum(episode.logprob for episode in episodes) / max(1, tokens)}
 
 
-def watch_refinement(tries) -> dict:
-    """How often a^r is another action than the policy's, and how often better in the critic's eyes
-    (None where it judged no a^r); its mean sentiment, 0 to 1, over the verdicts that can be read.
-    """
-    if not tries:
-        return {}
-    ranks = [[rank(t.critique) for t in some] for some in tries]
-    read = [value for some in ranks for value in some if value is not None]
-    changed = [some[-1].action != some[0].action for some in tries if some[-1].action]
-    better = [some[-1] > some[0] for some in ranks if None not in (some[0], some[-1])]
-    return {"changed": common.mean(changed), "better": common.mean(better) if better else None,
-            "sentiment": common.mean(read) / 4}
-
-
 def evaluate(model, chat, args, splits, count):
     """The policy on `count` fixed episodes of each split -> ({split: metrics}, one episode)."""
     found = {}
@@ -705,48 +676,7 @@ def evaluate(model, chat, args, splits, count):
     return found, played[0]
 
 
-def annotated(parts, episode, stream) -> dict:
-    """An episode as rollouts.jsonl keeps it, with what critic and refiner say to each turn."""
-    steps, said = transitions(episode), episode.said[:1]
-    tries = refine(parts, [t.state for t in steps], stream, [t.reply for t in steps])
-    for t, some in zip(steps, tries):
-        for who, one in zip(itertools.chain(["act"], itertools.repeat("refined")), some):
-            futures = [["future", text] for text in one.futures[:2]]
-            said += [[who, one.reply], *futures, ["critique", one.critique]]
-        said.append(["world", t.result])
-    return vars(episode) | {"said": said}
-
-
 # --------------------------------------------------------------------------------------------- main
-
-FLAGS = {part: "--" + limit.replace("_", "-") for part, (_, _, limit) in PARTS.items()}
-
-
-def check_args(args) -> envs.World:
-    """Everything that can be refused before a model is loaded."""
-    common.check_common(args)
-    at_least_one = ("k m forecast_tokens critique_tokens buffer_size episodes_per_step updates "
-                    "actor_states margin examples").split()
-    weights = "actor_weight anchor reader_temperature".split()
-    common.check_at_least(args, dict.fromkeys(at_least_one, 1) | dict.fromkeys(weights, 0))
-    common.check(0 <= args.ema < 1, f"--ema must be in [0, 1), not {args.ema}")
-    gate = args.critic_gate
-    common.check(0 <= gate <= 1, f"--critic-gate must be in [0, 1], not {gate}")
-    world = common.checked(envs.make, args.env, show_actions=args.show_actions)
-    listed = world.reset(seed=0)[1]["admissible"]
-    common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
-    return world
-
-
-def check_room(args, chat, model, messages, room):
-    """Refuses a first prompt that leaves no room for `room` more tokens, and words before a thought."""
-    length = len(chat.dialogue(messages))
-    common.check(length + room <= model.max_context,
-                 f"the first prompt has {length} tokens, replies may have {room}: "
-                 f"beyond the context of {model.max_context}")
-    common.check(not args.prefill or not chat.opened,
-                 "--prefill: the chat template of this model opens a thought before each reply")
-
 
 def main():
     """Algorithm 1."""
@@ -754,8 +684,8 @@ def main():
     world = check_args(args)
     run = common.Run("nlac", args)
     model, chat = load(world, args)
-    first = policy_messages(world, [world.reset(seed=0)[0]])
-    check_room(args, chat, model, with_shots("policy", first, args), args.max_new_tokens)
+    first = with_shots("policy", policy_messages(world, [world.reset(seed=0)[0]]), args)
+    check_room(args, chat, model, first, args.max_new_tokens)
     splits = [split for split in ("test", "ood") if split in world.splits]
     if args.eval_only:
         return evaluate(model, chat, args, splits, args.eval_episodes)
@@ -785,8 +715,8 @@ def main():
         batch = sample(buffer, args, rng, args.batch_size * args.updates)
         forecasts = successor_lessons(parts, batch, ("backup", step))  # (2)
         run.lap("backup")
-        refined = sample(buffer, args, rng, args.actor_states * state["learns"])
-        states = [t.state for t in refined]
+        count = args.actor_states * state["learns"]
+        states = [t.state for t in sample(buffer, args, rng, count)]
         tries = refine(parts, states, ("refine", step))  # (4), (5)
         actions = policy_lessons(parts, states, tries, ("choose", step))
         run.lap("refinement")
@@ -795,7 +725,6 @@ def main():
                         anchor_lessons(parts, fresh, rng))  # (3), (6), (7)
         run.lap("update")
 
-        state["step"] = step
         metrics = watch(played) | watch_refinement(tries) | losses | parts.metrics() | {
             "auc": auc(state["told"]), "lessons": len(actions),
             "targets_dropped": len(batch) - len(forecasts),
@@ -804,14 +733,14 @@ def main():
                   tokens=parts.tokens() + sum(episode.tokens for episode in played))
         records = [vars(episode) for episode in played]
         if step % args.eval_every == 0 and step < args.steps:
-            fewer = max(1, args.eval_episodes // 5)
-            numbers, episode = evaluate(model, chat, args, ["test"], fewer)
+            numbers, episode = evaluate(model, chat, args, ["test"],
+                                        max(1, args.eval_episodes // 5))
             metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
             records.append(annotated(parts, episode, ("shown", step)))
         run.log(metrics, FLAGS)
-        parts.warn()
+        warn_forgotten(parts)
         run.write_rollouts([{"step": step, **record} for record in records])
-        run.save_if_due(state | {"buffer": [vars(t) for t in buffer]}, **trained)
+        run.save_if_due(state | {"step": step, "buffer": [vars(t) for t in buffer]}, **trained)
 
     after, episode = evaluate(model, chat, args, splits, args.eval_episodes)
     run.complete(model, chat, "nlac", args.ablation, state["before"], after,
@@ -819,8 +748,79 @@ def main():
                  shown=[state["episode"], annotated(parts, episode, ("after",))])
 
 
-# ------------------- departures that are off by default, worked examples (--shots), and what is
-# only for --model tiny: the settings that suit a model made from nothing, and what it is taught
+# -------------- beside the paper: what is refused and logged, departures that are off by default,
+# worked examples (--shots), and what is only for --model tiny
+
+
+def check_args(args) -> envs.World:
+    """Everything that can be refused before a model is loaded."""
+    common.check_common(args)
+    at_least_one = ("k m forecast_tokens critique_tokens buffer_size episodes_per_step updates "
+                    "actor_states margin examples").split()
+    weights = "actor_weight anchor reader_temperature".split()
+    common.check_at_least(args, dict.fromkeys(at_least_one, 1) | dict.fromkeys(weights, 0))
+    common.check(0 <= args.ema < 1, f"--ema must be in [0, 1), not {args.ema}")
+    gate = args.critic_gate
+    common.check(0 <= gate <= 1, f"--critic-gate must be in [0, 1], not {gate}")
+    world = common.checked(envs.make, args.env, show_actions=args.show_actions)
+    listed = world.reset(seed=0)[1]["admissible"]
+    common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
+    return world
+
+
+def check_room(args, chat, model, messages, room):
+    """Refuses a first prompt that leaves no room for `room` more tokens, and words before a thought."""
+    length = len(chat.dialogue(messages))
+    common.check(length + room <= model.max_context,
+                 f"the first prompt has {length} tokens, replies may have {room}: "
+                 f"beyond the context of {model.max_context}")
+    common.check(not args.prefill or not chat.opened,
+                 "--prefill: the chat template of this model opens a thought before each reply")
+
+
+def is_readable(mark, reply) -> bool:
+    """Whether what stands behind the mark of a part can be read."""
+    read = {"End": foresees_success, "Verdict": rank}.get(mark)
+    return (read(reply) if read else common.marked(reply, mark)) is not None
+
+
+def watch_refinement(tries) -> dict:
+    """How often a^r is another action than the policy's, and how often better in the critic's eyes
+    (None where it judged no a^r); its mean sentiment, 0 to 1, over the verdicts that can be read.
+    """
+    if not tries:
+        return {}
+    ranks = [[rank(t.critique) for t in some] for some in tries]
+    read = [value for some in ranks for value in some if value is not None]
+    changed = [some[-1].action != some[0].action for some in tries if some[-1].action]
+    better = [some[-1] > some[0] for some in ranks if None not in (some[0], some[-1])]
+    return {"changed": common.mean(changed), "better": common.mean(better) if better else None,
+            "sentiment": common.mean(read) / 4}
+
+
+def annotated(parts, episode, stream) -> dict:
+    """An episode as rollouts.jsonl keeps it, with what critic and refiner say to each turn."""
+    steps, said = transitions(episode), episode.said[:1]
+    tries = refine(parts, [t.state for t in steps], stream, [t.reply for t in steps])
+    for t, some in zip(steps, tries):
+        for number, one in enumerate(some):
+            said.append(["refined" if number else "act", one.reply])
+            said += [["future", text] for text in one.futures[:2]]
+            said.append(["critique", one.critique])
+        said.append(["world", t.result])
+    return vars(episode) | {"said": said}
+
+
+FLAGS = {part: "--" + limit.replace("_", "-") for part, (_, _, limit) in PARTS.items()}
+
+
+def warn_forgotten(parts):
+    """Says once of a part that few of its replies can be read: what it teaches is noise."""
+    for part, counts in parts.counts.items():
+        if counts["parse"] < counts["asked"] / 2 and part not in parts.forgotten:
+            parts.forgotten.add(part)
+            tqdm.write(f"warning: only {counts['parse']} of {counts['asked']} replies of {part} can "
+                       "be read: see --lr, --frozen-parts, --shots, --prefill", file=sys.stderr)
 
 
 def best_tries(parts, states, tries, stream) -> list[Try | None]:

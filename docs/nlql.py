@@ -38,6 +38,10 @@ class NLQL(_loop.Learner):
         common.check(args.candidates >= 2, f"--candidates must be at least 2, not {args.candidates}")
 
     def learn(self, step, episodes, rng, clock):
+        fresh = self.buffer[-sum(len(e.valid) for e in episodes):]
+        state = {"told": self.told, "learns": self.learns}
+        state = nlac.gate(self.parts, state, fresh, ("foretell", step), rng)
+        self.told, self.learns = state["told"], state["learns"]
         forecasts, dropped = self.successor_lessons(step, rng)
         clock.lap("backup")
         lessons, metrics = [], {}
@@ -46,9 +50,6 @@ class NLQL(_loop.Learner):
         clock.lap("refinement")
         metrics |= self.update(step, forecasts, lessons, self.anchor_lessons(episodes, rng))
         clock.lap("update")
-        fresh = self.buffer[-sum(len(e.valid) for e in episodes):]
-        self.told = (self.told + nlac.foretell(self.parts, fresh, ("foretell", step), rng))[-nlac.TOLD:]
-        self.learns = self.learns or nlac.tells_apart(self.args, self.told)
         return metrics | {"targets_dropped": dropped, "auc": nlac.auc(self.told)}
 
     def best_lessons(self, states, stream):
@@ -57,19 +58,18 @@ class NLQL(_loop.Learner):
         asked = [nlac.policy_messages(self.world, state) for state in states]
         replies = parts.ask("policy", asked, stream, n)
         rows = [state for state in states for _ in range(n)]
-        actions = [nlac.action_of(self.world, reply) for reply in replies]
-        _, critiques = nlac.critique(parts, rows, actions, stream)
-        verdicts = [nlac.rank(text) for text in critiques]
-        chosen, lessons = [], []
+        tries = [nlac.proposal(self.world, reply) for reply in replies]
+        nlac.critique(parts, rows, tries, stream)
+        verdicts = [nlac.rank(t.critique) for t in tries]
+        chosen, taught = [], []
         for i in range(len(states)):
             chosen.append(best(verdicts[i * n:(i + 1) * n]))
-            row = i * n + (chosen[-1] or 0)
-            if chosen[-1] is not None and actions[row]:
-                lessons += nlac.lesson(parts, "policy", asked[i], replies[row])
-        return lessons, {
+            tied = chosen[-1] is None
+            taught.append("" if tied else nlac.in_form(self.world, replies[i * n + chosen[-1]]))
+        return nlac.lessons(parts, "policy", asked, taught), {
             "ties": chosen.count(None) / len(states), "changed": common.mean(bool(c) for c in chosen),
             "verdicts": {name: verdicts.count(i) for i, name in enumerate(nlac.VERDICTS)},
-            "sentiment": common.mean((v or 0) / 4 for v in verdicts)}
+            "sentiment": common.mean(v / 4 for v in verdicts if v is not None)}
 
 
 if __name__ == "__main__":

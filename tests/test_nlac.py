@@ -64,7 +64,7 @@ def test_the_commands_of_the_docstring_are_accepted():
 BAD = {
     "--k": "0", "--m": "0", "--ema": "1 -0.1 nan", "--buffer-size": "0", "--episodes-per-step": "0", "--updates": "0",
     "--actor-states": "0", "--actor-weight": "-1 inf", "--anchor": "-1 nan", "--critic-gate": "-0.1 1.1 nan", "--margin": "0",
-    "--margin-share": "-0.1 1.5", "--reader-temperature": "-1", "--forecast-tokens": "0", "--critique-tokens": "0",
+    "--reader-temperature": "-1", "--forecast-tokens": "0", "--critique-tokens": "0",
     "--distil": "kept", "--ablation": "none-such", "--frozen-parts": "maybe",
 }  # fmt: skip
 
@@ -94,7 +94,10 @@ def read_everything(text):
     assert "\n" not in sentence and sentence == " ".join(sentence.split())
     assert nlac.transcript(WORLD, ["Hello.", text, "Bye."]) == ["Hello.", f"> {action}", "Bye."]
     tries = [nlac.Try(text, action, [text], text), nlac.Try("Action: x", "x", [], "Verdict: bad")]
-    assert nlac.chosen_try(tries, text) in (None, *tries) and nlac.gap(tries, tries[0]) in range(5)
+    assert nlac.best_try(tries, text, 1) in (None, *tries) and nlac.is_whole(WORLD, text) in (True, False)
+    form = nlac.in_form(WORLD, text)
+    assert not form or nlac.action_of(WORLD, form) == action and form.endswith(nlac.written(action))
+    assert all(nlac.is_readable(mark, text) in (True, False) for _, mark, _ in nlac.PARTS.values())
     for message in (nlac.refiner_messages(WORLD, ["Hello."], tries), nlac.evaluator_messages(WORLD, ["Hello."], action, [text])):
         assert message is None or message[-1]["content"].startswith("<episode>\nHello.\n</episode>\n")
     return nlac.rank(text) is not None, nlac.foresees_success(text) is not None
@@ -129,6 +132,31 @@ def test_ends_and_verdicts_as_models_write_them():
                 "Verdict: bad\nNo.\nVerdict: good": 3, "": None, "The action is good.": None, "Verdict: so-so": None,
                 "Verdict: good or fair": None}  # fmt: skip
     assert {text: nlac.rank(text) for text in verdicts} == verdicts
+    for mark, texts in ("End", ends), ("Verdict", verdicts):
+        assert {text: nlac.is_readable(mark, text) for text in texts} == {text: value is not None for text, value in texts.items()}
+    assert nlac.is_readable("Action", "action: x") and not nlac.is_readable("Action", "Action:")
+
+
+def test_what_is_taught_ends_with_the_action():
+    taught = {
+        "I test.\nAction: check the power": "I test.\nAction: check the power", "Action: check the power": "Action: check the power",
+        "I test.\n\n**Action:** `check the power`\nThat is safe.\nIt helps.": "I test.\nAction: check the power",
+        "Action: wait\nNo.\nAction: check the power.": "Action: wait\nNo.\nAction: check the power.",
+        "check the power\nor not": "Action: check the power", "": "", "Action:": "", "I think so. Action:\n": "",
+        "<think>Action: wait</think>check the power": "",  # a thought that would be cut in two
+        "<think>Hm.</think>\nI test.\nAction: check the power": "<think>Hm.</think>\nI test.\nAction: check the power"}  # fmt: skip
+    assert {reply: nlac.in_form(WORLD, reply) for reply in taught} == taught
+    search = envs.make("search")
+    assert nlac.in_form(search, f"I look.\n{nlac.written(CALL)}\nThen I read it.") == f"I look.\n{nlac.written(CALL)}"
+
+
+def test_an_action_that_a_limit_cut_is_whole_where_its_line_had_ended():
+    whole = {"I test.\nAction: check the power\nTh": True, "Action: check the power\n": False, "Action: check the po": False,
+             "I test.\nAction:": False, "I test.\nAnd": False, "": False, "Action: wait\nNo. Action: che": False}  # fmt: skip
+    assert {reply: nlac.is_whole(WORLD, reply) for reply in whole} == whole
+    search, call = envs.make("search"), nlac.written(CALL)
+    assert nlac.is_whole(search, f"{call}\nTh") and nlac.is_whole(search, call[:-3])  # all but its tag
+    assert not nlac.is_whole(search, call[:-20])
 
 
 CALL = envs.tool_call("search", "Mira Velden")
@@ -185,8 +213,8 @@ class Puppet:
         self.replies, self.calls, self.limits, self.cut, self.heat = replies, [], {}, cut, {}
 
     def __call__(self, model, chat, prompts, *, max_new_tokens, temperature, seeds, samples=1, rows=None):
-        assert len(seeds) == len(set(seeds)) == len(prompts) * samples and not torch.is_grad_enabled() and rows
-        texts = []
+        assert len(seeds) == len(set(seeds)) == len(prompts) * samples and rows
+        texts, complete = [], []
         for ids in prompts:
             prompt = chat.tokenizer.decode(ids)
             [part] = [name for name, text in PROMPTS.items() if text in prompt]
@@ -194,7 +222,8 @@ class Puppet:
             self.limits[part], self.heat[part] = max_new_tokens, temperature
             reply = self.replies[part]
             texts += [reply(prompt) if callable(reply) else reply for _ in range(samples)]
-        return common.Replies([chat.encode(text) for text in texts], [], texts, [part not in self.cut] * len(texts))
+            complete += [part not in self.cut] * samples
+        return common.Replies([chat.encode(text) for text in texts], [], texts, complete)
 
     def asked(self, part):
         return [prompt for name, _, prompt in self.calls if name == part]
@@ -217,12 +246,12 @@ def parts_of(monkeypatch):
 
 
 def played(actions, seed=0, world="repair", **hidden):
-    """(transitions, world) after `actions`; `hidden` is put in place after the reset."""
+    """(transitions, world) after `actions`, (reply, complete) or replies; `hidden` is put in place after the reset."""
     env = envs.make(world)
     episode = nlac.begin(env, "train", seed)
     vars(env).update(hidden)
     for action in actions:
-        nlac.take_turn(env, episode, action)
+        nlac.take_turn(env, episode, *((action,) if isinstance(action, str) else action))
     return nlac.transitions(episode), env
 
 
@@ -251,7 +280,7 @@ def test_successor_targets(parts_of):
     told = f"Next action: {a}\nSeen after it: {s1}\nThen the player does: tighten the screw\nForecast from there: {FORECAST}<|im_end|>"
     assert f"<episode>\n{s}\n</episode>\n{told}" in backup
     counts = {f"{what}_{part}": value for part in ("policy", "successor", "backup")
-              for what, value in (("parse", 1), ("cut", 0), ("overlong", 0))}  # fmt: skip
+              for what, value in (("parse", 1), ("cut", 0), ("lost", 0), ("overlong", 0))}  # fmt: skip
     assert parts.metrics().items() >= counts.items()
     assert parts.counts["successor"]["tokens"] == len(CHAT.encode(FORECAST)) and parts.tokens() > 5
 
@@ -284,10 +313,38 @@ def test_what_a_limit_cut(parts_of):
     """A backup is dropped; an action is lost where it was not written yet; a forecast is what it is."""
     steps, _ = played(["open the case", "tighten the screw"], **LOUD)
     for cut, action, kept in ("backup", "Action: x", ""), ("successor", "Action: x", FORECAST), ("policy", "I think", ""), (
-        "policy", "I think.\nAction: x", FORECAST):  # fmt: skip
+        "policy", "I think.\nAction: x", ""), ("policy", "I think.\nAction: x\nAs", FORECAST):  # fmt: skip
         parts = parts_of(Puppet(cut=[cut], policy=action, successor=FORECAST, backup=FORECAST))
         assert nlac.successor_targets(parts, steps, ("b",))[0] == kept
-        assert parts.metrics()[f"cut_{cut}"] == 1
+        assert parts.metrics()[f"cut_{cut}"] == 1 and parts.metrics()[f"lost_{cut}"] == (not kept)
+
+
+def test_a_refinement_that_the_limit_cut_is_dropped_and_counted(parts_of):
+    for said, taught in ("A reason.\nAction: check the po", []), ("A reason.\nAction: check the power\nThis", ["A reason.\nAction: check the power"]):
+        puppet = Puppet(cut=["refiner"], policy="Action: x", successor=FORECAST, evaluator="Fine.", refiner=said)
+        parts = parts_of(puppet)
+        pairs = nlac.policy_lessons(parts, STATES[:1], nlac.refine(parts, STATES[:1], ("r",)), ("c",))
+        assert [CHAT.decode(target) for _, target in pairs] == taught and parts.metrics()["lost_refiner"] == (not taught)
+
+
+def test_a_verdict_that_cannot_be_read_is_none(parts_of):
+    """It is counted as unreadable; it lowers no sentiment and is compared with nothing."""
+    critiques = {"Ada": "Verdict: great", "Ben": "Verdict: failure", "Cleo": "Well."}
+    parts = parts_of(Puppet(policy="Action: x", successor=FORECAST, refiner="Action: y", evaluator=lambda prompt: critiques[who(prompt)]))
+    tries = nlac.refine(parts, STATES[:3], ("r",))
+    assert parts.metrics()["parse_evaluator"] == pytest.approx(1 / 3)
+    assert nlac.watch_refinement(tries) == {"changed": 1, "better": None, "sentiment": 1}
+    some = [judged("a", "bad"), judged("b", "great")], [judged("a", "good"), judged("a", "weak")], [judged("a", "?"), judged("b", "great")]
+    assert nlac.watch_refinement(some) == {"changed": pytest.approx(2 / 3), "better": 0.5, "sentiment": pytest.approx((0 + 4 + 3 + 1 + 4) / 20)}
+
+
+def test_a_part_that_cannot_be_read_is_named_once(parts_of, capsys):
+    parts = parts_of(Puppet(policy="Action: x", successor="Hm.", evaluator="Verdict: bad", refiner="Action: y"))
+    for _ in range(2):
+        nlac.refine(parts, STATES, ("r",))
+        nlac.warn_forgotten(parts)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "0 of 6 replies of successor" in told
 
 
 def test_a_prompt_beyond_the_context_is_an_empty_reply(parts_of):
@@ -295,7 +352,9 @@ def test_a_prompt_beyond_the_context_is_an_empty_reply(parts_of):
     parts = parts_of(puppet, context=700)
     steps, _ = played(["y" * 900, "open the case"], **LOUD)
     assert nlac.successor_targets(parts, steps[:1], ("b",)) == [""] and not puppet.calls
-    assert parts.counts["policy"]["overlong"] == 1
+    assert parts.metrics()["overlong_policy"] == 1 and parts.metrics()["parse_policy"] == 0
+    parts.ask("policy", [[{"role": "user", "content": text}] for text in ("x", "y" * 9000, "z")], ("p",), samples=2)
+    assert parts.metrics()["overlong_policy"] == pytest.approx(3 / 7)  # of replies that were wanted
     terminal = [dataclasses.replace(steps[1], done=True)]  # composed, and too long to be learnt
     assert nlac.successor_lessons(parts, terminal, ("b",)) == []
 
@@ -314,8 +373,8 @@ def test_which_weights_answer(parts_of, frozen, arm):
     theta, bar = ("start", "start") if arm == "frozen-critic" else ("theta", "bar")
     readers = dict.fromkeys(["backup", "evaluator", "refiner", "chooser"], "start" if frozen else "theta")
     expected = {"policy": "theta", "successor": theta} | readers | ({} if frozen else {"backup": "bar"})
-    assert {part: model.name for part, model in parts.weights.items()} == expected
-    assert {part: model.name for part, model in parts.averaged.items()} == {"policy": "bar", "successor": bar}
+    assert {part: parts.weights(part).name for part in nlac.PARTS} == expected
+    assert {part: parts.weights(part, True).name for part in ("policy", "successor")} == {"policy": "bar", "successor": bar}
 
 
 def test_no_copy_of_weights_that_a_setting_does_not_use(parts_of):
@@ -373,7 +432,7 @@ def test_an_empty_action_is_not_judged_and_not_taught(parts_of):
 
 
 def test_every_refinement_is_taught_with_its_thought(parts_of):
-    puppet = Puppet(policy="Well.\nAction: x", successor="Fine.", evaluator="Fine.", refiner="I test.\nAction: check the power")
+    puppet = Puppet(policy="Well.\nAction: x", successor="Fine.", evaluator="Fine.", refiner="I test.\nAction: check the power\nI hope so.")
     parts = parts_of(puppet)
     pairs = nlac.policy_lessons(parts, STATES, nlac.refine(parts, STATES, ("r",)), ("c",))
     assert [who(CHAT.tokenizer.decode(prompt)) for prompt, _ in pairs] == NAMES and not puppet.asked("chooser")
@@ -410,24 +469,22 @@ def test_the_try_that_is_named():
     tries = [judged("a", "weak"), judged("b", "great"), judged("c", "great")]
     said = {"Best: 2": 1, "It is sooner.\n**Best:** try 3.": 2, "Best: 1 or 2": None, "Best: 4": None, "": None, "b": None}
     for reply, index in said.items():
-        assert nlac.chosen_try(tries, reply) is (None if index is None else tries[index])
+        assert nlac.best_try(tries, reply, -4) is (None if index is None else tries[index])
     tied = [judged("a", "great", "same"), judged("b", "weak"), judged("c", "great", "same")]
-    assert nlac.chosen_try(tied, "Best: 3") is tied[0]  # the policy's own
+    assert nlac.best_try(tied, "Best: 3", 1) is tied[0]  # the policy's own
+
+
+def gap(tries, number):
+    """The largest margin at which the try with this number is a lesson; None: at no margin."""
+    return max((margin for margin in range(-4, 5) if nlac.best_try(tries, f"Best: {number}", margin)), default=None)
 
 
 def test_gaps_by_hand():
     a, b, c = judged("a", "weak"), judged("b", "great"), judged("c", "bad")
-    assert [nlac.gap([a, b, c], t) for t in (a, b, c)] == [1, 4, -1] and nlac.gap([a, b], b) == 3 and nlac.gap([a, b], a) == -3
-    assert nlac.gap([b, judged("b", "good")], b) == 3 and nlac.gap([b, judged("b", "bad"), a], b) == -1  # judged twice: the worse counts
-    assert nlac.gap([a, b], None) == 0 and nlac.gap([judged("d", "unclear"), b], b) == 0 and nlac.gap([b, judged("d", "unclear")], b) == 0
-
-
-def test_margin_and_share_by_hand():
-    gaps = [0, 1, 3, 2, 0, 4, 1, 0, 0, 0]
-    assert [i for i, clear in enumerate(nlac.clear_gaps(gaps, 3, 0.0)) if clear] == [2, 5]
-    assert [i for i, clear in enumerate(nlac.clear_gaps(gaps, 3, 0.4)) if clear] == [1, 2, 3, 5]  # 4 of 10; of equals the first
-    assert [i for i, clear in enumerate(nlac.clear_gaps(gaps, 9, 1.0)) if clear] == [1, 2, 3, 5, 6]  # never without a gap
-    assert nlac.clear_gaps([], 1, 0.5) == []
+    assert [gap([a, b, c], number) for number in (1, 2, 3)] == [1, 4, -1] and gap([a, b], 2) == 3 and gap([a, b], 1) == -3
+    assert gap([b, judged("b", "good")], 1) == 3  # the same action, judged twice: the worse counts, against a bad one
+    assert gap([b, judged("b", "bad"), a], 1) == -1 and gap([judged("b", "bad")] * 2, 1) == 0
+    assert gap([judged("d", "unclear"), b], 2) is None and gap([b, judged("d", "unclear")], 1) is None
 
 
 def test_the_best_is_taught_where_it_is_clearly_better(parts_of):
@@ -445,8 +502,8 @@ def test_the_best_is_taught_where_it_is_clearly_better(parts_of):
     puppet = Puppet(policy="Mine.\nAction: open the case", successor=FORECAST, evaluator=evaluator,
                     refiner="Better.\nAction: check the power", chooser=chooser)  # fmt: skip
     clear, every = ["Ada better", "Ben mine"], ["Ada better", "Ben mine", "Dina better"]
-    for settings_, expected in ({"margin": 3}, clear), ({"margin": 1}, every), ({"margin": 4, "margin_share": 0.5}, every):
-        parts = parts_of(puppet, distil="best", **settings_)
+    for margin, expected in (3, clear), (1, every):
+        parts = parts_of(puppet, distil="best", margin=margin)
         pairs = nlac.policy_lessons(parts, STATES, nlac.refine(parts, STATES, ("r",)), ("c",))
         found = [(who(CHAT.tokenizer.decode(prompt)), CHAT.decode(target)) for prompt, target in pairs]
         assert [f"{name} {text.split('.')[0].lower()}" for name, text in found] == expected
@@ -456,16 +513,24 @@ def test_the_best_is_taught_where_it_is_clearly_better(parts_of):
 
 
 def test_auc_by_hand():
-    assert nlac.auc([]) is None and nlac.auc([[0.5, True]]) is None and nlac.auc([[0.5, True], [0.5, False]]) == 0.5
-    assert nlac.auc([[1.0, True], [0.0, False]]) == 1 and nlac.auc([[0.0, True], [1.0, False]]) == 0
-    assert nlac.auc([[0.9, True], [0.4, True], [0.4, False], [0.1, False]]) == pytest.approx(3.5 / 4)
+    one, zero = [[1.0, True, 2], [0.5, True, 2]], [[0.0, False, 2], [0.5, False, 2]]
+    assert nlac.auc([]) is None and nlac.auc(one) is None and nlac.auc([[0.5, True, 0], [0.5, False, 0]]) == 0.5
+    assert nlac.auc([one[0], zero[0]]) == 1 and nlac.auc([[0.0, True, 1], [1.0, False, 1]]) == 0
+    assert nlac.auc(one + zero) == pytest.approx(3.5 / 4)
+
+
+def test_reading_the_turn_alone_does_not_pass():
+    """A forecast that knows how late it is, and nothing of the action: success is rare early and frequent late."""
+    told = [[turn / 4, i % 4 < turn, turn] for turn in range(1, 4) for i in range(40)]
+    assert nlac.auc(told) == 0.5
+    assert nlac.auc([[share, came, 0] for share, came, _ in told]) > 0.65  # over all turns together
 
 
 def test_the_gate_opens_when_m_tells_actions_apart():
-    good = [[1.0, True], [0.0, False]] * (nlac.TOLD // 2)
+    good = [[1.0, True, 0], [0.0, False, 0]] * (nlac.TOLD // 2)
     gate = dataclasses.replace(nlac.Args(), critic_gate=0.7)
     assert nlac.tells_apart(gate, good) and not nlac.tells_apart(gate, good[:-1])  # a whole window
-    assert not nlac.tells_apart(gate, [[0.5, told] for _, told in good]) and not nlac.tells_apart(gate, [[0.5, False]] * nlac.TOLD)
+    assert not nlac.tells_apart(gate, [[0.5, *rest] for _, *rest in good]) and not nlac.tells_apart(gate, [[0.5, False, 0]] * nlac.TOLD)
     assert nlac.tells_apart(nlac.Args(), [])  # off: the paper
 
 
@@ -475,7 +540,7 @@ def test_what_m_foretells(parts_of):
     ends = iter(["End: success", "End: failure", "?", "End: failure", "?", "?"])
     parts = parts_of(Puppet(successor=lambda prompt: next(ends)), k=2)
     rng = SimpleNamespace(choices=lambda some, weights, k: some)
-    assert nlac.foretell(parts, won[:1] + lost + won[1:], ("f",), rng) == [[0.5, True], [0.0, False]]
+    assert nlac.foretell(parts, won[:1] + lost + won[1:], ("f",), rng) == [[0.5, True, 0], [0.0, False, 0]]
 
 
 def test_the_buffer_is_plain_or_even():
@@ -491,6 +556,10 @@ def test_what_was_played_is_imitated(parts_of):
     pairs = nlac.anchor_lessons(parts_of(Puppet(), anchor=0.3), steps, random.Random(0))
     assert sorted(CHAT.decode(target) for _, target in pairs) == ["Action: open the case", "Well.\nAction: x"]
     assert nlac.anchor_lessons(parts_of(Puppet()), steps, random.Random(0)) == []
+    cut, _ = played([("Action: open the ca", False), ("Action: open the case\nNow", False)], **LOUD)
+    assert [t.cut for t in cut] == [True, False] and not any(t.cut for t in steps)
+    pairs = nlac.anchor_lessons(parts_of(Puppet(), anchor=0.3), cut, random.Random(0))
+    assert [CHAT.decode(target) for _, target in pairs] == ["Action: open the case"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
@@ -727,7 +796,7 @@ def test_reasons_move_the_refiner(tiny):
         told = nlac.tried(WORLD, "check the power", futures[0])
         told.critique = nlac.critique_text(futures[-1])
         assert nlac.rank(told.critique) == 1
-        asked = nlac.ask_about(parts, nlac.REFINER, states, [[told]] * len(states))
+        asked = [nlac.refiner_messages(WORLD, state, [told]) for state in states]
         said.append([nlac.action_of(WORLD, reply) for reply in parts.ask("refiner", asked, ("same",))])
         followed.append(said[-1].count(hint) / len(states))
     assert min(followed) > 0.6 and sum(a != b for a, b in zip(*said)) > 40, followed
@@ -783,7 +852,7 @@ def test_a_thought_that_the_template_opens_stays_empty():
     chat = SimpleNamespace(opened="<think>", dialogue=lambda messages, word: [1], reply=lambda text: text)
     parts = SimpleNamespace(chat=chat, args=nlac.Args(), model=SimpleNamespace(max_context=999))
     for text, taught in ("Action: x", "</think>\n\nAction: x"), ("<think>Hm.</think>Action: x", "Hm.</think>Action: x"):
-        assert nlac.lesson(parts, "policy", ["asked"], text) == [([1], taught)]
+        assert nlac.lessons(parts, "policy", [["asked"], None, ["asked"]], [text, text, ""]) == [([1], taught)]
 
 
 # ------------------------------------------------------------------------------------------------------------- whole runs
@@ -846,3 +915,16 @@ def test_a_closed_gate_trains_m_alone_and_the_start_policy_acts(main_here, monke
 def test_other_settings_run(main_here, flags):
     main_here(f"{SMALL} --out-dir d --steps 2 {flags}")
     assert (len(lines("d/metrics.jsonl"))) == 2
+
+
+def test_eval_only_copies_no_weights_and_shown_episodes_cost_nothing(run_here, monkeypatch):
+    run_here(f"{SMALL} --out-dir e --eval-every 1 --distil all --steps 2")
+    run_here(f"{SMALL} --out-dir f --eval-every 9 --distil all --steps 2")
+    shown, quiet = (lines(f"{name}/metrics.jsonl") for name in "ef")
+    assert [row["tokens"] for row in shown] == [row["tokens"] for row in quiet] and "eval_success" in shown[0]
+
+    def never(*given):
+        raise AssertionError("copies of weights that nobody asks")
+
+    monkeypatch.setattr(nlac, "Parts", never)
+    run_here(f"{SMALL} --eval-only")
