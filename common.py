@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import datetime
 import hashlib
+import importlib
 import importlib.util
 import json
 import math
@@ -17,6 +18,7 @@ import numbers
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1019,6 +1021,35 @@ def _json(value, **options) -> str:
     return json.dumps(plain(value), ensure_ascii=False, **options)
 
 
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # values of --track but "none": modules
+
+
+def tracker(name):
+    """What sends a line of metrics.jsonl to `name`, with its step: called with the run and the line. Refuses where it is not installed."""
+    try:
+        module = importlib.import_module(TRACKERS[name])
+    except ImportError:
+        refuse(f"--track {name} is an extra: pip install {name}")
+    opened = []  # not before the first line: by then the directory is there
+
+    def send(run, record):
+        nested = {f"{key}/{k}": v for key, value in record.items() if isinstance(value, dict) for k, v in value.items()}
+        values = {key: v for key, v in (record | nested).items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        step = record.get("step", run.step)
+        if name == "wandb":
+            if not opened:
+                opened.append(module.init(project=run.script, name=run.dir.name, dir=str(run.dir), config=run.args))
+            opened[0].log(values, step=step)
+            return
+        if not opened:
+            opened.append(module.SummaryWriter(str(run.dir / "tensorboard"), purge_step=step))
+        for key, value in values.items():
+            opened[0].add_scalar(key, value, step)
+        opened[0].flush()  # or what is left is lost with the process
+
+    return send
+
+
 class Run:
     """The directory a run leaves behind: args.json, metrics.jsonl, rollouts.jsonl, checkpoint/, model/, summary.json.
 
@@ -1026,7 +1057,7 @@ class Run:
     `log`, `write_rollouts`, `save_if_due`; at the end `complete`.
     """
 
-    FREE = {"steps", "device", "resume", "out_dir"}  # settings that may differ when a run is resumed
+    FREE = {"steps", "device", "resume", "out_dir", "track"}  # settings that may differ when a run is resumed
     LOGS = "metrics.jsonl", "rollouts.jsonl"
 
     def __init__(self, script, args, out_dir=None, fixed=()):
@@ -1037,8 +1068,11 @@ class Run:
         self._told = set()
         self.resuming, self.checkpoint, self._saved = getattr(args, "resume", False), self.dir / "checkpoint" / "state.pt", None
         self.stopping, self._held = 0, None  # after SIGINT or SIGTERM: the exit status, 130 or 143; the locked directory
+        self._track = None
         if getattr(args, "eval_only", False):
             return
+        if getattr(args, "track", "none") != "none":
+            self._track = tracker(args.track)
         try:
             self._check_directory(fixed)
         except OSError as error:
@@ -1224,6 +1258,8 @@ class Run:
             self._bar.set_postfix(success=f"{record.get('success', 0):.2f}")
         warn_cut(record, limits or {}, self._told)
         self._append("metrics.jsonl", [record])
+        if self._track:
+            self._track(self, record)
 
     def write_rollouts(self, records: list[dict]):
         """One line of rollouts.jsonl per episode."""
@@ -1245,11 +1281,18 @@ class Run:
         `shown`: an episode from before and one from after, as rollouts.jsonl keeps them.
         """
         found = summary(self.script, method, arm, self.settings, before, after, ends, self.totals, self.seconds)
+        for when, step, episode in zip(("before", "after"), (0, self.step), shown):
+            self.write_rollouts([{"step": step, "evaluation": when, **episode}])
         self.finish(found | extra, model, chat)
         for when, episode in zip(("before", "after"), shown):
             print(f"\n{when}\n{show(episode)}\n")
         print_table(found)
-        print(f"whole episodes: {self.dir / 'rollouts.jsonl'}")
+        print(self.closing())
+
+    def closing(self) -> str:
+        """The last line that a script prints: where to read whole episodes."""
+        page = f"python docs/show_run.py {shlex.quote(str(self.dir))}"
+        return f"whole episodes: {self.dir / 'rollouts.jsonl'}, as a page: {page}"
 
     def finish(self, summary: dict, model, chat):
         """model/ in the Hugging Face format, then summary.json: a run that has one is complete."""

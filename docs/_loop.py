@@ -158,6 +158,7 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
     learner = make_learner(model, chat, world, args)
     before, episode = nlac.evaluate(model, chat, args, ["test"], args.eval_episodes)
     shown = [("before", episode)]
+    run.write_rollouts([{"step": 0, "evaluation": "before", **vars(episode)}])
 
     totals, seconds, told = Counter(env_steps=0, tokens=0, gradient_steps=0, episodes=0), Counter(), set()
     step, last = 0, False
@@ -184,7 +185,7 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
             n = args.eval_episodes if last else max(1, args.eval_episodes // 5)
             after, episode = nlac.evaluate(model, chat, args, ["test"], n)
             metrics |= {f"eval_{name}": value for name, value in after["test"].items()}
-            records += [{"step": step, "evaluation": True, **vars(episode)}] * last
+            records += [{"step": step, "evaluation": "after", **vars(episode)}] * last
         clock.lap("watching")
         metrics |= learner.parts.metrics() | dict(totals) | clock.seconds()
         common.warn_cut(metrics, nlac.FLAGS, told)
@@ -205,4 +206,4 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
         print(f"\n{name}\n{common.show(vars(episode))}")
     print()
     common.print_table(summary)
-    print(f"whole episodes: {run.dir / 'rollouts.jsonl'}")
+    print(run.closing())
