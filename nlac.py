@@ -83,7 +83,7 @@ class Args:
     prefill: bool = flag(False, "begin every reply with its marked word, such as Action: (no room to reason before it)")
     show_actions: bool = flag(False, "list what is possible now in every observation (one more departure)")
     quick: bool = flag(False, "a small run through every line, to see that it works; overrides the sizes")
-    track: str = flag("none", "send metrics to tensorboard or wandb, too (extras to install)", choices=["none", "tensorboard", "wandb"])
+    track: str = flag("none", "metrics go there, too (an extra to install)", choices=["none", "tensorboard", "wandb"])
     # NLAC
     k: int = flag(1, "futures per critique (paper)")
     m: int = flag(1, "rounds of refinement (paper)")

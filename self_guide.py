@@ -84,7 +84,7 @@ class Args:
     prefill: bool = flag(False, "begin every reply with its marked word, such as Action: (no room to reason before it)")
     show_actions: bool = flag(False, "list what is possible now in every observation (one more departure)")
     quick: bool = flag(False, "a small run through every line, to see that it works; overrides the sizes")
-    track: str = flag("none", "send metrics to tensorboard or wandb, too (extras to install)", choices=["none", "tensorboard", "wandb"])
+    track: str = flag("none", "metrics go there, too (an extra to install)", choices=["none", "tensorboard", "wandb"])
     # group-relative policy optimisation
     group_size: int = flag(8, "episodes of one task (paper, for DAPO)")
     updates: int = flag(1, "gradient steps per step, each on its share of the groups (not in the paper)")

@@ -18,27 +18,32 @@ import base64
 import hashlib
 import html
 import json
-import math
 import re
 import sys
 import time
 from pathlib import Path
 
 SIZE = 1_450_000  # bytes of a page
-STEPS, PER_STEP = 9, 16  # steps shown, of all and of those where the most parts speak; episodes each
+STEPS = 9  # shown, of all and of those where the most parts speak
+PER_STEP = 16  # episodes
 LONGEST, MOST = 6000, 120  # characters of a text, texts of an episode
-POINTS = 120  # of a curve
+POINTS = 200  # of a curve
 MODEL = "act", "assistant", "agent", "text"  # names of the policy: each reply of it is a turn
 WORLD = "world", "user", "system", "observation"
 WORDS = "text", "reply", "think", "critique"  # fields that hold words, however short
 HEADING = "step", "evaluation", "stage", "split", "seed", "attempt", "won"
 MATTER = (  # metrics that are looked at first, in this order
-    "reward|return", "loss|l[12]", "kl", r"cut_\w+", "groups_(flat|without_spread)", "auc|trust",
-    "entropy", "invalid", r"right_if_\w+|second_success|judge_auc")  # fmt: skip
-COUNTS = {
-    "eval_episodes": "test episodes", "train_episodes": "training episodes",
-    "env_steps": "environment steps", "generated_tokens": "tokens sampled",
-    "gradient_steps": "gradient steps"}  # fmt: skip
+    r"reward|return loss|l[12] kl cut_\w+ groups_(flat|without_spread) auc|trust entropy invalid "
+    r"right_if_\w+|second_success|judge_auc"
+).split()
+COST = (  # of summary.json and args.json
+    "eval_episodes train_episodes env_steps generated_tokens gradient_steps seconds parameters device"
+).split()
+LEGEND = {
+    "line": "while training",
+    "dot": "evaluated, with the standard error",
+    "bound": "a random player, the expert",
+}
 # no character, without a width, or a mark that turns the direction of what follows
 ODD = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
@@ -84,9 +89,9 @@ def records(path):
 
 
 def is_number(value) -> bool:
-    """Whether it is a finite one."""
+    """Whether it is one that can be drawn."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return number and -1e300 < value < 1e300
 
 
 def moment(record) -> tuple:
@@ -107,19 +112,18 @@ def spread(items, count) -> list:
 def choose(path) -> tuple[dict, int]:
     """{moment: offsets of episodes to show, best first}, and how many episodes there are.
 
-    Where more parts speak than elsewhere, as critics do that are asked for few episodes, is better.
+    Best are those in which the most parts speak: critics may be asked for few episodes.
     """
     found, count = {}, 0
     for offset, record in records(path):
-        silent = -len({name for name, _, said in pieces(record) if said})
-        found.setdefault(moment(record), []).append((silent, offset))
+        speaking = {name for name, _, said in pieces(record) if said}
+        found.setdefault(moment(record), []).append((-len(speaking), offset))
         count += 1
-    richest = min((silent for rows in found.values() for silent, _ in rows), default=0)
+    best = min((min(rows)[0] for rows in found.values()), default=0)
     moments = sorted(found)
-    rich = [when for when in moments if min(found[when])[0] == richest]
-    ends = [when for when in moments if when[1]]
-    kept = {*spread(moments, STEPS), *spread(rich, STEPS), *ends}
-    return {when: [offset for _, offset in sorted(found[when])[:PER_STEP]] for when in sorted(kept)}, count
+    rich = [when for when in moments if min(found[when])[0] == best]
+    kept = sorted({*spread(moments, STEPS), *spread(rich, STEPS)})
+    return {when: [at for _, at in sorted(found[when])[:PER_STEP]] for when in kept}, count
 
 
 def pieces(value, name="", listed=False):
@@ -130,20 +134,21 @@ def pieces(value, name="", listed=False):
             yield who, value["content"], True
             value = {k: v for k, v in value.items() if k not in ("role", "who", "content")}
         for key, item in value.items():
-            yield from pieces(item, f"{'' if listed else name} {key}".strip(), listed)
-    elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        for item in value:
-            if isinstance(item, list) and len(item) == 2 and all(isinstance(x, str) for x in item):
-                yield *item, True
-            else:
-                yield from pieces(item, name, True)
+            yield from pieces(item, key if listed else f"{name} {key}".strip(), listed)
     elif isinstance(value, list) and name == "history":
         for number, item in enumerate(value):
             yield ("world", "act")[number % 2], fact(item), True
+    elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        for item in value:
+            if isinstance(item, list) and list(map(type, item)) == [str, str]:
+                yield *item, True
+            else:
+                yield from pieces(item, name, True)
     else:
-        long = isinstance(value, str) and (len(value) > 80 or "\n" in value)
-        spoken = long or isinstance(value, str) and (listed or name.split()[-1:] in ([w] for w in WORDS))
-        yield name, fact(value), spoken
+        said = isinstance(value, str) and (
+            listed or name.split(" ")[-1] in WORDS or len(value) > 80 or "\n" in value
+        )
+        yield name, fact(value), said
 
 
 def fact(value) -> str:
@@ -176,16 +181,21 @@ def safe(text) -> str:
 
 
 def tag(name, inside="", kind="", **attributes) -> str:
-    """An element of class `kind`. `inside` is HTML, the attributes are text, `_` in a name is `-`."""
+    """An element of class `kind`. `inside` is HTML, attributes are text, `_` in a name is `-`."""
     if kind:
         attributes["class"] = kind
-    told = "".join(f' {key.replace("_", "-")}="{safe(value)}"' for key, value in attributes.items())
+    told = "".join(
+        f' {key.replace("_", "-")}="{safe(value)}"' for key, value in attributes.items()
+    )
     return f"<{name}{told}>{inside}</{name}>"
 
 
-def facts(pairs) -> str:
+def facts(found) -> str:
     """A list of names and values."""
-    rows = (tag("div", tag("dt", safe(name)) + tag("dd", safe(cut(value)))) for name, value in pairs)
+    rows = []
+    for name, value in found.items():
+        row = tag("dt", safe(name)) + tag("dd", safe(cut(value)))
+        rows.append(tag("div", row, "long" * (len(value) > 40)))
     return tag("dl", "".join(rows))
 
 
@@ -194,37 +204,46 @@ def cut(text) -> str:
     if len(text) <= LONGEST:
         return text
     half = LONGEST // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
+    return (
+        f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
+    )
 
 
 def episode_html(record, key, colours) -> str:
     """An article. `colours`: {part: number}, of all parts so far; grows."""
-    said, rest, speaking = [], {}, {}
+    said, rest, speaking, turn = [], {}, {}, 0
     valid = record.get("valid")
     valid = iter(valid if isinstance(valid, list) else ())
-    turn = 0
     for name, text, spoken in pieces(record):
         if not spoken:
-            rest[name] = text
+            rest[name] = f"{rest[name]}, {text}" if name in rest else text
             continue
-        kind, note = "world", ""
+        kind, who = "world", safe(name)
         if name in MODEL:
             turn += 1
-            kind, note = "model", tag("em", "not valid") * (next(valid, True) is False)
+            kind = "model" + " long" * (len(text) > 160)
+            who = f"{turn} {who}" + tag("em", "not valid") * (next(valid, True) is False)
         elif name not in WORLD:
             kind = f"part c{colours.setdefault(name, len(colours)) % 6}"
         speaking[name] = True
-        who = tag("b", safe(f"{turn} {name}" if name in MODEL else name) + note)
-        said.append(tag("div", who + tag("p", safe(cut(text))), f"say {kind}"))
+        said.append(tag("div", tag("b", who) + tag("p", safe(cut(text))), f"say {kind}"))
     if len(said) > MOST:
         said[MOST:] = [tag("p", f"{len(said) - MOST:,} more texts are left out.", "quiet")]
     when, how = moment(record)[-1], outcome(record)
-    told = [when, *(f"{name} {rest[name]}" for name in HEADING[2:-1] if name in rest)]
-    told.append(f"{turn} turn" + "s" * (turn != 1))
-    heading = tag("h3", tag("span", how, "badge") + safe(" \u00b7 ".join(map(cut, told))))
-    more = facts((name, text) for name, text in rest.items() if name not in HEADING)
-    return tag("article", heading + "".join(said) + more, id=key, tabindex=-1, data_outcome=how,
-               data_when=when, data_turns=turn, data_parts="\n".join(speaking))  # fmt: skip
+    told = [f"{name} {rest[name]}" for name in HEADING[2:-1] if name in rest]
+    told = " \u00b7 ".join([when, *told, f"{turn} turn" + "s" * (turn != 1)])
+    heading = tag("h3", tag("span", how, "badge") + safe(cut(told)))
+    more = {name: text for name, text in rest.items() if name not in (*HEADING, "valid")}
+    return tag(
+        "article",
+        heading + "".join(said) + facts(more),
+        id=key,
+        tabindex=-1,
+        data_outcome=how,
+        data_when=when,
+        data_turns=turn,
+        data_parts="\n".join(speaking),
+    )
 
 
 def episodes_html(path, key, room) -> str:
@@ -233,23 +252,20 @@ def episodes_html(path, key, room) -> str:
     if not count:
         return tag("h2", "Episodes") + tag("p", "There are none in this directory.")
     articles, colours = {}, {}
+    rounds = [(place, when) for place in range(PER_STEP) for when in chosen]
     with open(path, "rb") as file:
-        for place in range(PER_STEP):
-            for when, offsets in chosen.items():
-                if place < len(offsets):
-                    file.seek(offsets[place])
-                    text = episode_html(json.loads(file.readline()), f"{key}-{offsets[place]}", colours)
+        for place, when in rounds:
+            for offset in chosen[when][place : place + 1]:
+                file.seek(offset)
+                record = json.loads(file.readline())
+                text = episode_html(record, f"{key}-{offset}", colours)
+                if len(text.encode()) < room:
                     room -= len(text.encode())
-                    if room > 0:
-                        articles[when, offsets[place]] = text
-    left = count - len(articles)
+                    articles[when, place] = text
     told = f"{len(articles):,} of {count:,}: of the first step, the last, and evenly between."
-    told = told if left else f"All {count:,}."
-    arrows = [tag("button", arrow, type="button", aria_label=name)
-              for arrow, name in (("\u2190", "the one before"), ("\u2192", "the next"))]  # fmt: skip
-    pager = tag("div", tag("output").join(arrows), "pager")
-    read = tag("div", pager + "".join(articles[at] for at in sorted(articles)))
-    return tag("h2", "Episodes") + tag("p", told, "quiet") + tag("div", tag("aside") + read, "browse")
+    told = told if len(articles) < count else f"All {count:,}."
+    read = tag("div", "".join(articles[at] for at in sorted(articles)))
+    return tag("h2", "Episodes") + tag("p", told, "quiet") + tag("div", read, "browse")
 
 
 # ------------------------------------------------------------------------------------------- curves
@@ -268,16 +284,10 @@ def series(rows) -> dict:
     return found
 
 
-def average(points) -> tuple:
-    """The middle of some points."""
-    return tuple(sum(values) / len(points) for values in zip(*points))
-
-
 def path_of(points, kind, first, last, low, high) -> str:
     """A line through points (step, value), in a drawing of 300 x 100; a dot where there is one."""
     across, up = 300 / (max(last - first, 1)), 100 / ((high - low) or 1)
-    size = math.ceil(len(points) / POINTS)
-    points = [average(points[i : i + size]) for i in range(0, len(points), size)]
+    points = spread(points, POINTS)
     places = [f"{(x - first) * across:.1f} {100 - (y - low) * up:.1f}" for x, y in points]
     return f'<path class="{kind}" d="M{"L".join(places)}{"h0" * (len(places) == 1)}"/>'
 
@@ -285,9 +295,18 @@ def path_of(points, kind, first, last, low, high) -> str:
 def figure(name, final, drawn, labels, kind="") -> str:
     """A drawing with its name, its last value, and labels {percent from the top: text}."""
     told = f"{name}, {final}; axis from {' to '.join(reversed(labels.values()))}"
-    drawn = tag("svg", drawn, viewBox="0 0 300 100", preserveAspectRatio="none", role="img", aria_label=told)
-    drawn += "".join(tag("span", text, style=f"top:{top}%") for top, text in labels.items())
-    return tag("figure", tag("figcaption", safe(name) + tag("b", final)) + tag("div", drawn, f"plot {kind}"))
+    plot = tag(
+        "svg",
+        drawn,
+        viewBox="0 0 300 100",
+        preserveAspectRatio="none",
+        role="img",
+        aria_label=told,
+    )
+    for top, text in labels.items():
+        plot += tag("span", text, style=f"top:{top}%")
+    caption = tag("figcaption", safe(name) + tag("b", final))
+    return tag("figure", caption + tag("div", plot, f"plot {kind}"))
 
 
 def rounded(value) -> str:
@@ -298,42 +317,38 @@ def rounded(value) -> str:
 def small_chart(name, points, first, last) -> str:
     """One metric over the steps; its axis begins at 0 where that is near."""
     low, high = (end(value for _, value in points) for end in (min, max))
-    low = 0.0 if 0 <= low < high / 2 else low
+    low = 0.0 if -high / 100 <= low < high / 2 else low
     line = path_of(points, "line", first, last, low, high)
     return figure(name, fact(points[-1][1]), line, {0: rounded(high), 100: rounded(low)})
 
 
 def success_chart(found, rows, summary, last) -> str:
     """Success in training, in evaluations with their standard errors, and of who bounds it."""
-    drawn, legend = [], []
-
-    def draw(points, kind, told=""):
-        drawn.append(path_of(points, kind, 0, last, 0, 1))
-        if told and tag("span", told, kind) not in legend:
-            legend.append(tag("span", told, kind))
-
-    for y in 0, 0.5, 1:
-        draw([(0, y), (last, y)], "gridline")
-    for player in "random", "expert":
-        value = part(summary, player).get("success")
-        if is_number(value):
-            draw([(0, value), (last, value)], "bound", f"{player} {value:.3f}")
-    if "success" in found:
-        draw(found["success"], "line", "while training")
     errors = dict(found.get("eval_se", ()))
     dots = [(step, value, errors.get(step)) for step, value in found.get("eval_success", ())]
     ends = {row.get("stage"): row.get("step") for row in rows} | {"before": 0, "after": last}
+    lines = [([(0, y), (last, y)], "gridline") for y in (0, 0.5, 1)]
     for name, splits in scores(summary).items():
-        if "test" in splits and is_number(ends.get(name)):
-            dots.append((ends[name], *splits["test"]))
+        value, error = splits.get("test", (None, None))
+        if is_number(value) and name in ("random", "expert"):
+            lines.append(([(0, value), (last, value)], "bound"))
+        elif is_number(value) and is_number(ends.get(name)):
+            dots.append((ends[name], value, error))
+    lines.append((found.get("success"), "line"))
     for step, value, error in dots:
         error = error if is_number(error) else 0
-        draw([(step, max(0, value - error)), (step, min(1, value + error))], "whisker")
-        draw([(step, value)], "dot", "evaluated, with the standard error")
-    if not dots and "success" not in found:
+        lines.append(
+            ([(step, max(0, value - error)), (step, min(1, value + error))], "whisker")
+        )
+        lines.append(([(step, value)], "dot"))
+    drawn = [path_of(points, kind, 0, last, 0, 1) for points, kind in lines if points]
+    kinds = {kind for points, kind in lines if points}
+    if not kinds & {"line", "dot"}:
         return ""
-    chart = figure("success", f"steps 0 to {fact(last)}", "".join(drawn), {0: "1", 50: "0.5", 100: "0"}, "large")
-    return chart + tag("div", "".join(legend), "legend")
+    legend = "".join(tag("span", told, kind) for kind, told in LEGEND.items() if kind in kinds)
+    axis = {0: "1", 50: "0.5", 100: "0"}
+    chart = figure("success", f"steps 0 to {fact(last)}", "".join(drawn), axis, "large")
+    return chart + tag("div", legend, "legend")
 
 
 def curves_html(rows, summary) -> str:
@@ -341,29 +356,34 @@ def curves_html(rows, summary) -> str:
     found = series(rows)
     steps = [step for step, _ in found.pop("step", [(0, 0)])]
     drawn = success_chart(found, rows, summary, max(steps))
-    shown = "success|eval_(success|se|n)|(stage|phase)_step"
-    found = {name: points for name, points in found.items() if not re.fullmatch(shown, name)}
-    still = [f"{name} {fact(points[0][1])}" for name, points in found.items() if len({y for _, y in points}) == 1]
-    charts = {name: small_chart(name, points, min(steps), max(steps)) for name, points in found.items()
-              if len({y for _, y in points}) > 1}  # fmt: skip
-    matter = [charts.pop(name) for pattern in MATTER for name in [*charts] if re.fullmatch(pattern, name)]
-    more = tag("div", "".join(charts.values()), "grid")
-    more += tag("p", safe(f"Never moved: {', '.join(still)}."), "quiet") if still else ""
-    if found:
-        drawn += tag("div", "".join(matter), "grid") + tag("details", tag("summary", "All other metrics") + more)
-    return drawn and tag("h2", "Curves") + drawn
+    charts, still = {}, []
+    for name, points in found.items():
+        if re.fullmatch("success|eval_(success|se|n)|(stage|phase)_step", name):
+            continue
+        if len({value for _, value in points}) > 1:
+            charts[name] = small_chart(name, points, min(steps), max(steps))
+        else:
+            still.append(f"{name} {fact(points[0][1])}")
+    first = [name for pattern in MATTER for name in charts if re.fullmatch(pattern, name)]
+    drawn += tag("div", "".join(charts.pop(name) for name in first), "grid")
+    rest = tag("div", "".join(charts.values()), "grid")
+    if still:
+        rest += tag("p", safe(f"Never moved: {', '.join(still)}."), "quiet")
+    drawn += tag("details", tag("summary", "All other metrics") + rest)
+    return tag("h2", "Curves") + drawn if found else ""
 
 
 # ------------------------------------------------------------------------------------------ summary
 
 
 def scores(summary) -> dict:
-    """{row: {split: (success, its standard error)}}: before, the stages, after; the players that bound it."""
-    watched = part(summary, "stages") or part(summary, "watched")
-    rows = {"random": {"test": summary.get("random")}, **watched, "expert": {"test": summary.get("expert")}}
+    """{row: {split: (success, its standard error)}}: before, stages, after, and who bounds them."""
+    rows = {"random": {"test": summary.get("random")}}
+    rows |= part(summary, "stages") or part(summary, "watched")
+    rows |= {"expert": {"test": summary.get("expert")}}
     found = {}
-    for name, splits in rows.items():
-        for split, told in (splits or {}).items():
+    for name in rows:
+        for split, told in part(rows, name).items():
             if isinstance(told, dict) and is_number(told.get("success")):
                 found.setdefault(name, {})[split] = told["success"], told.get("se")
     return found
@@ -373,67 +393,63 @@ def score_table(summary) -> str:
     """Success of each row in each split, with a bar."""
     rows = scores(summary)
     splits = list(dict.fromkeys(split for told in rows.values() for split in told))
-    lines = [tag("tr", tag("td") + "".join(tag("th", safe(split), scope="col") for split in splits))]
+    lines = [tag("td") + "".join(tag("th", safe(split), scope="col") for split in splits)]
     for name, told in rows.items():
         line = tag("th", safe(name.replace("_", " ")), scope="row")
         for split in splits:
-            value, error = told.get(split, (None, None))
-            bar = tag("span", "", "bar", style=f"--share:{value or 0:.3f}") + f"{value or 0:.3f}"
-            bar += tag("span", f"\u00b1 {error:.3f}", "error") if is_number(error) else ""
-            line += tag("td", bar if is_number(value) else "")
-        lines.append(tag("tr", line, "after" * (name == list(rows)[-2:][0])))
-    return tag("table", tag("thead", lines[0]) + tag("tbody", "".join(lines[1:])), "scores") if rows else ""
+            cell = ""
+            if split in told:
+                value, error = told[split]
+                cell = tag("span", "", "bar", style=f"--share:{value:.3f}") + f"{value:.3f}"
+                cell += tag("span", f"\u00b1 {error:.3f}", "error") if is_number(error) else ""
+            line += tag("td", cell)
+        lines.append(line)
+    return tag("table", "".join(tag("tr", line) for line in lines), "scores") if rows else ""
 
 
 def summary_html(directory, rows) -> str:
     """What run this is, what came out, what it cost, and, folded, its settings."""
     about, summary = (read_json(directory / f"{name}.json") for name in ("args", "summary"))
     args = part(about, "args")
-    told = [args.get("model"), args.get("env"), summary.get("arm"), f"seed {args.get('seed')}"]
-    told = " \u00b7 ".join(str(word) for word in told if word not in (None, "", "none"))
+    told = args.get("model"), args.get("env"), summary.get("arm"), f"seed {args.get('seed', '?')}"
+    told = " \u00b7 ".join(str(word) for word in told if word not in (None, "none"))
     top = tag("h1", safe(about.get("script", directory.name))) + tag("p", safe(told), "told")
     if not summary:
         written = max(path.stat().st_mtime for path in directory.iterdir())
         clock = time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
         step = rows[-1].get("step") if rows else 0
         top += tag("p", safe(f"Not finished: at step {step}, last written {clock}."), "open")
-    top += score_table(summary)
-    pairs = [(told, fact(summary[key])) for key, told in COUNTS.items() if key in summary]
-    if is_number(summary.get("seconds")):
-        pairs.append(("minutes", f"{summary['seconds'] / 60:,.1f}"))
-    if is_number(summary.get("peak_memory_bytes")):
-        pairs.append(("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"))
-    for key in "parameters", "device", "git_commit":
-        if about.get(key):
-            pairs.append((key.replace("git_", ""), fact(about[key])))
-    top += facts(pairs)
-    if args:
-        settings = facts((key, fact(value)) for key, value in args.items())
-        top += tag("details", tag("summary", "Settings") + settings)
-    return tag("header", top)
+    known = about | summary
+    cost = facts({key.replace("_", " "): fact(known[key]) for key in COST if key in known})
+    more = {}
+    for name, value in (known | args).items():
+        if not isinstance(value, dict):
+            more[name] = fact(value)
+    more = tag("details", tag("summary", "Settings and origin") + facts(more))
+    return tag("header", top + score_table(summary) + cost + more)
 
 
 def page(directories) -> str:
     """The whole page."""
     layout = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    before, _, after = layout.partition("<!--RUNS-->")
+    script = re.search("<script>(.*?)</script>", layout, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    layout = layout.replace("SCRIPT-HASH", digest)  # no other script may run
     heads = []
     for directory in directories:
         rows = [row for _, row in records(directory / "metrics.jsonl")]
         curves = curves_html(rows, read_json(directory / "summary.json"))
         heads.append(summary_html(directory, rows) + curves)
     room = (SIZE - len("".join([layout, *heads]).encode())) // len(directories) - 2000
-    switch = runs = ""
+    links, runs = [], []
     for number, (directory, head) in enumerate(zip(directories, heads)):
-        key, name = f"run{number}", directory.resolve().name
-        switch += tag("a", safe(name), href=f"#{key}")
+        key = f"run{number}"
+        links.append(tag("a", safe(directory.resolve().name), href=f"#{key}"))
         episodes = episodes_html(directory / "rollouts.jsonl", key, room)
-        runs += tag("section", head + episodes, "run", id=key)
-    script = re.search("<script>(.*?)</script>", after, re.DOTALL)[1]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    before = before.replace("SCRIPT-HASH", digest)  # no other script may run
-    before = before.replace("TITLE", safe(", ".join(path.resolve().name for path in directories)))
-    return before + tag("nav", switch) * (len(directories) > 1) + runs + after
+        runs.append(tag("section", head + episodes, "run", id=key))
+    switch = tag("nav", "".join(links)) if len(links) > 1 else ""
+    before, _, after = layout.partition("<!--RUNS-->")
+    return before + switch + "".join(runs) + after
 
 
 def main():
@@ -441,7 +457,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = refuse
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="what a run left")
-    parser.add_argument("-o", metavar="FILE", help="the page; default, of one run: RUN_DIR/show.html")
+    parser.add_argument("-o", metavar="FILE", help="default, of one run: RUN_DIR/show.html")
     args = parser.parse_args()
     directories = [Path(name) for name in args.runs]
     for directory in directories:
