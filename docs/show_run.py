@@ -122,7 +122,9 @@ def choose(path) -> tuple[dict, int]:
     best = min((min(rows)[0] for rows in found.values()), default=0)
     moments = sorted(found)
     rich = [when for when in moments if min(found[when])[0] == best]
-    kept = sorted({*spread(moments, STEPS), *spread(rich, STEPS)})
+    ends = [when for when in moments if when[1]]
+    steps = [when for when in moments if not when[1]]
+    kept = sorted({*ends, *spread(steps, STEPS), *spread(rich, STEPS)})
     return {when: [at for _, at in sorted(found[when])[:PER_STEP]] for when in kept}, count
 
 

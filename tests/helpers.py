@@ -51,6 +51,11 @@ def refused(result, *words):
         assert word in result.stderr, (word, result.stderr)
 
 
+def refused_process(result, *words):
+    """The same of a `subprocess.run` of any program."""
+    refused(SimpleNamespace(status=result.returncode, stdout=result.stdout, stderr=result.stderr), *words)
+
+
 # ------------------------------------------------------------------------------------------ faults: code for `run_script`
 
 LOG = """
