@@ -19,6 +19,11 @@ def lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def trained_on(run):
+    """The episodes of rollouts.jsonl that a run trained on: those shown from before and after apart."""
+    return [row for row in lines(Path(run) / "rollouts.jsonl") if "evaluation" not in row]
+
+
 def everything_under(path):
     return {p.relative_to(path): p.read_bytes() if p.is_file() else None for p in Path(path).rglob("*")}
 

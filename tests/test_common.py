@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import datetime
+import functools
 import importlib.machinery
 import importlib.util
 import json
@@ -1445,6 +1446,73 @@ def test_checkpoint_and_logs(tmp_path, no_locks):
     assert [p.name for p in (run.dir / "checkpoint").iterdir()] == ["state.pt"]
 
 
+class Writer:
+    """Stands for the writers of both trackers."""
+
+    made = []
+
+    def __init__(self, directory="", **settings):
+        self.settings, self.said = {"directory": directory, **settings}, []
+        self.made.append(self)
+
+    def add_scalar(self, name, value, step):
+        self.said.append((step, name, value))
+
+    def log(self, values, step):
+        self.said += [(step, name, value) for name, value in values.items()]
+
+    def flush(self):
+        self.said.append("flushed")
+
+
+@dataclasses.dataclass
+class Tracked(Args):
+    track: str = "none"
+
+
+RECORDS = [{"step": 3, "success": 0.5, "rows": {"right": 0.25, "name": "x"}, "loss": math.nan, "auc": None, "stage": "rl"},
+           {"step": 4, "kl": 1}]  # fmt: skip
+SENT = [(3, "step", 3), (3, "success", 0.5), (3, "rows/right", 0.25), (4, "step", 4), (4, "kl", 1)]
+
+
+@pytest.mark.parametrize("name", common.TRACKERS)
+def test_metrics_go_to_a_tracker_by_step(tmp_path, monkeypatch, name, no_locks):
+    monkeypatch.setattr(Writer, "made", [])
+    monkeypatch.setitem(sys.modules, common.TRACKERS[name], SimpleNamespace(SummaryWriter=Writer, init=Writer))
+    run = common.Run("toy", Tracked(track=name), tmp_path / "run")
+    assert not any(tmp_path.iterdir()) and not Writer.made
+    run.start()
+    for record in RECORDS:
+        run.log(record)
+    [writer] = Writer.made
+    assert [said for said in writer.said if said != "flushed"] == SENT and len(lines(run.dir / "metrics.jsonl")) == 2
+    assert (writer.said[-1] == "flushed") == (name == "tensorboard")  # after each line: a killed run loses none
+    assert str(run.dir) in map(str, (writer.settings["directory"], Path(writer.settings["directory"]).parent, writer.settings.get("dir")))
+    again = common.Run("toy", Tracked(track="none", resume=True), run.dir)  # it may go on without
+    again.start()
+    again.log(RECORDS[1])
+    assert len(Writer.made) == 1
+
+
+def test_tensorboard_reads_what_was_sent(tmp_path, no_locks):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = common.Run("toy", Tracked(track="tensorboard"), tmp_path / "run")
+    run.start()
+    for record in RECORDS:
+        run.log(record)
+    found = reader.EventAccumulator(str(run.dir / "tensorboard")).Reload()
+    assert [(event.step, name, event.value) for name in found.Tags()["scalars"] for event in found.Scalars(name)] == [
+        (3, "step", 3), (4, "step", 4), (3, "success", 0.5), (3, "rows/right", 0.25), (4, "kl", 1)]  # fmt: skip
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch, capsys):
+    for name, module in common.TRACKERS.items():
+        monkeypatch.setitem(sys.modules, module, None)
+        args = Tracked(track=name)
+        refused(capsys, functools.partial(common.Run, "toy", args, tmp_path / "run"), f"pip install {name}")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch, no_locks):
     run = started(tmp_path / "run")
     run.save({"step": 1})
@@ -1778,17 +1846,23 @@ def test_complete(tmp_path, cache, capsys):
     after = copy.deepcopy(scores)
     after["test"]["success"] = 0.75
     assert common.result_line("test", scores["test"] | {"n": 4}) == "test: success 0.250 (se 0.500, n 4)"
-    run.complete(model, chat, "nlac", "all", scores, after, {"random": (0.1, 0.2), "expert": (1.0, 0.0)}, further=1)
+    run.step, shown = 4, [{"said": [["act", "Action: go"]]}, {"said": [["act", "Action: stay"]]}]
+    run.complete(model, chat, "nlac", "all", scores, after, {"random": (0.1, 0.2), "expert": (1.0, 0.0)}, shown, further=1)
     summary = json.loads((run.dir / "summary.json").read_text())
     assert summary["before"] == {"success": 0.25, "se": 0.5} and summary["after"]["success"] == 0.75
     assert summary["before_train"] == {"success": 0.5, "se": None} and summary["expert"]["success"] == 1
     assert {*SUMMARY} <= summary.keys() and summary["generated_tokens"] == 80 and summary["further"] == 1
     assert (run.dir / "model" / "model.safetensors").exists()
     out = capsys.readouterr().out
-    assert [line.split()[:2] for line in out.splitlines()[1:6]] == [
+    assert lines(run.dir / "rollouts.jsonl") == [
+        {"step": 0, "evaluation": "before", **shown[0]}, {"step": 4, "evaluation": "after", **shown[1]}]  # fmt: skip
+    table = out[out.index("success") :]
+    assert [line.split()[:2] for line in table.splitlines()[1:6]] == [
         ["before", "0.250"], ["after", "0.750"], ["before", "train"], ["after", "train"], ["random", "0.100"],
     ]  # fmt: skip
-    assert "rollouts.jsonl" in out
+    assert out.endswith(f"whole episodes: {run.dir / 'rollouts.jsonl'}, as a page: python docs/show_run.py {run.dir}\n")
+    run.dir = Path("runs/my run")
+    assert run.closing().endswith(" python docs/show_run.py 'runs/my run'")
 
 
 def test_an_evaluation_needs_no_directory(tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,10 @@ from helpers import CHECKPOINT, LOG, SUMMARY, everything_under, lines, refused, 
 
 import common
 import envs
+
+sys.path.insert(0, str(ROOT / "docs"))
+
+import show_run  # noqa: E402
 
 torch.set_num_threads(1)
 FILES = {"args.json", "metrics.jsonl", "rollouts.jsonl", "checkpoint", "model", "summary.json"}
@@ -201,6 +206,18 @@ def test_quick_by_subprocess(run_as_user, own, script, tmp_path):
     directory = str(run.relative_to(tmp_path))
     for piece in "\nbefore", "\nafter\n", "\n> ", "\nrandom ", "\nexpert ", directory:
         assert piece in result.stdout, piece
+    assert result.stdout.endswith(f"python docs/show_run.py {directory}\n")
+    shows_all_words(run)
+
+
+def shows_all_words(run):
+    """The page of a run holds every text of its episodes; a quick run fits whole."""
+    found = re.sub("<[^>]*>", "\n", show_run.page([run]))  # what was said is escaped: no tag is lost
+    rows = lines(run / "rollouts.jsonl")
+    texts = {text for row in rows for text in inside(row) if isinstance(text, str)} - {""}
+    assert f"All {len(rows)}." in found and len(texts) > 20
+    for text in texts:
+        assert show_run.safe(text) in found, text
 
 
 def test_what_a_run_leaves(own, script, small, whole):
@@ -332,7 +349,7 @@ BAD_VALUES = {
     "steps": "0 -3", "lr": "nan -1 inf", "batch-size": "0", "micro-batch-size": "0 5",
     "rollout-batch-size": "0", "max-new-tokens": "0", "max-context": "0", "temperature": "0 nan",
     "eval-temperature": "-1 nan", "eval-episodes": "0", "eval-every": "0", "save-every": "0 -1",
-    "seed": f"-1 {2**63}", "shots": "-1", "thinking": "maybe", "quick": "maybe", "device": "warp",
+    "seed": f"-1 {2**63}", "shots": "-1", "thinking": "maybe", "quick": "maybe", "device": "warp", "track": "tensorbord",
     "dtype": "float16", "examples": "0", "nonsense": "1",
 }  # fmt: skip
 BAD_INPUT = [(f"--{name} {value}", f"--{name}")

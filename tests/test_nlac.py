@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
-from helpers import PAD, Bigram, lines
+from helpers import PAD, Bigram, lines, trained_on
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import common
@@ -885,7 +885,7 @@ def test_every_parameter_moves_and_frozen_parts_do_not(main_here):
         assert not torch.equal(now, old) and not torch.equal(bar, old) and not torch.equal(bar, now), name  # follows, behind
     assert all(torch.equal(value, parts.first[name]) for name, value in parts.start.state_dict().items())
     assert not any(p.grad is not None for model in (parts.target, parts.start) for p in model.parameters())
-    episodes = lines("a/rollouts.jsonl")
+    episodes = trained_on("a")
     words = Counter(who for row in episodes for who, _ in row["said"])
     assert {"world", "act", "future", "critique", "refined"} == set(words)
     assert len(episodes) == 3 * 4 + 1 and all(len(row["said"]) == 1 + 2 * len(row["valid"]) for row in episodes if row["split"] == "train")

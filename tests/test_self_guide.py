@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
-from helpers import LOG, PAD, SUMMARY, WORDS, Bigram, everything_under, lines, random_episodes, random_table, refused, same_run
+from helpers import LOG, PAD, SUMMARY, WORDS, Bigram, everything_under, lines, random_episodes, random_table, refused, same_run, trained_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -1130,7 +1130,7 @@ def main_here(monkeypatch, run_here):
 
 
 def test_metrics_follow_from_the_rollouts(whole, tiny):
-    metrics, rollouts = lines(whole / "metrics.jsonl"), lines(whole / "rollouts.jsonl")
+    metrics, rollouts = lines(whole / "metrics.jsonl"), trained_on(whole)
     assert [row["trust"] for row in metrics] == pytest.approx([0, 0, 1, 0.5])  # shares 0, 0.25, 0.5, 0.75 of four steps
     seeds = []
     for row in metrics:
@@ -1222,9 +1222,9 @@ def test_dapo_keeps_full_batches_by_itself(run_script, tmp_path):
     result = run_script(f"{flags} --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
     rows = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [sum(e["step"] == row["step"] for e in lines(tmp_path / "run" / "rollouts.jsonl")) for row in rows] == [
+    assert [sum(e["step"] == row["step"] for e in trained_on(tmp_path / "run")) for row in rows] == [
         8 + 4 * row["groups_replaced"] for row in rows]
-    assert rows[0]["groups_replaced"] and len({e["seed"] for e in lines(tmp_path / "run" / "rollouts.jsonl")}) == rows[-1]["episodes"] / 4
+    assert rows[0]["groups_replaced"] and len({e["seed"] for e in trained_on(tmp_path / "run")}) == rows[-1]["episodes"] / 4
     assert rows[-1]["episodes"] == 16 + 4 * sum(row["groups_replaced"] for row in rows) and rows[-1]["gradient_steps"] == 4
     assert run_script(f"{flags} --out-dir killed", tmp_path, LOG.format(step=2, name="SIGKILL")).status == -signal.SIGKILL
     assert run_script(f"{flags} --out-dir killed --resume", tmp_path).status == 0

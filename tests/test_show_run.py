@@ -26,7 +26,8 @@ SUMMARY = {
                 "after": {"test": {"success": 0.75, "se": 0.02}}, "cold_started": None}}  # fmt: skip
 METRICS = [{"step": step, "success": step / 4, "loss": loss, "cut_act": 0.0, "rows": {"right": loss}, "auc": None}
            for step, loss in ((1, 0.0), (2, 4.0), (3, 1.0))]  # fmt: skip
-WICKED = ["</script><script>document.title='run'</script>", "<!-- ", "<![CDATA[", "&lt;b&gt; &amp;amp;", '"\'><img src=x onerror=alert(1)>',
+WICKED = ["</script><script>document.title='run'</script>",
+          "<!-- ", "<![CDATA[", "&lt;b&gt; &amp;amp;", '"\'><img src=x onerror=alert(1)>',
           "</p></article></section><!--RUNS-->", "a\u2028b\u2029c", "half \ud800 a pair", "nul \0 bell \x07", "right \u202e left", "SCRIPT-HASH"]
 
 
@@ -115,7 +116,8 @@ def test_what_a_model_writes_stays_text(tmp_path):
 def test_the_shapes_of_an_episode(tmp_path):
     records = [
         {"said": [["world", "w"], ["act", "a"], ["rate", "r"]]},
-        {"messages": [{"role": "user", "content": "w"}, {"role": "assistant", "content": "a", "tokens": 5}, {"role": "rate", "content": "r"}]},
+        {"messages": [{"role": "user", "content": "w"}, {"role": "assistant", "content": "a", "tokens": 5},
+                      {"role": "rate", "content": "r"}]},
         {"history": ["w", "a", "v"], "judgement": {"think": "t", "critique": "", "score": 0.25}},
         {"turns": [{"observation": "w", "reply": "a", "judge": {"verdict": "v"}}, {"reply": "b"}]},
         {"text": "a", "about": {"expert": "go"}, "row": "right"},
@@ -247,7 +249,7 @@ def test_several_runs(tmp_path):
 def test_refusals(tmp_path):
     run, other = written(tmp_path / "run"), written(tmp_path / "other")
     for given, words in [
-        ([], "required"), ([tmp_path / "nowhere"], "nowhere"), ([tmp_path], "not the directory of a run"), ([run / "args.json"], "args.json"),
+        ([], "required"), ([tmp_path / "nowhere"], "nowhere"), ([tmp_path], "not the directory of a run"), ([run / "args.json"], "args"),
         ([run, other], "-o FILE"), ([run, "-o", run / "rollouts.jsonl"], ".html"), ([run, "-o", tmp_path / "a" / "b.html"], "b.html"),
         ([run, "--fast"], "--fast"),
     ]:  # fmt: skip
@@ -324,9 +326,9 @@ def test_in_a_browser(tmp_path):
     (tmp_path / "show_run.html").write_text(layout.replace("</script>", DRIVE + "</script>"))
     runs = [written(tmp_path / name, episodes) for name in ("one", "two")]
     subprocess.run([sys.executable, tmp_path / "show_run.py", *runs, "-o", tmp_path / "both.html"], check=True)
-    found = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
-         "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "both.html").as_uri()], capture_output=True, text=True, timeout=120)  # fmt: skip
+    flags = "--headless --no-sandbox --disable-gpu --enable-logging=stderr --virtual-time-budget=5000 --dump-dom".split()
+    command = [BROWSER, *flags, f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "both.html").as_uri()]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in found.stderr and "data-error" not in found.stdout.split("<script>")[0], found.stderr
     assert "<title>nlac: episodes</title>" in found.stdout  # the model's script did not run
     told = re.search('data-told="(.*?)"', found.stdout)[1].replace("&quot;", '"')
