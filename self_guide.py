@@ -79,6 +79,8 @@ class Args:
     resume: bool = flag(False, "continue the run in --out-dir")
     device: str = flag(common.default_device(), "cpu, cuda, cuda:1, mps")
     dtype: str = flag("auto", "mixed: float32 weights, bfloat16 compute; auto: mixed on a GPU, else float32; bfloat16: --eval-only")
+    gradient_checkpointing: bool = flag(False, "compute layers again in the backward pass: less memory, about a third more time")
+    lora_rank: int = flag(0, "above 0: adapters of this rank learn (peft; all linear layers but the head), over one copy of the weights")
     thinking: bool = flag(False, "let a thinking model think natively before each reply")
     shots: int = flag(0, "worked examples before the first turn of every part, by a random player on train")
     prefill: bool = flag(False, "begin every reply with its marked word, such as Action: (no room to reason before it)")
@@ -586,7 +588,7 @@ def main():
     run.start(model=model)
 
     steps = 0 if args.guide == "inference" else args.steps
-    reference = copy.deepcopy(model) if steps and (args.kl or args.frozen_rater) else None
+    reference = common.frozen_copy(model) if steps and (args.kl or args.frozen_rater) else None
     rater = reference if args.frozen_rater else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
     state = run.resume(model=model, optimizer=optimizer)
@@ -646,7 +648,8 @@ def load(world, args):
     constants = [f"{world.system}\n{POLICY}", f"{world.system}\n{POLICY}\n{GUIDED}", RATE, ACT, READ, "Action: ", "Reason: ",
                  "\nLabel: ", *common.CHANGES_OF_SPEAKER]
     return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype,
-                       thinking=args.thinking, max_context=args.max_context)
+                       thinking=args.thinking, max_context=args.max_context,
+                       gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank)
 
 
 def warmup(world, args):

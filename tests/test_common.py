@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import datetime
 import functools
+import gc
 import importlib.machinery
 import importlib.util
 import json
@@ -52,14 +53,14 @@ TEXTS = ["user\nassistant\n", "system\nYou are a player.", "the lamp is on the t
 TOKENIZER = common.tiny_tokenizer(TEXTS, ["A constant line. It is one token."])
 SIZES = dict(
     vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=512, bos_token_id=None, eos_token_id=None,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None,
     pad_token_id=0, tie_word_embeddings=False,  # tied ones make a random model repeat its last token
     initializer_range=0.4,  # large: attention must matter, or a wrong mask would not show
 )  # fmt: skip
 WINDOW = 8  # far shorter than the dialogues below
 MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(  # positions are learned: absolute ones matter
-        GPT2Config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.4)
+        GPT2Config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.4)
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -515,6 +516,39 @@ def test_dialogues_without_rows_or_with_wrong_ones(qwen3, chat):
         dialogues.reply([0, 1], seeds=[1], **options)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_one_copy_of_the_cache_in_the_dtype_of_the_computation(kind, chat, mixed, monkeypatch):
+    """All that lives of keys and values while a reply is decoded: one buffer each per layer, little larger than they are."""
+    model = build(kind)
+    model.compute_dtype = torch.bfloat16 if mixed else None
+    heads, width = (4, 8) if model.config.model_type == "gpt2" else (2, 8)
+    decode, found = common._decode, []
+
+    def watched(*given):
+        replies = decode(*given)
+        gc.collect()
+        alive = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.shape[1:2] + each.shape[3:] == (heads, width)]
+        found.append({tensor.untyped_storage().data_ptr(): tensor for tensor in alive}.values())
+        return replies
+
+    monkeypatch.setattr(common, "_decode", watched)
+    chat.eos = chat.eos[:1]
+    prompts = [ids * 3 for ids in ragged(5, seed=1)]
+    dialogues = common.Dialogues(model, chat, prompts)
+    for turn in range(4):
+        dialogues.reply(range(5), max_new_tokens=90, temperature=1.0, seeds=range(5))
+        length = max(map(len, dialogues.ids)) - 1
+        whole = [tensor for tensor in found[-1] if len(tensor) == 5]
+        assert len(whole) == 2 * model.config.num_hidden_layers
+        assert len(found[-1]) in (len(whole), 2 * len(whole))  # those of the rows that went on to the end
+        for tensor in whole:
+            assert tensor.dtype == (torch.bfloat16 if mixed else torch.float32)
+            column = tensor[:, :, 0].numel() * tensor.element_size()
+            assert tensor.untyped_storage().nbytes() <= column * (1.25 * length + 2 * common._Layer.ROOM)
+        dialogues.extend(range(5), [OBSERVATIONS[turn]] * 5)
+
+
 # --------------------------------------------------------------------------------------------------------- log-probs
 
 
@@ -584,6 +618,139 @@ def test_token_logprobs_in_bfloat16_and_after_an_error(chat):
     rough = common.token_logprobs(model, ids, mask)
     assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
     assert (rough - exact).abs().mean() < 0.2 * exact.abs().mean()
+
+
+def kept_bytes(model, ids, mask):
+    """What a forward keeps for the backward pass, weights apart."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        common.token_logprobs(model, ids, mask).sum().backward()
+    return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in weights)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradient_checkpointing_changes_memory_alone(kind, mixed, rank, chat):
+    model, (ids, mask) = build(kind), padded(ragged(5))
+    model.compute_dtype = torch.bfloat16 if mixed else None
+    if rank:
+        common.add_adapters(model, rank)
+    options = dict(max_new_tokens=9, temperature=1.0, seeds=range(5))
+    said, kept, gradients = common.generate(model, chat, ragged(5), **options), [], []
+    for _ in range(2):
+        kept.append(kept_bytes(model, ids, mask))
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+        model.zero_grad()
+        assert common.generate(model, chat, ragged(5), **options) == said
+        assert not any(module.training for module in model.modules())
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    assert kept[1] < kept[0] / 2
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+# ---------------------------------------------------------------------------------------------- adapters and copies
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_adapters(kind, mixed, chat, tmp_path):
+    """They begin as nothing, learn alone, and are there when the model is saved."""
+    model, (ids, mask) = build(kind), padded(ragged(5))
+    if mixed:
+        model.to(torch.bfloat16).compute_dtype = torch.bfloat16
+    before = common.token_logprobs(model, ids, mask).detach()
+    base = {id(weight): weight.detach().clone() for weight in model.parameters()}
+    common.add_adapters(model, 4)
+    added = [weight for weight in model.parameters() if id(weight) not in base]
+    assert [weight for weight in model.parameters() if weight.requires_grad] == added and len(added) > 10
+    assert {weight.dtype for weight in added} == {torch.float32}
+    assert torch.equal(common.token_logprobs(model, ids, mask), before)
+    frozen, moving = common.frozen_copy(model), common.copy_of(model)
+    shared = {id(weight) for weight in model.parameters()}
+    for copied in frozen, moving:
+        assert sum(id(weight) not in shared for weight in copied.parameters()) == len(added)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    for _ in range(3):
+        common.token_logprobs(model, ids, mask).sum().backward()
+        common.gradient_step(model, optimizer, 0.0, [])
+    assert all(torch.equal(weight, base[id(weight)]) for weight in model.parameters() if id(weight) in base)
+    assert len(optimizer.state) == len(added)
+    after = common.token_logprobs(model, ids, mask).detach()
+    assert (after - before).abs().max() > 0.1
+    for copied in frozen, moving:
+        assert torch.equal(common.token_logprobs(copied, ids, mask), before)
+    common.ema_update(moving, model, 0.0)
+    assert torch.equal(common.token_logprobs(moving, ids, mask), after)
+    assert all(torch.equal(weight, base[id(weight)]) for weight in moving.parameters() if id(weight) in base)
+
+    common.save_model(tmp_path / "model", model, chat)
+    again, _ = common.load(str(tmp_path / "model"))  # refuses names that it does not know
+    if not mixed:  # in bfloat16 the sums are rounded elsewhere
+        torch.testing.assert_close(common.token_logprobs(again, ids, mask), after, atol=1e-4, rtol=0)
+    module = next(module for module in model.modules() if hasattr(module, "get_delta_weight"))
+    moved = module.base_layer.weight.float() + module.get_delta_weight("default")
+    assert any(weight.shape == moved.shape and torch.equal(weight, moved) for weight in again.parameters())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_frozen_copy_computes_the_same(kind, chat):
+    """In bfloat16, with most weights kept in it; without, as the copy that it is."""
+    model, (ids, mask) = build(kind), padded(ragged(5))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), common.frozen_copy(model).parameters(), strict=True))
+    model.compute_dtype = torch.bfloat16
+    frozen = common.frozen_copy(model)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    if kind != "gpt2":  # its layers are of another class
+        assert sum(weight.nbytes for weight in frozen.parameters()) < 0.75 * sum(weight.nbytes for weight in model.parameters())
+    assert torch.equal(common.token_logprobs(frozen, ids, mask), common.token_logprobs(model, ids, mask))
+    options = dict(max_new_tokens=9, temperature=1.0, seeds=range(5))
+    assert common.generate(frozen, chat, ragged(5), **options) == common.generate(model, chat, ragged(5), **options)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(1))
+    frozen.load_state_dict(model.state_dict())  # as at the start of a stage
+    assert torch.equal(common.token_logprobs(frozen, ids, mask), common.token_logprobs(model, ids, mask))
+
+
+def test_a_checkpoint_of_adapters_holds_nothing_else(tmp_path, no_locks):
+    """And a run that goes on from it does so exactly, its copies included."""
+    ids, mask = padded(ragged(5))
+
+    def begin(**settings):
+        model = build("qwen3")
+        common.add_adapters(model, 2)
+        run = common.Run("toy", Args(out_dir=str(tmp_path / "run"), **settings))
+        run.start(model=model)
+        parts = {"model": model, "target": common.copy_of(model), "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2)}
+        return run, parts
+
+    def learn(parts):
+        common.token_logprobs(parts["model"], ids, mask).sum().backward()
+        common.gradient_step(parts["model"], parts["optimizer"], 0.0, [])
+        common.ema_update(parts["target"], parts["model"], 0.5)
+
+    run, parts = begin()
+    assert run.resume(**parts) is None
+    for _ in run.steps(0, 2):
+        learn(parts)
+    run.save_if_due({"step": 2}, **parts)
+    saved = torch.load(run.checkpoint)["state"]["parts"]
+    assert all(".lora_" in name for part in ("model", "target") for name in saved[part])
+    learn(parts)
+    run.release()
+    again, found = begin(resume=True)
+    assert again.resume(**found) == {"step": 2}
+    learn(found)
+    for name in "model", "target":
+        for one, other in zip(parts[name].parameters(), found[name].parameters(), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_target_logprobs(model, chat):

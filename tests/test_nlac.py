@@ -234,6 +234,9 @@ class Weights(SimpleNamespace):
         copies = self.copies
         return Weights(name=copies.pop(0), max_context=self.max_context, copies=copies)
 
+    def parameters(self):
+        return []
+
 
 @pytest.fixture
 def parts_of(monkeypatch):
