@@ -206,9 +206,7 @@ def cut(text) -> str:
     if len(text) <= LONGEST:
         return text
     half = LONGEST // 2
-    return (
-        f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
-    )
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
 
 
 def episode_html(record, key, colours) -> str:
@@ -223,7 +221,7 @@ def episode_html(record, key, colours) -> str:
         kind, who = "world", safe(name)
         if name in MODEL:
             turn += 1
-            kind = "model" + " long" * (len(text) > 160)
+            kind = "model" + " long" * (len(text) > 120 or "\n" in text)
             who = f"{turn} {who}" + tag("em", "not valid") * (next(valid, True) is False)
         elif name not in WORLD:
             kind = f"part c{colours.setdefault(name, len(colours)) % 6}"
@@ -347,7 +345,9 @@ def success_chart(found, rows, summary, last) -> str:
     kinds = {kind for points, kind in lines if points}
     if not kinds & {"line", "dot"}:
         return ""
-    legend = "".join(tag("span", told, kind) for kind, told in LEGEND.items() if kind in kinds)
+    legend = "".join(
+        tag("span", told, kind) for kind, told in LEGEND.items() if kind in kinds
+    )
     axis = {0: "1", 50: "0.5", 100: "0"}
     chart = figure("success", f"steps 0 to {fact(last)}", "".join(drawn), axis, "large")
     return chart + tag("div", legend, "legend")
@@ -403,7 +403,9 @@ def score_table(summary) -> str:
             if split in told:
                 value, error = told[split]
                 cell = tag("span", "", "bar", style=f"--share:{value:.3f}") + f"{value:.3f}"
-                cell += tag("span", f"\u00b1 {error:.3f}", "error") if is_number(error) else ""
+                cell += (
+                    tag("span", f"\u00b1 {error:.3f}", "error") if is_number(error) else ""
+                )
             line += tag("td", cell)
         lines.append(line)
     return tag("table", "".join(tag("tr", line) for line in lines), "scores") if rows else ""
@@ -413,7 +415,12 @@ def summary_html(directory, rows) -> str:
     """What run this is, what came out, what it cost, and, folded, its settings."""
     about, summary = (read_json(directory / f"{name}.json") for name in ("args", "summary"))
     args = part(about, "args")
-    told = args.get("model"), args.get("env"), summary.get("arm"), f"seed {args.get('seed', '?')}"
+    told = (
+        args.get("model"),
+        args.get("env"),
+        summary.get("arm"),
+        f"seed {args.get('seed', '?')}",
+    )
     told = " \u00b7 ".join(str(word) for word in told if word not in (None, "none"))
     top = tag("h1", safe(about.get("script", directory.name))) + tag("p", safe(told), "told")
     if not summary:

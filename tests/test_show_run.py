@@ -28,7 +28,8 @@ METRICS = [{"step": step, "success": step / 4, "loss": loss, "cut_act": 0.0, "ro
            for step, loss in ((1, 0.0), (2, 4.0), (3, 1.0))]  # fmt: skip
 WICKED = ["</script><script>document.title='run'</script>",
           "<!-- ", "<![CDATA[", "&lt;b&gt; &amp;amp;", '"\'><img src=x onerror=alert(1)>',
-          "</p></article></section><!--RUNS-->", "a\u2028b\u2029c", "half \ud800 a pair", "nul \0 bell \x07", "right \u202e left", "SCRIPT-HASH"]
+          "</p></article></section><!--RUNS-->",
+          "a\u2028b\u2029c", "half \ud800 a pair", "nul \0 bell \x07", "right \u202e left", "SCRIPT-HASH"]
 
 
 def episode(step=1, won=True, **more):
