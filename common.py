@@ -33,12 +33,14 @@ try:
 except ImportError:  # a platform without locks
     fcntl = None
 
+import huggingface_hub
 import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, HfArgumentParser, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import chat_template_utils
 from transformers.utils.peft_utils import find_adapter_config_file
 
 # ---------------------------------------------------------------------------------------------------------- command line
@@ -186,6 +188,11 @@ class Chat:
 
     today = datetime.datetime.now()  # what templates are told; a resumed run goes on in the day it began
 
+    @classmethod
+    def now(cls):
+        """The clock of `strftime_now` in templates, in the place of `datetime`."""
+        return cls.today
+
     def __init__(self, tokenizer, model=None, thinking=False):
         self.tokenizer, self.thinking, self.system_role = tokenizer, thinking, True
         check(tokenizer.chat_template, f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template")
@@ -308,15 +315,11 @@ class Chat:
             (_, system), (role, content), *rest = messages
             messages = [(role, system + "\n\n" + content), *rest]
         messages = [{"role": role, "content": content} for role, content in messages]
-        template = self.tokenizer.chat_template
-        if isinstance(template, str):  # several of them have names: the library picks one
-            call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
-            template = re.sub(call, lambda found: repr(self.today.strftime(found[2])), template)
-        else:
-            template = None
-        return self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True,
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                                   enable_thinking=self.thinking)
 
+
+chat_template_utils.datetime = Chat  # for `strftime_now`: what a template is given may be no function
 
 
 # ----------------------------------------------------------------------------------------------------------------- words
@@ -748,43 +751,73 @@ def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto",
     cache = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tiny-models")).expanduser()
     if name.split(":")[0] == "tiny":
         name = _tiny_directory(name, corpus, list(constants), seed, device, cache)
-    elif name == "smollm2" or name.endswith(".gguf"):
+    elif name == "smollm2" or name.lower().endswith(".gguf"):
         name = _gguf_directory(name, cache, option)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name):
         name = os.path.expanduser(name)
-        check(Path(name, "config.json").is_file(), f"{option} {name}: no model there (config.json is missing)")
+        there = any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", "adapter_config.json"))
+        check(there, f"{option} {name}: no model there (config.json is missing)")
     tokenizer, model = _read(f"{option} {name}", name, dtype=torch.bfloat16 if half else torch.float32)
     config = model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ())
-    attention = layers <= {"full_attention", "sliding_attention"} and not getattr(model, "_is_stateful", False)
-    check(attention, f"{option} {name} has layers without attention: their cache cannot be realigned between turns")
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    check(not other, f"{option} {name} has layers of another kind than attention, full or sliding, whose cache cannot be realigned "
+          f"between turns: {', '.join(sorted(other))}")
     model.to(device).eval()  # eval: no dropout, or ratios to old log-probs would not start at 1
+    chat = Chat(tokenizer, model, thinking)
+    room = model.get_input_embeddings().num_embeddings
+    beyond = [token for token, id in tokenizer.get_vocab().items() if id >= room]
+    if chat.pad >= room:  # an added token, often: what fills batches is never looked at
+        chat.pad = chat.eos[0]
+    ids = [*chat.eos, *chat.turn(" ".join(beyond)), *chat.prompt([{"role": "user", "content": ""}])]
+    outside = [id for id in ids if not isinstance(id, int) or not 0 <= id < room]
+    check(not outside, f"{option} {name}: a token has the number {outside and outside[0]!r}, but there are embeddings for {room}")
+    _check_forward(f"{option} {name}", model, chat)
     model.compute_dtype = torch.bfloat16 if mixed else None
     limits = [getattr(config, "max_position_embeddings", None), max_context]
-    model.max_context = min((limit for limit in limits if limit), default=2**31)
+    model.max_context = min((limit for limit in limits if limit and limit > 0), default=2**31)
     if gradient_checkpointing:
         check(model.supports_gradient_checkpointing, f"{option} {name} cannot do --gradient-checkpointing")
         model.activation_checkpointing_enable({"use_reentrant": False})
     if lora_rank and dtype != "bfloat16":  # that one is evaluated only
         add_adapters(model, lora_rank)
-    chat = Chat(tokenizer, model, thinking)
-    room = model.get_input_embeddings().num_embeddings
-    beyond = [token for token, id in tokenizer.get_vocab().items() if id >= room]
-    ids = [*chat.eos, chat.pad, *chat.turn(" ".join(beyond)), *chat.prompt([{"role": "user", "content": ""}])]
-    check(max(ids) < room, f"{option} {name}: a token has the number {max(ids)}, but there are embeddings for {room}")
     return model, chat
+
+
+def _check_forward(called, model, chat):
+    """Refuses a model that is another one token by token, over a cache, than in one forward: what it samples would not be what it learns.
+
+    Such are models with a state in place of attention, without a cache, with positions of their own, or that see what follows.
+    """
+    texts = "Hi", "What can be done here, and what comes of it?"
+    dialogues = Dialogues(model, chat, [chat.prompt([{"role": "user", "content": text}]) for text in texts])
+    try:
+        for words in texts, reversed(texts):
+            dialogues.reply([0, 1], max_new_tokens=4, temperature=0, seeds=[0, 0])
+            dialogues.extend([0, 1], words)
+        mask = pad_rows(dialogues.mask, 0)
+        with torch.no_grad():
+            logprobs = token_logprobs(model, pad_rows(dialogues.ids, chat.pad), mask)[mask[:, 1:].bool()].cpu()
+    except Exception as error:  # of any architecture
+        refuse(f"{called} cannot be run over a cache: {type(error).__name__}: {str(error)[:300]}")
+    sampled = [logprob for row, kept in zip(dialogues.logprobs, dialogues.mask) for logprob, one in zip(row, kept) if one]
+    gap = (logprobs - torch.tensor(sampled)).abs().max().item()  # nan stays nan
+    check(gap < (0.01 if model.dtype == torch.float32 else 1), f"{called} says something else token by token than in one forward, or "
+          f"nothing finite (log-probs differ by {gap:.3g}): it may lack attention, positions or a causal mask")
 
 
 def _read(called, path, dtype, **where):
     """Tokenizer and model. Weights that are missing, of another shape or left over are refused: some would be random."""
-    adapter = "gguf_file" not in where and find_adapter_config_file(str(path))
-    check(not adapter, f"{called} is an adapter, or has one beside it: merge it into its base with peft (merge_and_unload) and save that")
     where["trust_remote_code"] = False  # or it would be asked for on stdin
+    if not os.path.isdir(path):
+        where["local_files_only"] = not _hub_answers(path)
     log = transformers.utils.logging
     verbosity = log.get_verbosity()
     log.disable_progress_bar()  # a refusal is one line
     log.set_verbosity_error()
     try:
+        adapter = find_adapter_config_file(str(path), local_files_only=where.get("local_files_only", False))
+        check(not adapter or "gguf_file" in where, f"{called} is an adapter, or has one beside it: merge it into its base with peft "
+              "(merge_and_unload) and save that")
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
         model, found = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **where)
@@ -792,6 +825,8 @@ def _read(called, path, dtype, **where):
         refuse(f"{called} cannot be loaded: {type(error).__name__}: {str(error)[:300]}")
     finally:
         log.set_verbosity(verbosity)
+    quantised = "gguf_file" not in where and getattr(model.config, "quantization_config", None)
+    check(not quantised, f"{called} is quantised: only plain weights can be trained and saved; take the model that it was made of")
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     check(not missing, f"{called}: no weights for {', '.join(missing[:3])}: they would be random")
     left = sorted(found["unexpected_keys"])
@@ -799,6 +834,17 @@ def _read(called, path, dtype, **where):
     damaged = [key for key, weights in model.named_parameters() if not weights.isfinite().all()]
     check(not damaged, f"{called}: weights that are not finite: {', '.join(damaged[:3])}")
     return tokenizer, model
+
+
+def _hub_answers(name):
+    """Whether the hub does, within seconds; where it does not, what was fetched before is to be used without asking again and again."""
+    try:
+        huggingface_hub.model_info(name, timeout=10)
+    except huggingface_hub.errors.HfHubHTTPError:  # an answer, too
+        return True
+    except Exception:
+        return False
+    return True
 
 
 def _gguf_directory(name, cache, option):
