@@ -1003,7 +1003,8 @@ def evaluate(state, splits, fewer=1, again=False):
         _, se = common.mean_se([float(episode.won) for episode in played])
         found[split] |= {"se": se, "n": count}
         tqdm.write(common.result_line(split, found[split]))
-    return found, record(played[0])
+    shown = {"flaws": [list(flaw) for flaw in played[0].flaws]}  # plain, for checkpoints
+    return found, record(played[0]) | shown
 
 
 def record(episode):
