@@ -347,6 +347,8 @@ def judge_says(monkeypatch):
         def generate(model, chat, prompts, *, max_new_tokens, temperature, seeds, samples, rows):
             assert len(seeds) == len(set(seeds)) == len(prompts) * samples
             asked = [chat.tokenizer.decode(ids) for ids in prompts for _ in range(samples)]
+            if not asked:
+                return common.Replies([], [], [], [])
             text = texts[min(len(calls), len(texts) - 1)]
             calls.append(SimpleNamespace(asked=asked, temperature=temperature, seeds=seeds))
             said = [text(prompt) if callable(text) else text for prompt in asked]
@@ -1043,3 +1045,286 @@ def test_the_warm_up_of_a_world_without_tools(env):
     assert all(m["content"] for e in first + again + copied + judged for m in e)
     assert any("Do without: " in e[-1]["content"] or "Do not repeat: " in e[-1]["content"]
                for e in judged) or env != "household"
+
+
+# ------------------------------------------------------------------------------- whole runs: set-up
+
+
+@pytest.fixture(scope="module")
+def environment(environment, tiny):
+    return environment  # with the tiny model in the cache already
+
+
+save_llama = partial(helpers.save_llama, text=[WORLD.system, ra.JUDGE, ra.AGAIN], context=8192)
+
+
+def run_of(path):
+    """(metrics, episodes, summary) of a run."""
+    return (lines(path / "metrics.jsonl"), lines(path / "rollouts.jsonl"),
+            json.loads((path / "summary.json").read_text()))
+
+
+def weights(path):
+    return common.load(str(path))[0].state_dict()
+
+
+def same_weights(one, other):
+    one, other = weights(one), weights(other)
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+# ---------------------------------------------------------------------------- whole runs: as a user
+
+
+def test_phases_come_in_order_and_metrics_follow_from_what_is_kept(whole, tiny):
+    metrics, rollouts, summary = run_of(whole)
+    assert [row["phase"] for row in metrics] == STEPS
+    assert [row["phase_step"] for row in metrics] == [1, 2, 1, 2, 1, 1, 2]
+    assert [row["gradient_steps"] for row in metrics] == [1, 2, 3, 4, 6, 8, 10]
+    assert [row["episodes"] for row in metrics] == [0] * 5 + [16, 32]
+    for row in metrics[5:]:
+        played = [e for e in rollouts if e["step"] == row["step"]]
+        first, second = ([e for e in played if e["second"] == again] for again in (False, True))
+        assert len(first) == len(second) == 8
+        assert [e["second"] for e in played] == ([False] * 4 + [True] * 4) * 2
+        for name, some in ("", first), ("second_", second):
+            assert row[f"{name}success"] == common.mean(e["won"] for e in some)
+            assert row[f"{name}flaws"] == common.mean(len(e["flaws"]) for e in some)
+        spoken = [ra.parse_judgement(e["said"][-1][1]) for e in played]
+        assert row["judge_readable"] == common.mean(found is not None for found in spoken)
+        assert [e["judged"] for e in played] == [found["score"] if found else 0 for found in spoken]
+        for e in played:
+            assert e["earned"] == pytest.approx(e["score"] + 0.3 * e["judged"])
+            assert not {"ids", "mask"} & set(e) and e["split"] == "train"
+        assert row["return"] == pytest.approx(common.mean(e["earned"] for e in played))
+        assert {"judge_auc", "leaks", "critiques", "not_judged", "cut_judge", "kl"} <= set(row)
+        assert abs(row["logprob_gap"]) < 1e-4 and row["entropy"] > 0
+    assert len({e["seed"] for e in rollouts}) == 4  # no question twice
+    assert "eval_success" in metrics[5] and "eval_success" not in metrics[6]
+    assert {*SUMMARY, "before_ood", "after_ood"} <= set(summary) and summary["arm"] == "U"
+    assert set(summary["judge"]) == {"before", "judge-sft", "judge-grpo"} and summary["cold_start"] == 16
+    assert set(summary["judge"]["before"]["players"]) >= {"auc_outcome", "auc_process", "leaks"}
+    assert set(summary["cold_started"]) == {"test", "ood"}
+    assert len(lines(whole / "judged.jsonl")) == 18
+    trained, rrm = weights(whole / "model"), weights(whole / "rrm")
+    for name, value in tiny[0].named_parameters():  # every parameter moved
+        assert not torch.equal(value, trained[name]) and not torch.equal(value, rrm[name])
+        assert not torch.equal(trained[name], rrm[name])
+
+
+def test_who_learns_in_which_phase_and_how_fast(run_here, monkeypatch, tiny, tmp_path):
+    seen, update, imitate = [], ra.update, ra.imitate
+
+    def watched(learns, model, reference, optimizer):
+        before = common.fingerprint(model)
+        anchor = reference and common.fingerprint(reference)
+        metrics = learns()
+        seen.append((before, common.fingerprint(model), anchor, optimizer.param_groups[0]["lr"]))
+        return metrics
+
+    monkeypatch.setattr(ra, "update", lambda model, reference, chat, args, optimizer, *rest: watched(
+        lambda: update(model, reference, chat, args, optimizer, *rest), model, reference, optimizer))
+    monkeypatch.setattr(ra, "imitate", lambda model, chat, args, optimizer, dialogues: watched(
+        lambda: imitate(model, chat, args, optimizer, dialogues), model, None, optimizer))
+    run_here(f"{SMALL} --lr 0.001 --sft-lr 0.005 --eval-episodes 1 --out-dir run")
+    start = common.fingerprint(tiny[0])
+    cold, sft, grpo, learn = seen[:2], seen[2:4], seen[4:5], seen[5:]
+    assert cold[0][0] == start == sft[0][0]  # the judge begins as the base, not as the agent
+    assert learn[0][0] == cold[1][1] and grpo[0][0] == sft[1][1]
+    assert learn[-1][1] == common.fingerprint(common.load(str(tmp_path / "run" / "model"))[0])
+    assert grpo[-1][1] == common.fingerprint(common.load(str(tmp_path / "run" / "rrm"))[0])  # frozen since
+    assert [anchor for _, _, anchor, _ in learn] == [cold[1][1]] * 2 and grpo[0][2] == sft[1][1]
+    rates = [0.005 * 1 / 5, 0.005 * 2 / 5] * 2 + [0.001 * 1 / 5, 0.001 * 1 / 5, 0.001 * 2 / 5]
+    assert [rate for *_, rate in seen] == pytest.approx(rates)
+
+
+def test_none_is_r_with_no_weight_on_the_score(run_script, whole, tmp_path):
+    flags = {"none": "--variant none", "zero": f"--variant R --score-weight 0 --rrm {whole}/rrm"}
+    for name, arm in flags.items():
+        result = run_script(f"{SMALL} {arm} --lr 0.01 --out-dir {name}", tmp_path)
+        assert result.status == 0, result.stderr
+    assert same_weights(tmp_path / "none" / "model", tmp_path / "zero" / "model")
+    metrics, rollouts, summary = run_of(tmp_path / "none")
+    assert [row["phase"] for row in metrics] == ["cold-start"] * 2 + ["learn"] * 2
+    assert summary["arm"] == "none" and summary["judge"] == {}
+    assert not any(name.startswith(("judge", "second")) for row in metrics for name in row)
+    assert len(rollouts) == 16 and not any(e["second"] or e["said"][-1][0] == "judge" for e in rollouts)
+    assert not (tmp_path / "none" / "rrm").exists()
+    assert run_of(tmp_path / "zero")[1][0]["said"][-1][0] == "judge"
+
+
+def test_a_judge_of_another_run_is_used_as_it_is_and_the_agent_learns_the_same(run_script, whole, tmp_path):
+    result = run_script(f"{SMALL} --rrm {whole}/rrm --out-dir run", tmp_path)
+    assert result.status == 0, result.stderr
+    run, judge = tmp_path / "run", common.load(str(whole / "rrm"))[0]
+    assert same_weights(whole / "model", run / "model") and not (run / "rrm").exists()
+    one, other = ([{**e, "step": None} for e in run_of(path)[1]] for path in (whole, run))
+    assert one == other and len(one) == 32
+    assert json.loads((run / "args.json").read_text())["judge"] == common.fingerprint(judge)
+    assert set(run_of(run)[2]["judge"]) == {"before"}
+    saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["state"]["parts"]
+    assert not any("rrm" in name for name in saved)  # it stays where it is
+    (tmp_path / "other").mkdir()
+    common.save_model(tmp_path / "other" / "rrm", *common.load(str(whole / "model")))
+    (tmp_path / "run" / "summary.json").unlink()
+    again = f"{SMALL} --rrm {tmp_path}/other/rrm --out-dir run --resume"
+    refused(run_script(again, tmp_path), "rrm was")
+
+
+def test_c_trains_nothing_and_counts_second_attempts(run_script, whole, tiny, tmp_path):
+    result = run_script(f"{SMALL} --variant C --rrm {whole}/rrm --out-dir run", tmp_path)
+    assert result.status == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["arm"] == "C" and summary["cold_start"] == summary["gradient_steps"] == 0
+    assert common.fingerprint(common.load(str(tmp_path / "run" / "model"))[0]) == common.fingerprint(tiny[0])
+    after = summary["watched"]["after"]["test"]
+    assert {"first_success", "leaks", "judge_readable"} <= set(after)
+    assert "first_success" not in summary["watched"]["before"]["test"]
+    assert result.stdout.count("You have tried this before") == 0  # an episode as it was said
+    result = run_script(f"{SMALL} --variant C --rrm {whole}/rrm --eval-only", tmp_path)
+    assert result.status == 0 and "test: success" in result.stdout + result.stderr
+
+
+def test_trajectories_and_judgements_from_elsewhere(run_script, tiny, tmp_path):
+    rows = ra.demonstrations(changed(cold_start=9, seed=5))
+    judged = [ROW | {"messages": row["messages"], "score": 0.1 * i} for i, row in enumerate(rows)]
+    common.write_jsonl(tmp_path / "demos.jsonl", [{"messages": row["messages"]} for row in rows])
+    common.write_jsonl(tmp_path / "judged.jsonl", judged)
+    flags = f"{SMALL} --demos demos.jsonl --judgements judged.jsonl --out-dir run"
+    result = run_script(flags, tmp_path)
+    assert result.status == 0, result.stderr
+    metrics, _, summary = run_of(tmp_path / "run")
+    # 9 rows by 8: two steps; the judge: two for its GRPO, one step of 8 for the rest
+    assert [row["phase"] for row in metrics] == ["cold-start"] * 2 + STEPS[3:]
+    assert summary["cold_start"] == 9 and not (tmp_path / "run" / "judged.jsonl").exists()
+    common.write_jsonl(tmp_path / "judged.jsonl", judged[:2])
+    refused(run_script(f"{flags}2", tmp_path), "--judgements", "2 rows")
+    common.write_jsonl(tmp_path / "judged.jsonl", judged[::-1])
+    refused(run_script(f"{flags} --resume", tmp_path), "--judgements has changed")
+
+
+@pytest.mark.parametrize("flags", [
+    "--env repair", "--env household --prefill --shots 1 --show-actions",
+    "--env {worlds}:Plain --cold-start 0 --variant U", "--env {worlds}:Expert --variant R",
+    "--env {worlds}:Plain --variant C --eval-episodes 4",
+])  # fmt: skip
+def test_any_world_with_an_outcome_runs(run_script, tmp_path, flags):
+    (tmp_path / "worlds.py").write_text(OWN_WORLDS)
+    flags = f"{SMALL} --examples 30 --steps 1 {flags.format(worlds=tmp_path / 'worlds.py')}"
+    result = run_script(f"{flags} --out-dir run", tmp_path)
+    assert result.status == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(summary["judge"]) == {"before", "judge-sft", "judge-grpo"}
+    judged = lines(tmp_path / "run" / "judged.jsonl")
+    assert len(judged) == 18 and len({row["score"] for row in judged}) > 1
+
+
+# --------------------------------------------------------------- whole runs: a model from elsewhere
+
+PLAIN = "--judged 0 --cold-start 2 --eval-episodes 1 --max-new-tokens 6 --judge-tokens 8 --save-every 1"
+
+
+def test_a_model_from_elsewhere_is_its_own_judge_frozen_as_the_run_found_it(
+    run_here, monkeypatch, llama, tmp_path
+):
+    (tmp_path / "worlds.py").write_text(OWN_WORLDS)
+    asked, judge = [], ra.judge
+    monkeypatch.setattr(ra, "judge", lambda state, *given: asked.append(
+        common.fingerprint(state.rrm.model)) or judge(state, *given))
+    start = common.fingerprint(common.load(str(llama))[0])
+    flags = f"{SMALL} {PLAIN} --model {llama} --env worlds.py:Plain --cold-start 0 --shots 2 --lr 0.01"
+    run_here(f"{flags} --out-dir run")
+    metrics, rollouts, summary = run_of(tmp_path / "run")
+    assert set(asked) == {start} and len(asked) == 2 + 4  # its quality, then two steps of two
+    assert [row["phase"] for row in metrics] == ["learn"] * 2 and not (tmp_path / "run" / "rrm").exists()
+    assert metrics[0]["cut_judge"] > 0 and metrics[0]["leaks"] is None and set(summary["judge"]) == {"before"}
+    assert "expert" not in summary and summary["arm"] == "U"
+
+
+def test_the_frozen_judge_is_the_start_model_after_a_resume_too(run_script, llama, tmp_path):
+    flags = f"{SMALL} {PLAIN} --model {llama} --out-dir"
+    assert run_script(f"{flags} one", tmp_path).status == 0
+    assert run_script(f"{flags} two", tmp_path, LOG.format(step=2, name="SIGTERM")).status == 143
+    assert run_script(f"{flags} two --resume", tmp_path).status == 0
+    helpers.same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_judge_with_another_tokenizer(run_script, llama, tmp_path):
+    flags = f"{SMALL} --rrm {llama} --judge-tokens 4 --steps 1 --eval-episodes 1 --out-dir run"
+    result = run_script(flags, tmp_path)
+    assert result.status == 0, result.stderr
+    assert run_of(tmp_path / "run")[0][-1]["judge_readable"] == 0
+
+
+def test_a_context_that_fills_up_leaves_attempts_out(run_script, whole, tiny, tmp_path):
+    """First attempts begin, longer ones and most transcripts do not fit."""
+    first = max(len(tiny[1].dialogue(ra.dialogue(WORLD, ARGS, [["world", WORLD.reset(seed=seed)[0]]])))
+                for seed in range(20))
+    judged = len(tiny[1].dialogue(ra.judge_messages(WORLD, ARGS, [["world", WORLD.reset(seed=0)[0]]])))
+    context = max(first + 12, judged + 32) + ra.FORCED + 40
+    result = run_script(f"{SMALL} --rrm {whole}/rrm --max-context {context} --out-dir run", tmp_path)
+    assert result.status == 0, result.stderr
+    metrics, rollouts, _ = run_of(tmp_path / "run")
+    assert metrics[-1]["truncated"] > 0 and metrics[-1]["not_judged"] > 0
+    assert any(e["left_out"] for e in rollouts)
+    assert all(e["advantage"] == 0 for e in rollouts if e["left_out"])
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="module")
+def bad_files(llama, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bad")
+    save_llama(path / "short", context=64)
+    save_llama(path / "no-template", template=None)
+    (path / "other").mkdir()
+    (path / "other" / "judge.gguf").write_text("GGUF")
+    (path / "worlds.py").write_text(OWN_WORLDS)
+    for name, text in ("empty", ""), ("torn", '{"messages": ['), ("row", '{"messages": []}'):
+        (path / f"{name}.jsonl").write_text(text)
+    return path
+
+
+BAD_VALUES = {
+    "sft-lr": "nan -1", "group-size": "0 1 -4 3", "updates": "0 3 16", "clip": "-0.1 nan",
+    "clip-high": "-1 inf", "kl": "-1 nan", "variant": "V u", "score-weight": "-1 nan inf",
+    "judge-tokens": "0", "judge-retries": "-1", "judged": "-1", "judge-epochs": "0",
+    "judge-steps": "-1", "cold-start": "-1", "cold-epochs": "0", "sft-batch-size": "0 -1 1.5",
+    "dose": "-0.1 1.1 nan", "demos": "./nowhere.jsonl", "judgements": "./nowhere.jsonl",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, words", [
+    *((f"--{name} {value}", f"--{name}") for name, values in BAD_VALUES.items()
+      for value in values.split()),
+    ("--env {bad}/worlds.py:Plain --variant none", "--cold-start 0"),
+    ("--env repair --dose 0.5", "--dose"), ("--env {bad}/worlds.py:Expert --dose 1", "--dose"),
+    ("--model {bad}/short --max-context 64 --dose 0.5", "--dose"),
+    ("--variant none --rrm ./nowhere", "no judge"), ("--rrm ./nowhere", "config.json is missing"),
+    ("--rrm {bad}/other", "config.json is missing"), ("--rrm nobody/nothing", "cannot be loaded"),
+    ("--rrm {bad}/no-template", "chat template"), ("--rrm {bad}/short --variant C", "context"),
+    ("--demos {bad}/empty.jsonl", "is empty"), ("--demos {bad}/torn.jsonl", "line 1"),
+    ("--demos {bad}/row.jsonl", "messages go user, assistant"), ("--demos {bad}/none", "--demos"),
+    ("--judgements {bad}/row.jsonl", "line 1"),
+    ("--judgements {bad}/row.jsonl --judged 0", "--judgements"),
+    ("--judgements {bad}/row.jsonl --rrm {bad}/short", "--judgements"),
+    ("--judgements {bad}/row.jsonl --variant none", "--judgements"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(run_script, bad_files, home, tmp_path, flags, words):
+    before = everything_under(bad_files), everything_under(home)
+    accepted = "common.Run.start = reagent.evaluate = lambda *a, **k: os._exit(77)"  # or it would run
+    refused(run_script(f"{SMALL} {flags.format(bad=bad_files)}", tmp_path, accepted), words)
+    assert not list(tmp_path.iterdir())
+    assert (everything_under(bad_files), everything_under(home)) == before
+
+
+@pytest.mark.parametrize("flags", [
+    "--variant R --batch-size 64 --group-size 16", "--judge-steps 0", "--cold-start 0", "--clip 0",
+    "--score-weight 0", "--judge-retries 0", "--dose 0.5", "--model tiny:32x1 --dose 1",
+    "--env {bad}/worlds.py:Plain --cold-start 0", "--env {bad}/worlds.py:Plain --variant C",
+    "--env repair --dose 0"])  # fmt: skip
+def test_what_is_accepted(run_script, bad_files, tmp_path, flags):
+    accepted = "common.Run.start = lambda *a, **k: os._exit(77)"
+    result = run_script(f"{SMALL} {flags.format(bad=bad_files)}", tmp_path, accepted)
+    assert result.status == 77, result.stderr
