@@ -1,9 +1,8 @@
-"""What a trained judge of Reagent is worth: calibration, lucky answers, transcripts with its words.
+"""What a judge of Reagent is worth: calibration, lucky answers, transcripts with its words.
 
-Of finished runs of reagent.py that trained their judge (RUN/rrm), on trajectories of the `test`
-split that no judge has seen: of players, and of the run's agent after its training. A lucky answer
-is right although a page was skipped or the value had not been read; an outcome reward cannot tell
-it from a sound one.
+Of finished runs of reagent.py, on trajectories of the `test` split that no judge has seen: of
+players, and of the run's agent after its training. A lucky answer is right although a page was
+skipped or the value had not been read; an outcome reward cannot tell it from a sound one.
 
     python docs/judge.py runs/reagent-search-s0  # writes judge.json there, prints the rest
     python docs/judge.py runs/reagent-U-s* --figure docs/judge.png
@@ -24,77 +23,93 @@ import reagent  # noqa: E402
 LUCK = {"skipped lookup", "unsupported guess"}  # of an answer that is right
 
 
-def judged_trajectories(run, episodes):
-    """`episodes` trajectories of players and as many of a run's agent.
-
-    With its judge's judgement and the annotator's score (`reference`).
-    """
+def state_of(run) -> reagent.State:
+    """The agent of a finished run after its training, and its judge: trained, of --rrm, or --model."""
     common.check((run / "args.json").is_file(), f"{run}: no run of reagent.py there")
     try:
         args = reagent.Args(**json.loads((run / "args.json").read_text(encoding="utf-8"))["args"])
     except (ValueError, KeyError, TypeError) as error:
         why = f"not the settings of a run of reagent.py ({type(error).__name__}: {error})"
         common.refuse(f"{run / 'args.json'}: {why}")
-    for name, what in ("rrm", "trained no judge"), ("model", "has no trained agent"):
-        common.check(
-            (run / name / "config.json").is_file(), f"{run}: it {what} ({name}/ is missing)"
-        )
-    args = dataclasses.replace(args, device="cpu")
+    rrm = args.rrm
+    common.check(args.variant != "none", f"{run}: it had no judge")
+    if args.judged and not args.rrm:
+        rrm = str(run / "rrm")
+    for path, what in (rrm, "judge"), (str(run / "model"), "trained agent"):
+        missing = path.startswith(str(run)) and not (Path(path) / "config.json").is_file()
+        common.check(not missing, f"{run}: its {what} is missing ({Path(path).name}/)")
+    args = dataclasses.replace(args, device="cpu", rrm=rrm)
     world = envs.make(args.env, show_actions=args.show_actions)
-    common.check(reagent.annotated(world), f"{run}: --env {args.env} has no annotator")
-    loaded = {}
-    for name in "model", "rrm":
-        loaded[name] = common.load(
-            str(run / name), dtype=args.dtype, thinking=args.thinking, max_context=args.max_context
-        )
-    (agent, chat), rrm = loaded["model"], loaded["rrm"]
-    state = reagent.State(args, world, chat, agent, rrm)
-    found = reagent.judge_examples(state, "test", range(20_000, 20_000 + 2 * episodes), "judge")
-    judgements = reagent.judge(rrm, state.world, args, [e["history"] for e in found], ("judge",))
-    judged = [
-        {**e, **j, "reference": reagent.process_score(e["flaws"])}
-        for e, j in zip(found, judgements)
-    ]
-    return {who: [e for e in judged if e["who"] == who] for who in ("players", "agent")}
+    agent = common.load(str(run / "model"), dtype=args.dtype, thinking=args.thinking,
+                        max_context=args.max_context)
+    judge = reagent.load(world, args, "--rrm" if rrm else "--model", args.dtype)
+    return reagent.State(args, world, None, reagent.Learner(*agent), reagent.Learner(*judge))
 
 
-def fifths(found):
+def judged_trajectories(state, count):
+    """{"players": episodes, "agent": as many}, judged."""
+    seeds = range(20_000, 20_000 + 2 * count)
+    found = dict(zip(("players", "agent"), reagent.mixed_episodes(state, "test", seeds, ("judge",))))
+    for who, episodes in found.items():
+        reagent.review(state, episodes, ("judge", who))
+    return found
+
+
+def reference_score(episode):
+    """What the program says that a judge is trained by."""
+    return reagent.reference(episode.flaws)[2]
+
+
+def mean(values):
+    """None of nothing."""
+    values = list(values)
+    return common.mean(values) if values else None
+
+
+def fifths(episodes):
     """Per fifth of the judge's score: how many, and the means of score, reference and success."""
     rows = []
     for i in range(5):
-        some = [e for e in found if min(int(5 * e["score"]), 4) == i]
-        mean = lambda values: common.mean(values) if some else None  # noqa: E731, B023
-        rows.append(
-            {
-                "episodes": len(some),
-                "score": mean(e["score"] for e in some),
-                "reference": mean(e["reference"] for e in some),
-                "success": mean(e["won"] for e in some),
-            }
-        )
+        some = [episode for episode in episodes if min(int(5 * episode.judged), 4) == i]
+        rows.append({"episodes": len(some), "score": mean(e.judged for e in some),
+                     "reference": mean(reference_score(e) for e in some),
+                     "success": mean(e.won for e in some)})
     return rows
 
 
-def lucky(found):
+def is_lucky(episode):
+    """Whether a right answer had no ground."""
+    return episode.won and bool(LUCK & {flaw.name for flaw in episode.flaws})
+
+
+def lucky(episodes):
     """The scores of right answers, sound and lucky ones; how often the judge tells them apart."""
-    sound, luck = (
-        [e["score"] for e in found if e["won"] and bool(LUCK & set(e["flaws"])) == side]
-        for side in (False, True)
-    )
-    return {
-        "sound": {"episodes": len(sound), "score": common.mean(sound) if sound else None},
-        "lucky": {"episodes": len(luck), "score": common.mean(luck) if luck else None},
-        "auc": reagent.auc(sound + luck, [1] * len(sound) + [0] * len(luck)),
-    }
+    won = [episode for episode in episodes if episode.won]
+    found = {"auc": reagent.auroc([(episode.judged, not is_lucky(episode)) for episode in won])}
+    for name, side in ("sound", False), ("lucky", True):
+        scores = [episode.judged for episode in won if is_lucky(episode) == side]
+        found[name] = {"episodes": len(scores), "score": mean(scores)}
+    return found
 
 
-def show(e):
-    """A trajectory and what the judge says to it."""
-    lines = [e["history"][0]]
-    for reply, observation in zip(e["history"][1::2], e["history"][2::2]):
-        lines += [f"> {' '.join(reply.split())}", observation]
-    scores = f"{e['score']:.1f} (annotator: {e['reference']:.1f})"
-    return "\n".join([*lines, f"    judge: {e['think']} {e['critique']} {scores}"])
+def numbers_of(episodes):
+    """What judge.json keeps."""
+    readable = common.mean(bool(reagent.parse_judgement(e.said[-1][1])) for e in episodes)
+    return {"episodes": len(episodes), "readable": readable, "fifths": fifths(episodes),
+            **lucky(episodes)}
+
+
+def show_examples(found):
+    """Prints a trajectory of each kind, and what the judge says to it."""
+    players = found["players"]
+    for title, some in (
+            ("sound", [e for e in players if e.won and not e.flaws]),
+            ("lucky", [e for e in players if is_lucky(e)]),
+            ("lost", [e for e in players if not e.won and e.flaws]),
+            ("lost by the agent", [e for e in found["agent"] if not e.won])):
+        for episode in some[:1]:
+            scores = f"{episode.judged:.1f} (reference: {reference_score(episode):.1f})"
+            print(f"\n{title}, {scores}\n{common.show(vars(episode), width=400)}")
 
 
 def draw(runs, path):
@@ -102,33 +117,24 @@ def draw(runs, path):
     try:
         import matplotlib
     except ImportError:
-        print(
-            "no figure: it needs matplotlib (pip install -r requirements-dev.txt)", file=sys.stderr
-        )
+        print("no figure: it needs matplotlib (pip install -r requirements-dev.txt)", file=sys.stderr)
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
-    for panel, who, title in zip(
-        panels,
-        ("players", "agent"),
-        ("players of different strength", "the agent after its training"),
-    ):
-        rows = [row for row in fifths([e for found in runs for e in found[who]]) if row["episodes"]]
+    titles = {"players": "players of different strength", "agent": "the agent after its training"}
+    for panel, (who, title) in zip(panels, titles.items()):
+        rows = fifths([episode for found in runs for episode in found[who]])
+        rows = [row for row in rows if row["episodes"]]
+        scores = [row["score"] for row in rows]
         panel.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="calibrated")
-        for key, label in ("reference", "annotator's score"), ("success", "success"):
-            panel.plot(
-                [row["score"] for row in rows], [row[key] for row in rows], marker="o", label=label
-            )
+        for key, label in ("reference", "reference score"), ("success", "success"):
+            panel.plot(scores, [row[key] for row in rows], marker="o", label=label)
         for row in rows:
             panel.annotate(row["episodes"], (row["score"], 0.02), ha="center", fontsize=8)
-        panel.set(
-            xlabel="judge's score, means of its fifths (below: episodes)",
-            xlim=(-0.05, 1.05),
-            ylim=(0, 1.05),
-            title=title,
-        )
+        panel.set(xlabel="judge's score, means of its fifths (below: episodes)", title=title,
+                  xlim=(-0.05, 1.05), ylim=(0, 1.05))
     panels[0].set_ylabel(f"mean, {len(runs)} judges")
     panels[0].legend(fontsize=8)
     figure.tight_layout()
@@ -137,37 +143,19 @@ def draw(runs, path):
 
 
 def main():
+    """The command line above."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="+")
     parser.add_argument("--episodes", type=int, default=500)
     parser.add_argument("--figure", default="")
-    given = parser.parse_args()
-    runs = []
+    given, runs = parser.parse_args(), []
     for run in given.run:
-        runs.append(found := judged_trajectories(run, given.episodes))
-        numbers = {
-            who: {
-                "episodes": len(some),
-                "parsed": common.mean(e["parsed"] for e in some),
-                "fifths": fifths(some),
-                **lucky(some),
-            }
-            for who, some in found.items()
-        }
+        runs.append(judged_trajectories(state_of(run), given.episodes))
+        numbers = {who: numbers_of(episodes) for who, episodes in runs[-1].items()}
         (run / "judge.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
         print(f"{run}: {json.dumps(numbers)}")
-    players = runs[0]["players"]
-    right = [e for e in players if e["won"]]
-    for title, some in (
-        ("sound", [e for e in right if not e["flaws"]]),
-        ("lucky", [e for e in right if LUCK & set(e["flaws"])]),
-        ("lost", [e for e in players if not e["won"] and e["flaws"]]),
-        ("lost by the agent", [e for e in runs[0]["agent"] if not e["won"]]),
-    ):
-        if some:
-            print(f"\n{title}\n{show(some[0])}")
+    show_examples(runs[0])
     if given.figure:
         draw(runs, given.figure)
 

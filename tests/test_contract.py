@@ -131,17 +131,11 @@ SCRIPTS = {
               "--max-new-tokens 12 --judge-tokens 32 --sft-batch-size 8 --kl 0.01",
         kills=[(IN_EVALUATION, 0), (AFTER_LINE(step=4), 4),  # the judge's data are made once more
                (IN_CHECKPOINT, 6), (AFTER_LINE(step=7), 7), (BEFORE_SUMMARY, 7)],
-        other="--pool separate --score-weight 1",
+        other="--variant R --score-weight 1",
         llama="--steps 1 --max-new-tokens 6 --judge-tokens 8 --judged 4 --cold-start 2 "
               "--eval-episodes 1",
-        clueless={"judge_parsed": 0, "reward": 0, "invalid": 1, "groups_without_spread": 2},
-        models=("rrm",), world="--judged 0 --cold-start 2",
-        prepare="""
-import envs
-args = module.Args(**module.TINY | {"examples": 60})
-module.warmup(envs.make("search"), args)
-[module.trajectories(args, split, range(8), "any") for split in ("test", "ood")]
-"""),  # the encyclopedias are cached
+        clueless={"judge_readable": 0, "return": 0, "invalid": 1, "groups_flat": 2},
+        data=("judged.jsonl",), models=("rrm",), world="--judged 0 --cold-start 2"),
 }  # fmt: skip
 
 

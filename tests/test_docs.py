@@ -632,31 +632,35 @@ def test_rationale_refuses_in_one_line(ask, acted, reflected, tmp_path, capsys, 
 # --------------------------------------------------------------------------------------------------- what a judge is worth
 
 
-def verdict(score, reference, won, flaws=()):
-    return {"score": score, "reference": reference, "won": won, "flaws": list(flaws), "parsed": True}
+def judged_episode(score, won, *names):
+    """Of an attempt with these flaws, which the judge gives this score."""
+    flaws = [envs.Flaw(name, envs.FLAWS[name][0], "", "") for name in names]
+    return reagent.Episode("test", 0, [["world", "Q"], ["act", "A"], ["judge", ""]], won=won, judged=score, flaws=flaws)
 
 
 def test_calibration_and_lucky_answers_by_hand():
-    found = [verdict(1.0, 1.0, True), verdict(0.8, 0.8, True, ["repeated call"]), verdict(0.85, 0.6, True, ["skipped lookup"]),
-             verdict(0.2, 0.2, True, ["unsupported guess"]), verdict(0.19, 0.1, False), verdict(0.0, 0.5, False, ["no answer"])]
+    found = [judged_episode(1.0, True), judged_episode(0.8, True, "repeated call"), judged_episode(0.85, True, "skipped lookup"),
+             judged_episode(0.2, True, "unsupported guess"), judged_episode(0.19, False), judged_episode(0.0, False, "no answer")]
     rows = judge.fifths(found)
     assert [row["episodes"] for row in rows] == [2, 1, 0, 0, 3]  # the highest score is within the last fifth
-    assert rows[0] == {"episodes": 2, "score": pytest.approx(0.095), "reference": pytest.approx(0.3), "success": 0.0}
+    assert rows[0] == {"episodes": 2, "score": pytest.approx(0.095), "reference": pytest.approx(0.75), "success": 0.0}
     assert rows[4] == {"episodes": 3, "score": pytest.approx(2.65 / 3), "reference": pytest.approx(0.8), "success": 1.0}
     assert rows[2] == {"episodes": 0, "score": None, "reference": None, "success": None}
-    told = judge.lucky(found)
-    assert told == {"sound": {"episodes": 2, "score": pytest.approx(0.9)}, "lucky": {"episodes": 2, "score": pytest.approx(0.525)},
-                    "auc": 0.75}  # 0.8 is below the lucky 0.85
-    assert judge.lucky(found[4:]) == {"sound": {"episodes": 0, "score": None}, "lucky": {"episodes": 0, "score": None}, "auc": None}
+    assert judge.lucky(found) == {
+        "sound": {"episodes": 2, "score": pytest.approx(0.9)}, "lucky": {"episodes": 2, "score": pytest.approx(0.525)},
+        "auc": 0.75}  # 0.8 is below the lucky 0.85  # fmt: skip
+    nothing = {"episodes": 0, "score": None}
+    assert judge.lucky(found[4:]) == {"sound": nothing, "lucky": nothing, "auc": None}
+    assert judge.numbers_of(found)["readable"] == 0
 
 
 @pytest.fixture(scope="module")
 def trained(cache):
-    """What docs/judge.py reads of a finished run: settings, a judge and an agent."""
+    """What is read of a finished run: settings, a judge and an agent."""
     args, out = reagent.Args(**reagent.TINY | {"model": "tiny:32x1", "examples": 60, "judge_tokens": 60}), cache / "trained"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        model = reagent.load(reagent.check_args(args), args)
+        model = reagent.load(envs.make(args.env), args, "--model", "float32")
         common.save_model(out / "rrm", *model)
         common.save_model(out / "model", *model)
     (out / "args.json").write_text(json.dumps({"args": dataclasses.asdict(args)}))
@@ -664,29 +668,52 @@ def trained(cache):
 
 
 def test_judge_of_a_finished_run(trained, tmp_path, monkeypatch, capsys):
-    asked, generate = [], common.generate
-    monkeypatch.setattr(common, "generate", lambda model, chat, prompts, **more: asked.extend(prompts) or generate(
-        model, chat, prompts, **more))
+    reviewed, review = [], reagent.review
+    monkeypatch.setattr(reagent, "review", lambda state, episodes, stream: reviewed.append(episodes) or review(
+        state, episodes, stream))
     monkeypatch.setattr(sys, "argv", ["judge.py", str(trained), "--episodes", "40", "--figure", str(tmp_path / "f.png")])
     judge.main()
     numbers, out = json.loads((trained / "judge.json").read_text()), capsys.readouterr().out
-    for who in "players", "agent":
+    for who, episodes in zip(("players", "agent"), reviewed, strict=True):
         assert numbers[who]["episodes"] == 40 == sum(row["episodes"] for row in numbers[who]["fifths"])
-    assert len(asked) >= 80 and (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
-    assert out.count("    judge: ") >= 2 and "sound" in out and "lost" in out
+        assert {e.split for e in episodes} == {"test"} and numbers[who] == judge.numbers_of(episodes)
+    assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+    assert out.count("    judge: ") >= 2 and "\nlost, " in out and "\nlost by the agent, " in out
 
 
-@pytest.mark.parametrize("missing, words", [("args.json", "no run of reagent.py"), ("rrm", "trained no judge"),
-                                            ("model", "no trained agent")])
-def test_judge_refuses_in_one_line(trained, tmp_path, monkeypatch, capsys, missing, words):
+@pytest.mark.parametrize("script", [judge, second_attempts])
+@pytest.mark.parametrize("damage, words", [
+    ("args.json", "no run of reagent.py"), ("rrm", "its judge is missing"), ("model", "its trained agent is missing"),
+    ("junk", "not the settings"), ("none", "it had no judge")])
+def test_what_is_no_finished_run_is_refused_in_one_line(trained, tmp_path, monkeypatch, capsys, script, damage, words):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    (run / missing).rename(tmp_path / "away")
-    monkeypatch.setattr(sys, "argv", ["judge.py", str(run)])
+    settings = json.loads((run / "args.json").read_text())["args"]
+    if damage == "junk":
+        (run / "args.json").write_text(json.dumps({"args": settings | {"pool": "joint"}}))
+    elif damage == "none":
+        (run / "args.json").write_text(json.dumps({"args": settings | {"variant": "none"}}))
+    else:
+        (run / damage).rename(tmp_path / "away")
+    before = {path for path in run.rglob("*")}
+    monkeypatch.setattr(sys, "argv", [script.__name__, str(run)])
     with pytest.raises(SystemExit) as end:
-        judge.main()
+        script.main()
     out, err = capsys.readouterr()
     assert end.value.code == 2 and not out and re.fullmatch(r"error: [^\n]+\n", err) and words in err
+    assert {path for path in run.rglob("*")} == before
+
+
+def test_the_judge_of_a_run_is_trained_given_or_the_start_model(trained, tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "rrm").rename(tmp_path / "elsewhere")
+    settings, start = json.loads((run / "args.json").read_text())["args"], common.load(str(trained / "model"))[0]
+    for own in {"rrm": str(tmp_path / "elsewhere")}, {"judged": 0}:
+        (run / "args.json").write_text(json.dumps({"args": settings | own}))
+        state = judge.state_of(run)
+        assert common.fingerprint(state.rrm.model) == common.fingerprint(start) and state.rrm.optimizer is None
 
 
 # ------------------------------------------------------------------------------- Reagent's second attempts, and other judges
@@ -700,78 +727,65 @@ def test_second_attempts_by_hand():
     assert rows["judge"]["lost"] == {"success": pytest.approx(2 / 3), "se": pytest.approx(1 / 3), "n": 3}
     assert rows["judge"]["minus_nothing"] == {"difference": 0.5, "se": pytest.approx(math.sqrt(1 / 12))}
     assert rows["nothing"]["minus_nothing"] == {"difference": 0.0, "se": 0.0}
+    assert list(second_attempts.table(rows))[2].split() == ["judge", "0.750", "0.667", "1.000", "+0.500", "(0.289)"]
 
 
 def test_second_attempts_differ_in_the_critique_alone(trained, monkeypatch, capsys):
-    played, rollout, said = [], reagent.rollout, []
+    played, rollout = [], reagent.rollout
     monkeypatch.setattr(reagent, "rollout", lambda *given, before=None, **rest: played.append(
-        (before, rest["stream"], rollout(*given, before=before, **rest))) or played[-1][2])
-    monkeypatch.setattr(reagent, "judge", lambda rrm, world, args, histories, stream: said.append(
-        [{"critique": f"Number {i}."} for i in range(len(histories))]) or said[-1])
+        (before, rest, rollout(*given, before=before, **rest))) or played[-1][2])
+    monkeypatch.setattr(reagent, "judge", lambda state, transcripts, stream: [
+        reagent.Judgement(critique=f"Number {i}.", asked=1) for i in range(len(transcripts))])
     monkeypatch.setattr(sys, "argv", ["second_attempts.py", str(trained), "--episodes", "6"])
     second_attempts.main()
     (none, _, first), *again = played
-    assert none is None is again[4][0] and len(again) == 5 and len({stream for _, stream, _ in again}) == 1  # the same random numbers
-    assert all([history for history, _ in before] == [e["history"] for e in first] for before, *_ in again[:4])
-    by_judge, by_annotator, other, nothing = ([critique for _, critique in before] for before, *_ in again[:4])
-    assert by_judge == [j["critique"] for j in said[0]] and other == by_judge[1:] + by_judge[:1] and nothing == [""] * 6
-    world = envs.make("search")
-    for e, critique in zip(first, by_annotator):
-        world.reset(seed=e["seed"], options={"split": "test"})
-        flaws = reagent.process_flaws(world, e["history"], e["valid"])
-        assert e["split"] == "test" and critique in reagent.annotate(flaws) and flaws
+    assert none is None is again[4][0] and len(again) == 5
+    assert len({rest["stream"] for _, rest, _ in again}) == 1  # the same random numbers
+    assert {rest["temperature"] for _, rest, _ in played} == {0.6}
+    assert all([e.said for e in before] == [e.said for e in first] for before, *_ in again[:4])
+    by_judge, by_annotator, other, nothing = ([e.critique for e in before] for before, *_ in again[:4])
+    assert by_judge == [f"Number {i}." for i in range(6)] and other == by_judge[1:] + by_judge[:1] and nothing == [""] * 6
+    assert by_annotator == [reagent.reference(e.flaws)[1] for e in first] and all(e.flaws and e.split == "test" for e in first)
     rows = json.loads((trained / "second_attempts.json").read_text())
-    assert set(rows) == {"first", *second_attempts.WAYS} and rows["judge"]["all"]["n"] == 6 and "annotator" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("missing, words", [("args.json", "no run of reagent.py"), ("rrm", "--rrm"), ("model", "no trained agent")])
-def test_second_attempts_refuse_in_one_line(trained, tmp_path, monkeypatch, capsys, missing, words):
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
-    (run / missing).rename(tmp_path / "away")
-    monkeypatch.setattr(sys, "argv", ["second_attempts.py", str(run)])
-    with pytest.raises(SystemExit) as end:
-        second_attempts.main()
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and not out and re.fullmatch(r"error: [^\n]+\n", err) and words in err
+    assert tuple(rows) == ("first", *second_attempts.WAYS) and rows["judge"]["all"]["n"] == 6
+    assert "annotator" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("judging", ["annotator", "shuffled"])
 def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypatch, judging):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    for name in "Args", "judge", "rollout":  # so that they are put back
+    for name in "Args", "review":  # so that they are put back
         monkeypatch.setattr(reagent, name, getattr(reagent, name))
-    said, asked = [], reagent.judge
+    streams = []
 
-    def numbered(rrm, world, args, histories, stream):
-        judged = asked(rrm, world, args, histories, stream)
-        said.append((stream, [j | {"score": i / 100, "critique": f"Number {i}."} for i, j in enumerate(judged)]))
-        return said[-1][1]
+    def numbered(state, transcripts, stream):
+        streams.append(stream[0])
+        texts = [f"Number {i}." for i in range(len(transcripts))]
+        return [reagent.Judgement(text, critique=text, score=i / 100, asked=1) for i, text in enumerate(texts)]
 
-    monkeypatch.setattr(other_judge, "TRAINED", numbered)
+    monkeypatch.setattr(reagent, "judge", numbered)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     flags = flags_of(model="tiny:32x1", examples=60, judge_tokens=60, max_new_tokens=12, steps=1, batch_size=8, group_size=4,
-                     micro_batch_size=4, eval_episodes=2, cold_start=4, cold_epochs=1, judged=4, rrm=trained / "rrm", judging=judging,
+                     micro_batch_size=4, eval_episodes=2, cold_start=4, cold_epochs=1, rrm=trained / "rrm", judging=judging,
                      out_dir=tmp_path / "run")  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["other_judge.py", *flags])
     other_judge.main()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
-    first, second = ([e for e in rollouts if e["attempt"] == n] for n in (1, 2))
-    assert len(first) == len(second) == 8 and json.loads((tmp_path / "run" / "args.json").read_text())["args"]["judging"] == judging
-    if judging == "shuffled":
-        learnt = [judged for stream, judged in said if stream[0] == "learn"]
-        for attempts, judged in zip((first, second), learnt, strict=True):
-            assert [e["judgement"] for e in attempts] == judged[4:] + judged[:4]  # of the other question
-        return
-    assert not any(stream[0] == "learn" for stream, _ in said)
-    world = envs.make("search")
-    for e in rollouts:
-        world.reset(seed=e["seed"], options={"split": "train"})
-        flaws = reagent.process_flaws(world, e["history"], e["valid"])
-        assert e["judgement"]["score"] == pytest.approx(reagent.process_score(flaws)) and e["judgement"]["parsed"]
-        assert e["return"] == pytest.approx(e["rule"] + 0.3 * e["judgement"]["score"])
+    rollouts = lines(tmp_path / "run" / "rollouts.jsonl")
+    sides = [[e for e in rollouts if e["second"] == again] for again in (False, True)]
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["args"]["judging"] == judging
+    assert streams == ["quality"] * 2 + ["learn"] * 2 * (judging == "shuffled")
+    for episodes in sides:
+        assert len(episodes) == 8
+        for i, e in enumerate(episodes):
+            reference = reagent.reference([envs.Flaw(*flaw) for flaw in e["flaws"]])
+            number = (i + 4) % 8  # of the other question
+            text, score = ((reagent.judgement_text(*reference), reference[2]) if judging == "annotator"
+                           else (f"Number {number}.", number / 100))
+            assert e["said"][-1] == ["judge", text] and e["judged"] == pytest.approx(score)
+            assert e["critique"] == (reference[1] if judging == "annotator" else text)
+            assert e["earned"] == pytest.approx(e["score"] + 0.3 * score)
 
 
 # ------------------------------------------------------------------------------------------------------------------ refusals
