@@ -16,7 +16,8 @@ Departures from the paper, and why:
  1. The target of a terminal transition is composed from what was seen and the outcome, not written
     by B_L: it grounds M. A full context is an end that did not succeed.
  2. M, B_L, E and pi_r read actions without the thoughts before them, as thoughts would fill their
-    prompts; pi_r sees the futures too. L2 teaches the thought of a^r with its action.
+    prompts; pi_r sees the futures too. L2 teaches the thought of a^r and its action in the form
+    that the policy writes, nothing behind that, and no action that a limit cut.
  3. a' in (2) comes from pi_bar, not from the current policy: averaged weights are steadier.
  4. Targets and lessons of a step are made once, before its gradient steps; each of these takes L1
     and L2 together.
@@ -28,7 +29,8 @@ Departures from the paper, and why:
 What a tiny model needs besides is the last group of flags, off here, on in TINY: --distil best,
 where refinement is a comparison of judged tries, and a lesson only where they differ clearly; parts
 that nobody trains from the start weights, as they are forgotten (the paper reports forgetting); L1
-alone until M tells actions apart; imitation of what was just played; late turns oversampled.
+alone until M tells actions of one turn apart; imitation of what was just played; late turns
+oversampled. Their code stands below main.
 
     python nlac.py                            # repair shop, tiny model (TINY): 6 minutes
     python nlac.py --ablation frozen-critic --out-dir runs/frozen   # a floor: M never learns
@@ -106,7 +108,7 @@ class Args:
     margin: int = flag(1, "best: verdicts from the worst try that make a lesson (not in the paper)")
     frozen_parts: bool = flag(False, "B_L, E, pi_r from the start weights; False: theta's (paper)")
     anchor: float = flag(0.0, "weight of imitating the actions just played; 0: none (paper)")
-    critic_gate: float = flag(0.0, "AUC of M from which on L2 teaches; 0: from the start (paper)")
+    critic_gate: float = flag(0.0, "AUC of M (see auc) from which on L2 teaches; 0: from the start (paper)")
     even_turns: bool = flag(False, "late turns sampled more often; False: a plain buffer (paper)")
     examples: int = flag(3000, "rounds of warm-up examples that make a tiny model")
 
@@ -630,11 +632,11 @@ def nll(parts, pairs, weight) -> float:
     return total
 
 
-def update(parts, optimizer, forecasts, lessons, played) -> dict:
+def update(parts, optimizer, forecasts, actions, played) -> dict:
     """--updates gradient steps on L1 + weight L2 + the anchor, and (7) after each -> metrics."""
     args = parts.args
-    taught = len(lessons) / args.actor_states  # states without a lesson count, too
-    losses = {"l1": (1.0, forecasts), "l2": (args.actor_weight * taught, lessons),
+    taught = len(actions) / args.actor_states  # states without a lesson count, too
+    losses = {"l1": (1.0, forecasts), "l2": (args.actor_weight * taught, actions),
               "anchor": (args.anchor, played)}
     metrics = Counter()
     for u in range(args.updates):

@@ -352,11 +352,11 @@ def test_a_part_that_cannot_be_read_is_named_once(parts_of, capsys):
 
 def test_a_prompt_beyond_the_context_is_an_empty_reply(parts_of):
     puppet = Puppet(policy="x", successor=FORECAST, backup=FORECAST)
-    parts = parts_of(puppet, context=700)
+    parts = parts_of(puppet, context=1200)
     steps, _ = played(["y" * 900, "open the case"], **LOUD)
     assert nlac.successor_targets(parts, steps[:1], ("b",)) == [""] and not puppet.calls
     assert parts.metrics()["overlong_policy"] == 1 and parts.metrics()["parse_policy"] == 0
-    parts.ask("policy", [[{"role": "user", "content": text}] for text in ("x", "y" * 9000, "z")], ("p",), samples=2)
+    parts.ask("policy", [nlac.policy_messages(WORLD, [text]) for text in ("x", "y" * 900, "z")], ("p",), samples=2)
     assert parts.metrics()["overlong_policy"] == pytest.approx(3 / 7)  # of replies that were wanted
     terminal = [dataclasses.replace(steps[1], done=True)]  # composed, and too long to be learnt
     assert nlac.successor_lessons(parts, terminal, ("b",)) == []
