@@ -1328,6 +1328,7 @@ class Run:
         if not saved:
             return None
         state = saved["state"]
+        self.step = saved.get("step", 0)  # `complete` tells it, and no step may be left
         for name, part in parts.items():
             part.load_state_dict(part.state_dict() | state["parts"][name])
         if parts:
@@ -1409,7 +1410,8 @@ class Run:
     def save(self, state: dict):
         """Replaces the checkpoint in one move. `state`: tensors, numbers, strings and containers of them."""
         self.checkpoint.parent.mkdir(exist_ok=True)
-        saved = {"script": self.script, "args": self.args, "offsets": {name: self._size(name) for name in self.LOGS}, "state": state}
+        saved = {"script": self.script, "args": self.args, "offsets": {name: self._size(name) for name in self.LOGS}, "state": state,
+                 "step": self.step}
         _write_atomic(self.checkpoint, lambda file: torch.save(saved, file))
 
     def complete(self, model, chat, method, arm, before, after, ends, shown=(), **extra):
