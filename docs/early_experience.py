@@ -122,7 +122,8 @@ def reflect(state):
             continue
         asked.append(each)
         prompts.append(prompt)
-    said = act.answer(state.model, state.chat, args, prompts, args.choice_tokens, ("reflect",))
+    free = dataclasses.replace(state, args=args)
+    said = act.answer(free, prompts, args.choice_tokens, ("reflect",))
     found = []
     for each, reply in zip(asked, said):
         counts["tokens"] += sum(reply.mask)

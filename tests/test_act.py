@@ -81,7 +81,7 @@ def states(demos):
 
 @pytest.fixture(scope="module")
 def rows(tiny, states):
-    return act.propose(state_of(*tiny), states)
+    return [*act.propose(state_of(*tiny), states)]
 
 
 @pytest.fixture(scope="module")
@@ -419,11 +419,11 @@ def test_equal_rewards_teach_exactly_nothing(no_step):
     replies = [act.Reply("", True, [0, 1, n % 5], [0, 1, 1], reward=0.1, row="possible") for n in range(8)]
     act.read_advantages(replies, 4)
     model = Bigram(random_table(random.Random(0)))
-    act.update(model, None, PAD, ARGS, None, replies, (0.2, 0.2))
+    act.update(model, None, PAD, ARGS, None, replies)
     assert not model.table.grad.any()
     replies[0].reward = 1.0
     act.read_advantages(replies, 4)
-    act.update(model, None, PAD, ARGS, None, replies, (0.2, 0.2))
+    act.update(model, None, PAD, ARGS, None, replies)
     assert model.table.grad.any()
 
 
@@ -549,8 +549,8 @@ def test_proposals_of_a_real_model(tiny, states, rows, pairs):
         assert {name: row[name] for name in state} == state
         told = dict(row["proposed"])
         assert 2 < told.pop("tokens") <= 56 and sum(told.values()) == 2
-    assert act.propose(state_of(*tiny, args=args_of(rollout_batch_size=6)), states) == rows
-    assert act.propose(state_of(*tiny, args=args_of(seed=1)), states) != rows
+    assert [*act.propose(state_of(*tiny, args=args_of(rollout_batch_size=6)), states)] == rows
+    assert [*act.propose(state_of(*tiny, args=args_of(seed=1)), states)] != rows
 
 
 def test_no_candidate_is_the_experts_action(tiny, states, monkeypatch):
@@ -572,21 +572,26 @@ def test_no_candidate_is_the_experts_action(tiny, states, monkeypatch):
 
 
 def test_proposals_are_written_as_they_come_and_not_sampled_again(tiny, states, rows, tmp_path, monkeypatch):
-    path, args = tmp_path / "pairs.jsonl", args_of(rollout_batch_size=6)
-    assert act.propose(state_of(*tiny, args=args), states, path) == rows == lines(path)
-    whole, asked, generate = path.read_bytes(), [], common.generate
+    """(What `Run.collect` does with its file: tests/test_common.py.)"""
+    run = common.Run("act", args_of(out_dir=str(tmp_path)), out_dir=tmp_path)
+    path, state = tmp_path / "pairs.jsonl", state_of(*tiny, args=args_of(rollout_batch_size=6), states=states)
+    asked, generate = [], common.generate
 
     def listening(model, chat, prompts, **how):
         asked.append(len(prompts))
         return generate(model, chat, prompts, **how)
 
+    def collect():
+        asked.clear()
+        return run.collect("pairs.jsonl", {}, lambda done: act.propose(state, states[done:], done))
+
     monkeypatch.setattr(common, "generate", listening)
+    assert collect() == rows == lines(path) and sum(asked) == len(states)
+    whole = path.read_bytes()
     first = len(whole.splitlines(True)[0])
     for size, left in (len(whole), 0), (first + 10, len(rows) - 1), (first - 1, len(rows)), (0, len(rows)):
         path.write_bytes(whole[:size])
-        assert act.propose(state_of(*tiny, args=args), states, path) == rows
-        assert path.read_bytes() == whole and sum(asked) == left
-        asked.clear()
+        assert collect() == rows and path.read_bytes() == whole and sum(asked) == left
 
 
 def test_an_answer_is_masked_as_it_was_sampled(tiny, pairs):
@@ -807,18 +812,28 @@ def test_warm_up_prefers_neither_position_nor_winner_and_shows_nothing_of_test()
 
 # -------------------------------------------------------------------------------------------- dose
 
-MARK = re.compile(r"Action 1 (.+?)\. Action 2 (.+?)\. <action>")
+FORESEEN = re.compile(r"([^.<>]+?) would lead (\w+)\. ")
 
 
-def test_outlooks_are_what_random_play_wins():
-    """Against another derivation: many random games from either state."""
-    world, rng, checked = envs.make("household"), random.Random(0), Counter()
-    for seed in range(12):
-        *_, worlds = act.random_play(world, rng, seed, copies=True)
-        at = worlds[-4]  # few turns are left
-        play, left = act.RandomPlay(at), at.max_turns - at.turns - 1
+def after(seed, rng, turns):
+    """A game of a random player, and what it knows of outlooks."""
+    world = envs.make("household")
+    _, info = world.reset(seed=seed, options={"split": "train"})
+    for _ in range(turns):
+        _, _, over, _, info = world.step(rng.choice(rng.choice(act.by_verb(info["admissible"]))))
+        if over:
+            return after(seed + 1000, rng, turns)
+    return world, act.RandomPlay(world)
 
-        def won(state, turns, start=at):
+
+def test_chances_and_outlooks_are_what_random_play_wins():
+    """Against another derivation: many random games."""
+    rng, seen = random.Random(0), Counter()
+    for seed in range(8):
+        world, play = after(seed, rng, 3)
+        states = world.possibilities()
+
+        def won(state, turns, start=world):
             game = copy.deepcopy(start)
             game.restore(state)
             for _ in range(turns):
@@ -827,60 +842,85 @@ def test_outlooks_are_what_random_play_wins():
                     return True
             return False
 
-        for action in at.admissible():
-            now, then = [], []
-            for state in at.possibilities():
-                ended, after = play.result(state, action)
-                now += [won(state, left) for _ in range(300)]
-                then += [ended or won(after, left) for _ in range(300)]
-            moved = math.log((common.mean(then) + 0.003) / (common.mean(now) + 0.003))
-            if abs(moved) > 0.5 and not 0 < common.mean(now) < 0.01:  # clear, for so few games
-                mark = act.OUTLOOKS[play.outlook(at, action)]
-                assert mark == ("leads closer" if moved > 0 else "leads away")
-                checked[mark] += 1
-    assert sum(checked.values()) > 10 and len(checked) == 2, checked
+        for turns in 2, world.max_turns:
+            found = common.mean(won(state, turns) for state in states for _ in range(300))
+            exact = common.mean(play.chance(state, turns) for state in states)
+            assert abs(found - exact) < 5 * math.sqrt((exact + 0.001) / 300 / len(states)), (seed, turns)
+            seen["chances"] += found > 0.05
+        now = common.mean(play.chance(state, world.max_turns) for state in states)
+        for action in world.admissible():
+            worlds = [copy.deepcopy(world) for _ in states]
+            for game, state in zip(worlds, states):
+                game.restore(state)
+                game.act(action)
+            then = common.mean(1 if game.won else play.chance(game.snapshot(), game.max_turns) for game in worlds)
+            ratio = (then + 0.003) / (now + 0.003)
+            mark = act.OUTLOOKS[play.outlook(world, action)]
+            assert mark == ("closer" if ratio > math.exp(0.15) else "away" if ratio < math.exp(-0.15) else "nowhere")
+            seen[mark] += 1
+    assert seen["chances"] > 5 and min(seen[mark] for mark in act.OUTLOOKS) > 2, seen
 
 
 def test_outlooks_do_not_depend_on_what_is_hidden():
-    world, rng = envs.make("household"), random.Random(1)
+    rng = random.Random(1)
     for seed in range(10):
-        *_, worlds = act.random_play(world, rng, seed, copies=True)
-        at = worlds[2]
-        other = copy.deepcopy(at)
+        world, play = after(seed, rng, 2)
+        other = copy.deepcopy(world)
         other.resample(random.Random(seed))
-        actions = [action for action in at.admissible() if action in other.admissible()]
-        assert [act.RandomPlay(at).outlook(at, action) for action in actions] == [
+        actions = [action for action in world.admissible() if action in other.admissible()]
+        assert [play.outlook(world, action) for action in actions] == [
             act.RandomPlay(other).outlook(other, action) for action in actions]  # fmt: skip
 
 
-def test_dose_is_the_share_of_thoughts_that_are_right(monkeypatch):
+@pytest.mark.parametrize("dose", [0.0, 0.5, 1.0])
+def test_dose_is_the_share_of_outlooks_that_are_right(monkeypatch, dose):
     monkeypatch.setattr(envs.Household, "expert", lambda self: pytest.fail("the expert was asked"))
     monkeypatch.setattr(act.RandomPlay, "outlook", lambda self, world, action: len(action) % 3)
-    shares, follows = {}, {}
-    for dose in 0.0, 0.5, 1.0:
-        examples = act.warmup(envs.make("household"), args_of(env="household", examples=150, dose=dose))
-        right, followed = [], []
-        for *_, asked, reply in examples:
-            said, shown = MARK.search(reply["content"]), re.search(r"Action 1: (.*)\nAction 2: (.*)", asked["content"])
-            if not said:
-                continue
-            marks = [act.OUTLOOKS.index(words) for words in said.groups()]
-            right.append(marks == [len(action) % 3 for action in shown.groups()])
-            if marks[0] != marks[1]:
-                better = shown.groups()[marks[1] > marks[0]]
-                followed.append(act.parse_action(reply["content"]) == better)
-        shares[dose], follows[dose] = common.mean(right), common.mean(followed)
-        assert len(right) == (150 if dose else 0)
-        plain = [e for e in examples if not MARK.search(e[-1]["content"])]
-        assert not any(word in str(plain) for word in act.OUTLOOKS)  # in thoughts before a choice alone
-    assert shares[1.0] == follows[1.0] == 1 and abs(shares[0.5] - (0.5 + 0.5 / 9)) < 0.15
-    assert abs(follows[0.5] - 0.75) < 0.15
+    examples = act.warmup(envs.make("household"), args_of(env="household", examples=150, dose=dose))
+    pairs, followed, apart, games = [], [], [], 0
+    for _, *messages in examples:
+        *_, asked, reply = messages
+        games += act.FORESEE in asked["content"]
+        if act.FORESEE in asked["content"]:
+            for asked, reply in zip(messages[::2], messages[1::2], strict=True):
+                told = FORESEEN.findall(reply["content"])
+                assert asked["content"].endswith(f"\n{act.FORESEE}")
+                assert act.parse_action(reply["content"]) in [action for action, _ in told]
+                apart += [act.OUTLOOKS.index(word) == len(action) % 3 for action, word in told]
+            continue
+        assert act.FORESEE not in str(messages)
+        told = FORESEEN.findall(reply["content"].replace(". ", ". ", 1))
+        shown = re.search(r"Action 1: (.*)\nAction 2: (.*)", asked["content"])
+        if not told:  # in thoughts before a choice alone
+            assert "would lead" not in str(messages)
+            continue
+        marks = [act.OUTLOOKS.index(word) for _, word in told]
+        assert [action.strip() for action, _ in told] == [*shown.groups()]
+        pairs.append(marks == [len(action) % 3 for action in shown.groups()])
+        if marks[0] != marks[1]:
+            followed.append(act.parse_action(reply["content"]) == shown.groups()[marks[1] > marks[0]])
+    assert len(pairs) == games == (150 if dose else 0)
+    if dose == 1:
+        assert all(pairs) and all(followed) and all(apart)
+    elif dose:
+        assert abs(common.mean(pairs) - (0.5 + 0.5 / 9)) < 0.15 and abs(common.mean(followed) - 0.75) < 0.15
+        assert len(apart) > 1000 and abs(common.mean(apart) - 2 / 3) < 0.06
 
 
 # -------------------------------------------------------------------------------- whole runs
 
 STAGED = "1-act", "2-il", "3-rl"
 same_run = functools.partial(helpers.same_run, data=("demos.jsonl", "pairs.jsonl"), weights=(*STAGED, "model"))
+
+
+def replayed(episode):
+    """What the world says to the actions of a recorded episode."""
+    world = envs.make(ENV)
+    observations = [world.reset(seed=episode["seed"], options={"split": episode["split"]})[0]]
+    for who, text in episode["said"]:
+        if who == "act":
+            observations.append(world.step(act.parse_action(text) or "")[0])
+    return observations
 
 
 def test_a_run_and_its_summary(whole):
@@ -900,6 +940,15 @@ def test_a_run_and_its_summary(whole):
             assert row["rows"] == {kind: n / 8 for kind, n in Counter(reply["row"] for reply in said).items()}
             assert row["reward"] == pytest.approx(sum(worth[kind] * share for kind, share in row["rows"].items()))
             assert all("split" in r["about"] and r["about"]["split"] == "train" for r in said)
+    for number, name in enumerate(["before", *STAGED]):  # whole episodes, with every word of them
+        played = [episode for episode in rollouts if episode["stage"] == name and episode.get("evaluation")]
+        assert len(played) == 4 * len(summary["stages"][name]) and {episode["step"] for episode in played} == {3 * number}
+        for split, found in summary["stages"][name].items():
+            some = [episode for episode in played if episode["split"] == split]
+            assert found["success"] == sum(episode["won"] for episode in some) / 4
+            assert [episode["seed"] for episode in some] == [0, 1, 2, 3]
+        for episode in played:
+            assert [text for who, text in episode["said"] if who == "world"] == replayed(episode)
     counts = summary["pair_counts"]
     assert summary["train_episodes"] == len(demos) == 5 and summary["expert_states"] == len(rows)
     assert summary["pairs"] == sum(len(row["candidates"]) for row in rows) > 3
@@ -946,6 +995,13 @@ def test_files_of_another_run_take_the_place_of_its_data(run_script, whole, tmp_
     same_run(whole, tmp_path / "run", apart=["pair_counts", "generated_tokens"])
 
 
+def read(path, paired):
+    """The rows of --demos, or of --pairs."""
+    given = args_of(pairs=str(path)) if paired else args_of(demos=str(path))
+    _, _, demos, pairs = act.check_args(given)
+    return pairs if paired else demos
+
+
 @pytest.mark.parametrize("how", ["parquet", "directory", "hub"])
 def test_data_from_anything_that_datasets_takes(whole, tmp_path, monkeypatch, how):
     import datasets
@@ -961,7 +1017,7 @@ def test_data_from_anything_that_datasets_takes(whole, tmp_path, monkeypatch, ho
         if how == "hub":
             stored = list(datasets.load_dataset("parquet", data_files=str(path), split="train"))
             monkeypatch.setattr(datasets, "load_dataset", lambda path, split, rows=stored: rows)
-        assert act.read_rows("--x", str(given), WORLD, ARGS, paired) == rows
+        assert read(given, paired) == rows
         monkeypatch.undo() if how == "hub" else None
 
 
@@ -972,7 +1028,7 @@ def test_trajectories_need_no_more_than_their_messages(run_script, whole, tmp_pa
     result = run_script(f"{SMALL} --steps 1 --demos demos.jsonl --pairs pairs.jsonl --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
     assert lines(tmp_path / "run" / "demos.jsonl") == lines(tmp_path / "demos.jsonl")
-    about = lines(tmp_path / "run" / "rollouts.jsonl")[0]["about"]
+    about = next(row["about"] for row in lines(tmp_path / "run" / "rollouts.jsonl") if "about" in row)
     assert about.keys() == {"expert", "candidate", "expert_second"}
 
 
@@ -1004,7 +1060,7 @@ BAD_PAIRS = {"no expert": ({"expert": ...}, "'expert'"), "expert": ({"expert": N
 def test_a_bad_line_is_named(demos, rows, tmp_path, capsys, paired):
     good, path = (rows if paired else demos)[0], tmp_path / "data.jsonl"
     common.write_jsonl(path, [good] * 3)
-    assert act.read_rows("--x", str(path), WORLD, ARGS, paired) == [good] * 3 == lines(path)
+    assert read(path, paired) == [good] * 3 == lines(path)
     bad = BAD_ROWS
     if paired:  # it ends with the user
         cut = {name: row["messages"][:-1] for name, (row, _) in BAD_ROWS.items()
@@ -1016,7 +1072,7 @@ def test_a_bad_line_is_named(demos, rows, tmp_path, capsys, paired):
             line = json.dumps({key: value for key, value in (good | line).items() if value is not ...})
         path.write_text(f"{json.dumps(good)}\n{json.dumps(good)}\n{line}\n{json.dumps(good)}\n")
         with pytest.raises(SystemExit) as end:
-            act.read_rows("--x", str(path), WORLD, ARGS, paired)
+            read(path, paired)
         told = capsys.readouterr().err
         assert end.value.code == 2 and told.count("\n") == 1 and len(told) < 500, name
         assert "data.jsonl, line 3: " in told and words in told, (name, told)
@@ -1057,7 +1113,7 @@ def test_the_commands_of_the_docstrings_are_accepted(monkeypatch):
         args = common.parse_args(act_controls.Args if "docs" in path.parts else act.Args, act.TINY, flags)
         monkeypatch.setattr(act, "STAGES", act.STAGES | act_controls.STAGES)
         monkeypatch.setattr(act, "PAIRED", act.PAIRED | {*act_controls.STAGES})
-        monkeypatch.setattr(act, "read_rows", lambda *given: [])
+        monkeypatch.setattr(common, "read_rows", lambda *given: [])
         act.check_args(dataclasses.replace(args, device="cpu"))
 
 

@@ -1601,6 +1601,61 @@ def test_read_jsonl(tmp_path, capsys):
     refused(capsys, lambda: common.read_jsonl(tmp_path / "none", "--demos"), "--demos")
 
 
+def test_rows_are_checked_by_line(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 0}\n{"b": 1}\n')
+
+    def good(row):
+        return 1 / row["a"] if row["a"] else [][0]
+
+    refused(capsys, lambda: common.read_rows("--demos", str(path), good), "--demos", "line 3", "IndexError")
+    refused(capsys, lambda: common.read_rows("--x", str(path), lambda row: row["a"]), "--x", "line 4", "KeyError: 'a'")
+    assert common.read_rows("--x", str(path), lambda row: None) == [{"a": 1}, {"a": 0}, {"b": 1}]
+    path.write_text("\n")
+    refused(capsys, lambda: common.read_rows("--x", str(path), good), "--x", "is empty")
+    refused(capsys, lambda: common.read_rows("--x", str(tmp_path / "none.parquet"), good), "--x", "cannot be read")
+
+
+def spoken(*roles):
+    return [{"role": role, "content": "Hm."} for role in roles]
+
+
+def test_messages_and_texts_of_rows():
+    for last, roles in ("user", ("user", "assistant", "user")), ("assistant", ("user", "assistant")), ("user", ("user",)):
+        common.check_messages(spoken(*roles), last)
+    for last, roles in ("user", ("user", "assistant")), ("assistant", ("user",)), ("assistant", ()), ("assistant", ("assistant", "user")), (
+            "user", ("system", "user", "assistant", "user")):  # fmt: skip
+        with pytest.raises(ValueError):
+            common.check_messages(spoken(*roles), last)
+    for messages in [{"role": "user"}], [{"content": "Hm."}], ["Hm."], 3, [{"role": "user", "content": None}]:
+        with pytest.raises((KeyError, TypeError)):
+            common.check_messages(messages, "user")
+    common.check_texts([])
+    common.check_texts(["a", "\u00e9"])
+    for texts, kind in ("look", TypeError), (None, TypeError), (["a", 1], TypeError), (["\ud800"], ValueError):
+        with pytest.raises(kind):
+            common.check_texts(texts)
+
+
+def test_rows_are_collected_as_they_come(tmp_path, capsys):
+    run, progress, made = started(tmp_path / "run"), {}, []
+
+    def make(done):
+        for number in range(done, 4):
+            made.append(number)
+            assert path.read_text().count("\n") == number  # those before it are written
+            yield {"number": number, "text": "\u2028\n"}
+
+    path = run.dir / "rows.jsonl"
+    rows = [{"number": number, "text": "\u2028\n"} for number in range(4)]
+    assert run.collect("rows.jsonl", progress, make) == rows == [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    assert made == [0, 1, 2, 3] and run.collect("rows.jsonl", progress, make) == rows and len(made) == 4
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])  # killed in the last line
+    refused(capsys, lambda: run.collect("rows.jsonl", progress, make), "rows.jsonl has changed")
+    assert run.collect("rows.jsonl", {}, make) == rows and path.read_bytes() == whole and made[4:] == [3]
+
+
 def test_checkpoint_and_logs(tmp_path, no_locks):
     run = started(tmp_path / "run")
     run.log({"step": 0, "loss": float("nan"), "text": "naïve 東京\n"})

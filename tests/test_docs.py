@@ -477,9 +477,9 @@ def test_a_reflection_is_the_models_own_words_and_the_experts_action(monkeypatch
     candidates = [["check the power", "dance"], *[["swap the fuse"]] * (len(said) - 1)]  # of the last state: none
     pairs = [state | {"candidate": action} for state, actions in zip(states, candidates) for action in actions]
 
-    def answer(model, chat, args, prompts, limit, stream):
+    def answer(state, prompts, limit, stream):
         asked.extend(prompts)
-        assert limit == args.choice_tokens and not args.prefill
+        assert limit == state.args.choice_tokens and not state.args.prefill
         return [act.Reply(text, True, [], [0, 1, 1]) for text in said] if prompts else []
 
     monkeypatch.setattr(act, "answer", answer)
