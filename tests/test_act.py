@@ -29,6 +29,7 @@ import envs
 
 sys.path.insert(0, str(ROOT / "docs"))
 import act_controls  # noqa: E402
+import act_dose  # noqa: E402
 
 torch.set_num_threads(1)
 ENV = "repair"
@@ -905,6 +906,47 @@ def test_dose_is_the_share_of_outlooks_that_are_right(monkeypatch, dose):
     elif dose:
         assert abs(common.mean(pairs) - (0.5 + 0.5 / 9)) < 0.15 and abs(common.mean(followed) - 0.75) < 0.15
         assert len(apart) > 1000 and abs(common.mean(apart) - 2 / 3) < 0.06
+
+
+@pytest.mark.parametrize("knows, follows", [(True, True), (True, False), (False, True)])
+def test_the_gates_of_a_dose(monkeypatch, knows, follows):
+    """By a model that knows what actions lead to, or says the same of all, and chooses by it or against it."""
+    world, spoken = envs.make("household"), []
+
+    def propose(state, states):
+        for some in states:
+            others = [action for action in some["admissible"] if action != some["expert"]]
+            yield some | {"candidates": [*others[:1], "dance"]}
+
+    def ask(state, pairs, stream):
+        replies = []
+        for pair in pairs:
+            both = act.in_order(pair)
+            world = envs.make("household")
+            envs.replay(world, pair["seed"], [m["content"] for m in pair["messages"][1::2]], "test")
+            possible = [action in world.admissible() for action in both]
+            marks = [act.RandomPlay(world).outlook(world, action) if can else 1 for action, can in zip(both, possible)]
+            marks = marks if knows else [2, 2]
+            spoken.append(marks)
+            better = marks[1] > marks[0]
+            chosen = both[better] if follows else both[not better]
+            thought = " ".join(act.foreseen(action, mark) for action, mark in zip(both, marks))
+            replies.append(reply_of(f"So. {thought} {act.tagged(chosen)}"))
+            replies[-1].row = act.pay(state.world, replies[-1], pair)[1]
+        return replies
+
+    monkeypatch.setattr(act, "propose", propose)
+    monkeypatch.setattr(act, "that_fit", lambda state, examples: [*examples])
+    monkeypatch.setattr(act, "ask", ask)
+    found = act_dose.gates(state_of(args=args_of(env="household"), world=world), 20)
+    differ = [marks for marks in spoken if marks[0] != marks[1]]
+    assert found["questions"] == len(spoken) > 60 and found["outlooks"] == 2 * len(spoken)
+    assert bool(differ) == knows and found["followed"] == (float(follows) if knows else None)
+    if knows:  # the expert's action leads closer, nearly always
+        assert found["ideal"] > 0.9 and (found["rows"]["right"] > 0.85) == follows and found["right"] == 1
+        assert found["right_of"] == dict.fromkeys(act.OUTLOOKS, 1.0) or found["right_of"]["away"] is None
+    else:
+        assert found["right_of"] == {"away": 0, "nowhere": 0, "closer": 1} and found["right"] == pytest.approx(found["commonest"], abs=0.3)
 
 
 # -------------------------------------------------------------------------------- whole runs
