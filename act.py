@@ -583,7 +583,7 @@ def kl_estimate(logprobs, reference):
     return d.exp() - d - 1
 
 
-def update(model, reference, chat, args, optimizer, replies):
+def grpo_update(model, reference, chat, args, optimizer, replies):
     """--updates gradient steps, each on its share of the groups -> metrics per sampled token.
 
     With one step the ratio is 1, and the old log-probs are those of its forward.
@@ -641,20 +641,19 @@ def imitate(model, chat, args, optimizer, dialogues):
 
     A mean over its tokens, one forward per dialogue; what does not fit the context is cut off.
     """
-    lessons, loss, end = [], 0.0, model.max_context
+    lessons, loss = [], 0.0
     for messages in dialogues:
         ids, mask = chat.dialogue_and_mask(messages)
-        lessons.append(Lesson(ids[:end], mask[:end]))
+        lessons.append(Lesson(ids[:model.max_context], mask[:model.max_context]))
     lessons.sort(key=lambda lesson: len(lesson.ids))  # neighbours need little padding
-    tokens = max(1, count_tokens(lessons))
+    tokens = max(1, sum(sum(lesson.mask) for lesson in lessons))
     for batch in groups(lessons, args.micro_batch_size):
         logprobs, _ = sampled_logprobs(model, chat, batch, 1.0)  # [B, T - 1]
         part = -logprobs.sum() / tokens
         part.backward()
         loss += part.item()
     kept = [(lesson.ids, lesson.mask) for lesson in lessons]
-    norm = common.gradient_step(model, optimizer, loss, kept)
-    return {"loss": loss, "grad_norm": norm}
+    return {"loss": loss, "grad_norm": common.gradient_step(model, optimizer, loss, kept)}
 
 
 # ------------------------------------------------------------------------------------------- stages
@@ -741,7 +740,7 @@ def reinforce(state, replies, part):
     args = state.args
     read_advantages(replies, args.group_size)
     state.run.lap("rollout")
-    losses = update(state.model, state.reference, state.chat, args, state.optimizer, replies)
+    losses = grpo_update(state.model, state.reference, state.chat, args, state.optimizer, replies)
     rows = Counter(reply.row for reply in replies)
     advantages = [reply.advantage for reply in replies]
     return losses | {

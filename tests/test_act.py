@@ -420,11 +420,11 @@ def test_equal_rewards_teach_exactly_nothing(no_step):
     replies = [act.Reply("", True, [0, 1, n % 5], [0, 1, 1], reward=0.1, row="possible") for n in range(8)]
     act.read_advantages(replies, 4)
     model = Bigram(random_table(random.Random(0)))
-    act.update(model, None, PAD, ARGS, None, replies)
+    act.grpo_update(model, None, PAD, ARGS, None, replies)
     assert not model.table.grad.any()
     replies[0].reward = 1.0
     act.read_advantages(replies, 4)
-    act.update(model, None, PAD, ARGS, None, replies)
+    act.grpo_update(model, None, PAD, ARGS, None, replies)
     assert model.table.grad.any()
 
 
@@ -664,7 +664,7 @@ def stage(tiny, demos, states, pairs, monkeypatch):
 
 def test_what_the_stages_train_on(stage, pairs, states, demos, monkeypatch):
     seen = {"act": [], "il": []}
-    monkeypatch.setattr(act, "update", lambda *given: seen["act"].append(given[5]) or {})
+    monkeypatch.setattr(act, "grpo_update", lambda *given: seen["act"].append(given[5]) or {})
     monkeypatch.setattr(act, "imitate", lambda *given: seen["il"].append(given[4]) or {"loss": 0})
     state, told = stage(act.critical_training)
     orders = Counter()
@@ -1004,7 +1004,7 @@ def test_a_run_and_its_summary(whole):
 
 
 def test_each_stage_starts_from_the_one_before_and_so_does_its_reference(run_here, monkeypatch, tmp_path):
-    seen, update, imitate = [], act.update, act.imitate
+    seen, update, imitate = [], act.grpo_update, act.imitate
 
     def updating(model, reference, *given):
         seen.append((common.fingerprint(model), reference and common.fingerprint(reference)))
@@ -1014,7 +1014,7 @@ def test_each_stage_starts_from_the_one_before_and_so_does_its_reference(run_her
         seen.append((common.fingerprint(model), None))
         return imitate(model, *given)
 
-    monkeypatch.setattr(act, "update", updating)
+    monkeypatch.setattr(act, "grpo_update", updating)
     monkeypatch.setattr(act, "imitate", imitating)
     run_here(f"{SMALL} --steps 2 --kl 0.1 --pipeline rl,il,rl --out-dir run")
     start = json.loads((tmp_path / "run" / "args.json").read_text())["start"]
