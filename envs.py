@@ -140,7 +140,7 @@ class World:
 
     def observe(self, words):
         """An observation: the words, how the game stands, and what can be done if that is shown."""
-        text = f"{words} {self.closing()}"
+        text = f"{words} {self.closing()}".rstrip()
         if self.show_actions and not self.over and (actions := self.admissible()):
             text += LISTING + "\n".join(map(one_line, actions))
         return text
