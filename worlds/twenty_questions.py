@@ -633,6 +633,7 @@ def linear_player(env, info, rng):
     return env.guess(rng.choice(env.consistent()))
 
 
+SHOWN = ("listed",)  # in the list of worlds; the others are there by their short names
 VARIANTS = {"": TwentyQuestions, "full": TwentyQuestionsFull, "listed": TwentyQuestionsListed}
 
 
