@@ -1444,6 +1444,8 @@ class Adapted(World):
 
     def act(self, text):
         numbers = self.numbers()
+        if not text:
+            return "You did not say anything.", False
         if numbers and text not in numbers:
             return f"An action is a number from {numbers[0]} to {numbers[-1]}.", False
         observation, reward, ended, cut, self.told = self.inner.step(int(text) if numbers else text)
@@ -1604,7 +1606,9 @@ def split_and_seed_fix_the_episode(name, episodes):
 
 def splits_are_disjoint(name, episodes):
     env, shown = make(name), {}
-    for split, seed, *_ in openings(env, episodes):
+    for split, seed, _, info in openings(env, episodes):
+        if info["admissible"] is None and not has_expert(env):
+            continue  # nobody knows what to say, so episodes that differ may look alike
         player = expert_player if has_expert(env) else random_player
         shown.setdefault(split, set()).add(transcript(env, split, seed, player))
     for one, other in itertools.combinations(shown, 2):
@@ -1842,6 +1846,7 @@ def list_worlds(episodes=200, seconds=1.5):
         except ValueError as error:
             print(f"{name:<28}  {error}")
             continue
+        run_episode(env, random_player, 0, "test")  # what is slow once is not a speed
         cells, counts, speeds = [], [], []
         for player in random_player, expert_player:
             scores, turns, start = [], 0, time.perf_counter()
