@@ -1658,7 +1658,8 @@ def the_expert_wins(name, episodes):
             break
         rewards, over, won, valid = 0.0, False, False, True
         while not over:
-            _, reward, terminated, truncated, info = env.step(env.expert())
+            observation, reward, terminated, truncated, info = env.step(env.expert())
+            yield from problems_of(observation, info)
             rewards, over, won = rewards + reward, terminated or truncated, info["won"]
             valid = valid and info["valid"]
         if not won or not valid:
@@ -1745,6 +1746,7 @@ WORLDS = {"repair": RepairShop, "household": Household, "household-full": Househ
           "search": Search, "search-full": SearchFull}  # fmt: skip
 ALIASES = {"20q": "twenty_questions", "20q-full": "twenty_questions:full"}
 FOLDER = Path(__file__).resolve().parent / "worlds"
+FILES = {"math": "mathematics"}  # worlds/math.py would hide a module from what runs in that folder
 
 
 def make(name, *, show_actions=False, **settings):
@@ -1759,7 +1761,7 @@ def make(name, *, show_actions=False, **settings):
     elif ".py:" in name:
         build = class_in_file(name)
     elif stem in further_worlds():
-        module = load(FOLDER / f"{stem}.py", f"worlds.{stem}")
+        module = module_of(stem)
         if not callable(getattr(module, "make", None)):
             raise ValueError(f"worlds/{stem}.py has no function make")
         build = functools.partial(module.make, argument)
@@ -1777,8 +1779,16 @@ def make(name, *, show_actions=False, **settings):
 
 
 def further_worlds():
-    """The names of the files in worlds/."""
-    return sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
+    """The names of the worlds in worlds/, which are those of their files but for FILES."""
+    named = {file: name for name, file in FILES.items()}
+    files = [path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_")]
+    return sorted(named.get(file, file) for file in files)
+
+
+def module_of(name):
+    """The module of one of `further_worlds`."""
+    file = FILES.get(name, name)
+    return load(FOLDER / f"{file}.py", f"worlds.{file}")
 
 
 def class_in_file(name):
@@ -1826,7 +1836,7 @@ def listed_names():
     for stem in further_worlds():
         shown = [""]
         with contextlib.suppress(ValueError):  # the table says what is wrong with it
-            shown = getattr(load(FOLDER / f"{stem}.py", f"worlds.{stem}"), "SHOWN", shown)
+            shown = getattr(module_of(stem), "SHOWN", shown)
         found = [f"{stem}:{argument}" if argument else stem for argument in shown]
         names += [name for name in found if name not in ALIASES.values()]
     return names

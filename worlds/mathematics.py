@@ -131,7 +131,7 @@ def verdict_function():
     return verdict
 
 
-JUDGE = envs.load(envs.FOLDER / "_judge.py", "worlds._judge").Judge("math")
+JUDGE = envs.load(envs.FOLDER / "_judge.py", "worlds._judge").Judge("mathematics")
 
 
 class Mathematics(envs.World):
