@@ -59,7 +59,7 @@ PAIRS = [
     ("12", "{" * 3000, False), ("12", r"\frac{" * 1000, False), ("12", "\x00\ud800", False),
     ("12", "(" * 1500 + "1" + ")" * 1500, False),
 ]  # fmt: skip
-HOSTILE = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{10^{10^{10}}}", r"\boxed{1000000000!}"]
+HOSTILE = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{1000000000!}"]
 
 
 @pytest.fixture
@@ -135,7 +135,9 @@ def test_a_fork_has_a_judge_of_its_own(judge):
 
 def test_the_judge_does_not_outlive_its_parent(mathematics):
     code = (
-        "import envs, sys, threading, time; judge = envs.module_of('math').JUDGE; judge.ask('1', '1')\n"
+        "import envs, sys, threading, time\n"
+        "judge = envs.load(envs.FOLDER / '_judge.py', 'worlds._judge').Judge('mathematics', seconds=1)\n"
+        "judge.ask('1', '1')\n"
         "threading.Thread(target=judge.ask, args=('1', sys.argv[1]), daemon=True).start()\n"
         "print(judge.process.pid, flush=True); time.sleep(1000)"
     )
@@ -232,7 +234,7 @@ def test_rows_that_are_left_out_are_counted(mathematics, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:math.*left out")
 @pytest.mark.parametrize("text, words", [
-    (None, "FileNotFoundError"), ("", "Error|no problem is left"), ("{", "Error"), ('{"text": "x"}\n' * 9, "no problem is left"),
+    (None, "FileNotFoundError"), ("", "cannot be read"), ("{", "Error"), ('{"text": "x"}\n' * 9, "no problem is left"),
     ('{"problem": "x", "answer": "1"}\n', "no problem is left for"),
 ])  # fmt: skip
 def test_what_is_no_data_is_one_line(mathematics, tmp_path, text, words):
@@ -284,7 +286,7 @@ def test_the_table_goes_on_where_something_is_missing(tmp_path, monkeypatch, cap
 # ------------------------------------------------------------------------------------- reasoning-gym
 
 SETS = ["family_relationships", "chain_sum:max_terms=2,max_digits=1", "sudoku", "countdown", "acre",
-        "number_sorting", "gsm_symbolic", "list_functions", "word_ladder"]  # fmt: skip
+        "number_sorting", "gsm_symbolic", "list_functions"]  # fmt: skip
 
 
 @pytest.fixture
@@ -320,13 +322,15 @@ def test_few_answers_are_listed(rg):
     env.close()
 
 
-def test_scores_are_those_of_the_set(rg):
+def test_scores_are_those_of_the_set(rg, monkeypatch):
     env = make("rg:countdown")
     env.reset(seed=0)
     assert env.step("no expression")[1] == 0.01  # as upstream has it
+    rg.JUDGE.stop()
+    monkeypatch.setattr(rg, "JUDGE", envs.load(envs.FOLDER / "_judge.py", "worlds._judge").Judge("rg", seconds=1))
     env.reset(seed=0)
-    observation, reward, *_ = env.step("9**9**9**9")  # whatever its scorer makes of that
-    assert 0 <= reward < 1 and "not right" in observation
+    observation, reward, *_ = env.step("9**9**9**9")  # its scorer would compute that
+    assert reward == 0 and "not right" in observation and rg.JUDGE.process is None
     env.close()
 
 

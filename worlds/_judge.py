@@ -2,8 +2,10 @@
 
 `9**9**9**9` keeps sympy busy for ever, and a scorer may evaluate what it is given. So a verdict is
 reached in another process, whose time and memory are bounded by the system: a question that takes
-longer ends it, gets no answer, and the next question starts a new one. Works in any thread. The
-process ends with `release`, with its parent, however that ends, or with its own alarm. POSIX only.
+longer ends it, gets no answer, and the next question starts a new one. Time is that of the
+processor, so that a busy machine judges alike, and ten times as much on the clock. Works in any
+thread. The process ends with `release`, with its parent, however that ends, or by its own limit.
+POSIX only.
 """
 
 import json
@@ -29,13 +31,16 @@ verdict = envs.load(envs.FOLDER / f"{file}.py", f"worlds.{file}").verdict_functi
 resource.setrlimit(resource.RLIMIT_AS, (int(megabytes) << 20,) * 2)
 print(json.dumps("ready"), file=answers, flush=True)
 signal.alarm(0)
+def limit(seconds):
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
 for line in sys.stdin:
-    signal.setitimer(signal.ITIMER_REAL, float(seconds))
+    limit(float(seconds))
     try:
         found = verdict(*json.loads(line))
     except Exception:
         found = None
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    limit(0)
     print(json.dumps(found), file=answers, flush=True)
 """
 
@@ -44,7 +49,7 @@ class Judge:
     """Answers questions as the function does that `verdict_function` of worlds/FILE.py returns."""
 
     def __init__(self, file, seconds=5.0, megabytes=4096):
-        """`seconds` per question, `megabytes` of address space."""
+        """`seconds` of a processor per question, `megabytes` of address space."""
         given = str(envs.FOLDER.parent), file, str(seconds), str(megabytes), str(START_SECONDS)
         self.command = [sys.executable, "-c", SERVER, *given]
         self.lock, self.users = threading.Lock(), weakref.WeakSet()

@@ -74,6 +74,9 @@ def load_tables(path, configuration):
         if place.suffix in LOADERS:
             return datasets.load_dataset(LOADERS[place.suffix], data_files=str(place))
         return datasets.load_dataset(str(place) if place.exists() else path, configuration or None)
+    except Exception as error:  # hub, file system and each format have their own
+        told = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ValueError(f"{path} cannot be read: {told}") from error
     finally:
         if shown:
             datasets.enable_progress_bars()

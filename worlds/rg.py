@@ -7,16 +7,19 @@ Needs `pip install reasoning-gym` (Apache-2.0; 0.1.25 was tried). A question's h
 is of train or of test, a fifth of them is; (split, seed) fixes which one is asked. A set that has
 few answers lists them as what can be said, so there a random player guesses. The expert says the
 set's own answer; sets without one have no expert. The score is upstream's, as it is: some sets
-give .01 for any text, and `game_of_life_halting` takes whatever is not "True" for "False". Scorers
-may evaluate what a model wrote, so they run in a process of their own (see _judge.py).
+give .01 for any text, `game_of_life_halting` takes whatever is not "True" for "False", and
+`word_ladder` draws from a set, so that its questions differ from process to process. Scorers may
+evaluate what a model wrote, so they run in a process of their own (see _judge.py).
 """
 
 import ast
+import base64
 import difflib
 import functools
 import hashlib
 import importlib.util
 import json
+import pickle
 
 import envs
 
@@ -49,8 +52,8 @@ def verdict_function():
     """What the judge's process does: score an answer to a question."""
     import reasoning_gym  # noqa: F401  not within the time of the first question
 
-    def verdict(name, settings, index, answer):
-        found = dataset(name, settings).score_answer(answer, entry(name, settings, index))
+    def verdict(name, settings, written, answer):
+        found = dataset(name, settings).score_answer(answer, pickle.loads(base64.b64decode(written)))
         return min(1.0, max(0.0, float(found)))
 
     return verdict
@@ -89,14 +92,13 @@ class Puzzle(envs.World):
 
     def begin(self, rng, split):
         for _ in range(TRIED):
-            self.index = rng.randrange(2**31)
-            drawn = entry(*self.source, self.index)
-            mixed = hashlib.sha256(drawn["question"].encode()).digest()[0]
+            self.entry = entry(*self.source, rng.randrange(2**31))
+            mixed = hashlib.sha256(self.entry["question"].encode()).digest()[0]
             if (mixed % 5 == 0) == (split == "test"):
                 break
         else:
             raise ValueError(f"{self.name} has too few questions: none of {split} in {TRIED}")
-        self.task, self.answer, self.earned = drawn["question"], drawn["answer"], 0.0
+        self.task, self.earned = self.entry["question"], 0.0
         JUDGE.hold(self)
         return self.task
 
@@ -116,7 +118,9 @@ class Puzzle(envs.World):
         self.over = True
         if not text:
             return "You did not say anything.", False
-        self.earned = JUDGE.ask(*self.source, self.index, text) or 0.0
+        # pickled: JSON would make lists of tuples, and texts of numbers that are keys
+        written = base64.b64encode(pickle.dumps(self.entry)).decode()
+        self.earned = JUDGE.ask(*self.source, written, text) or 0.0
         self.won = self.earned == 1
         return ("That is right." if self.won else "That is not right."), True
 
@@ -131,7 +135,7 @@ class Solved(Puzzle):
     """A set that knows its answers."""
 
     def expert(self):
-        return self.answer
+        return self.entry["answer"]
 
 
 def make(argument="", **settings):
