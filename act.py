@@ -918,7 +918,8 @@ def main():
 
     state = State(args, world, chat, model, run)
     state.optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
+        fused=model.device.type == "cuda")  # no copies in the step
     if args.kl and REFERRED & {*stages}:
         state.reference = common.frozen_copy(model)
     state.progress = run.resume(**parts(state)) or state.progress

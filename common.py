@@ -977,7 +977,7 @@ def add_adapters(model, rank):
     config = peft.LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of A: a resumed run begins with the same one
-        peft.inject_adapter_in_model(config, model)
+        peft.inject_adapter_in_model(config, model).eval()
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
@@ -1340,7 +1340,7 @@ class Run:
         self.last_step = last
         self._bar = tqdm(total=last, initial=done, desc=self.script, dynamic_ncols=True, disable=not last)
         for self.step in range(done + 1, last + 1):
-            self.clock = Clock(self.seconds)
+            self.clock, self._sampled = Clock(self.seconds), self.totals["tokens"]
             yield self.step
             self._bar.update()
             if self.stopping:
@@ -1393,7 +1393,8 @@ class Run:
         if self.clock:
             self.clock.lap("watching")
             record = {"step": self.step, **record, **self.totals, **self.clock.seconds()}
-            self._bar.set_postfix(success=f"{record.get('success', 0):.2f}")
+            speed = (self.totals["tokens"] - self._sampled) / sum(self.clock.laps.values())
+            self._bar.set_postfix({"success": f"{record.get('success', 0):.2f}", "tokens/s": f"{speed:.0f}"})
         warn_cut(record, limits or {}, self._told)
         self._append("metrics.jsonl", [record])
         if self._track:

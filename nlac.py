@@ -696,7 +696,8 @@ def main():
     parts = Parts(model, chat, world, args)
     run.start(model=model)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
+                                  fused=model.device.type == "cuda")  # no copies in the step
     trained = {"model": model, "target": parts.target, "optimizer": optimizer}
     state = run.resume(**trained)
     if not state:

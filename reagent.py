@@ -1070,7 +1070,8 @@ def judge_of(args, agent) -> Learner | None:
 
 def learner(args, model, chat) -> Learner:
     """A model that will be trained."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
+                                  fused=model.device.type == "cuda")  # no copies in the step
     return Learner(model, chat, optimizer, common.frozen_copy(model) if args.kl else None)
 
 

@@ -590,7 +590,8 @@ def main():
     steps = 0 if args.guide == "inference" else args.steps
     reference = common.frozen_copy(model) if steps and (args.kl or args.frozen_rater) else None
     rater = reference if args.frozen_rater else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
+                                  fused=model.device.type == "cuda")  # no copies in the step
     state = run.resume(model=model, optimizer=optimizer)
     if not state:
         before, episode = evaluate(model, chat, args, splits, args.eval_episodes, guided)

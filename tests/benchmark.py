@@ -1,14 +1,26 @@
-"""Speed and memory as ratios within one run, medians of a few rounds: python tests/benchmark.py [episodes|outside|memory].
+"""Speed and memory, as ratios within one run: python tests/benchmark.py [--out FILE] [PART FLAGS...]
 
-- episodes: Twenty Questions with `common.Dialogues`, which keeps its cache, as all rollouts here do (`self_guide.py --guide off`, for one),
-  against the loop that most people write: each turn the whole dialogue through the chat template and the tokenizer, then
-  `model.generate`; the episodes as one batch padded on the left, and one by one. Games of 2 to 32 turns. Greedy, so that all three say
-  the same words. Target: at least 3 times faster at the 20 turns of the game.
-- outside: the share of a run's wall time outside the model's forward and backward. Target: below 20%.
-- memory: the peak of a run with default settings (few steps) beyond the imports, with the making of the tiny model. Target: below 1 GiB.
+Without a part, all of CPU below, one process after the other: a quarter of an hour. `bash docs/gpu.sh`
+runs the parts at sizes that mean something on a card. A part prints a line of JSON per measurement, as
+medians of --rounds.
+
+- episodes: dialogues that keep their cache, as all rollouts here do, against `model.generate` on the
+  whole dialogue at each turn.
+- turns: the same for games of 2 to 32 turns of a tiny model, greedy, so that both say the same.
+- grpo: a step of act.py's choice (sampling, log-probs of a reference, update), --arm ours or trl,
+  which is TRL's GRPOTrainer on the same prompts, group, lengths and micro-batch.
+- outside: the share of nlac.py's steps outside of the model's forward and backward passes.
+- step: a gradient step on random ids of which a quarter count, at one of ARMS.
+- decode: tokens a second, and what the memory's bandwidth would allow if only weights were read.
+- head: forward and backward with logits of the positions that count, or of all in float32.
+
+Shapes have random weights; --model takes what a script takes. Peak memory is the card's, or what the
+process held beyond its imports.
 """
 
+import argparse
 import dataclasses
+import json
 import os
 import statistics
 import subprocess
@@ -18,92 +30,294 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import torch
+import transformers
 
+import act
 import common
 import envs
 import nlac
 
-ROOT = Path(nlac.__file__).parent
-EPISODES, ALONE, TURNS, NEW_TOKENS = 64, 4, (2, 8, 20, 32), 16
+CPU = [
+    "episodes --model smollm2 --rows 4 --turns 8 --new 16 --rounds 3",
+    "turns",
+    "grpo --model smollm2 --arm ours --rows 4 --new 32 --rounds 2",
+    "grpo --model smollm2 --arm trl --rows 4 --new 32 --rounds 2",
+    "outside",
+    "head --shape words --rows 2 --length 512 --arm all",
+    "head --shape words --rows 2 --length 512 --arm counted",
+    *(f"step --shape words --rows 2 --length 512 --arm {arm}" for arm in (
+        "full", "checkpointed", "lora", "lora-checkpointed", "mixed-lora-checkpointed")),
+    "decode --model smollm2 --rows 1 4 16 --new 16",
+]
+SHAPES = {  # width, feed-forward width, layers, heads, key-value heads, vocabulary
+    "tiny": (64, 128, 2, 4, 2, 1000),
+    "words": (256, 768, 8, 4, 2, 150_000),
+    "0.5B": (896, 4864, 24, 14, 2, 151_936),  # this and the others: Qwen2.5's
+    "1.5B": (1536, 8960, 28, 12, 2, 151_936),
+    "7B": (3584, 18_944, 28, 28, 4, 152_064),
+}
+ARMS = {  # what a step trains, and how
+    "full": {},
+    "checkpointed": {"checkpointing": True},
+    "lora": {"rank": 16},
+    "lora-checkpointed": {"rank": 16, "checkpointing": True},
+    "mixed-lora-checkpointed": {"rank": 16, "checkpointing": True, "mixed": True},
+}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bfloat16, by data sheet
 
 
-def cached(model, chat, worlds, histories, turns):
-    dialogues = common.Dialogues(model, chat, [chat.dialogue(messages) for messages in histories])
-    rows, count = list(range(len(worlds))), 0
+# ------------------------------------------------------------------------------------------- tools
+
+
+def on_card(args):
+    return torch.device(args.device).type == "cuda"
+
+
+def now(args) -> float:
+    """Seconds, after all that the card was asked to do."""
+    if on_card(args):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(args, function, *given) -> float:
+    """The median seconds of --rounds calls, after one on a card that warms up."""
+    seconds = []
+    for _ in range(args.rounds + on_card(args)):
+        start = now(args)
+        function(*given)
+        seconds.append(now(args) - start)
+    return statistics.median(seconds[on_card(args):])
+
+
+def held(args, most=False) -> int:
+    """Bytes: on the card, or of this process; now, or the most so far."""
+    if on_card(args):
+        return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux
+        return common.peak_memory_bytes(args.device) if most else 0
+    return 1024 * int(status.read_text().split("VmHWM:" if most else "VmRSS:")[1].split()[0])
+
+
+def bandwidth(args) -> float:
+    """Bytes a second of a large copy, read and written."""
+    source = torch.ones(2**28 if on_card(args) else 2**24, device=args.device)
+    target = torch.empty_like(source)
+
+    def copy():
+        for _ in range(10):
+            target.copy_(source)
+
+    copy()
+    return 10 * 2 * source.nbytes / timed(args, copy)
+
+
+def random_model(args, rank=0, checkpointing=False, mixed=False):
+    """A Qwen2 of --shape with random weights; on a card it computes in bfloat16, as `common.load` has it."""
+    width, hidden, layers, heads, pairs, vocabulary = SHAPES[args.shape]
+    config = transformers.Qwen2Config(
+        hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=pairs, vocab_size=vocabulary,
+        tie_word_embeddings=args.shape != "7B", max_position_embeddings=32_768)
+    mixed = mixed or on_card(args)
+    torch.set_default_dtype(torch.bfloat16 if mixed and rank else torch.float32)
+    with torch.device(args.device):
+        model = transformers.Qwen2ForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    model.compute_dtype = torch.bfloat16 if mixed else None
+    model.max_context = 32_768
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if rank:
+        common.add_adapters(model, rank)
+    return model
+
+
+def model_and_chat(args):
+    """--model, or a random one of --shape with a tokenizer made for the prompts of `choices`."""
+    if args.model:
+        return common.load(args.model, device=args.device)
+    texts = [message["content"] for messages in choices(8) for message in messages]
+    tokenizer = common.tiny_tokenizer({*texts, "system\n", "user\n", "assistant\n"})
+    return random_model(args), common.Chat(tokenizer)
+
+
+# ------------------------------------------------------------------------------------------- parts
+
+
+def turns(args):
+    """Twenty Questions of a tiny model."""
+    settings = dataclasses.replace(nlac.Args(), **nlac.TINY | {"env": "20q", "examples": 400})
+    model, chat = nlac.load(envs.make("20q"), settings)
+    for count in 2, 8, 20, 32:
+        yield {"turns": count, **compared(args, model, chat, 64, count, 16, 0)}
+
+
+def episodes(args):
+    """Dialogues of a model of any size."""
+    model, chat = model_and_chat(args)
+    for rows in args.rows:
+        yield {"turns": args.turns, **compared(args, model, chat, rows, args.turns, args.new, 1.0)}
+
+
+def compared(args, model, chat, rows, turns, new, temperature):
+    """Twenty Questions, played with a kept cache and with `model.generate`."""
+    chat.eos[1:] = []
+    times, tokens = {}, {}
+    for name, loop in ("ours", cached), ("theirs", generated):
+        def play():
+            worlds = [envs.make("20q", max_turns=turns + 1) for _ in range(rows)]  # nobody loses
+            histories = [[{"role": "system", "content": f"{world.system}\n{nlac.POLICY}"},
+                          {"role": "user", "content": world.reset(seed=seed)[0]}]
+                         for seed, world in enumerate(worlds)]
+            tokens[name] = loop(model, chat, worlds, histories, turns, new, temperature)
+
+        times[name] = timed(args, play)
+    per_token = {name: times[name] / tokens[name] for name in times}
+    return {"rows": rows, "sampled": tokens["ours"] / rows, "seconds": times["ours"],
+            "model_generate_seconds": times["theirs"],
+            "ratio": per_token["theirs"] / per_token["ours"]}  # a token: sampled ones differ
+
+
+def cached(model, chat, worlds, histories, turns, new, temperature):
+    """As rollouts here do; returns the number of sampled tokens."""
+    rows = list(range(len(worlds)))
+    dialogues = common.Dialogues(model, chat, [chat.dialogue(said) for said in histories])
     for turn in range(turns):
-        replies = dialogues.reply(rows, max_new_tokens=NEW_TOKENS, temperature=0, seeds=rows).texts
-        observations = [world.step(reply)[0] for world, reply in zip(worlds, replies)]
-        for messages, reply, observation in zip(histories, replies, observations):
-            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": observation}]
+        replies = dialogues.reply(rows, max_new_tokens=new, temperature=temperature, seeds=rows)
+        seen = [world.step(text)[0] for world, text in zip(worlds, replies.texts)]
         if turn < turns - 1:
-            dialogues.extend(rows, observations)
-    for row in rows:
-        count += sum(dialogues.mask[row])
-    return count
+            dialogues.extend(rows, seen)
+    return sum(map(sum, dialogues.mask))
 
 
 @torch.no_grad()
-def usual(model, chat, worlds, histories, turns):
-    tokenizer, count = chat.tokenizer, 0
-    tokenizer.padding_side = "left"
+def generated(model, chat, worlds, histories, turns, new, temperature):
+    """As most people write it: each turn the template, the tokenizer, one padded batch."""
+    count, chat.tokenizer.padding_side = 0, "left"
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     for _ in range(turns):
-        texts = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for messages in histories]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=chat.eos, pad_token_id=chat.pad)
-        for world, messages, row in zip(worlds, histories, output[:, inputs["input_ids"].shape[1] :].tolist()):
+        texts = [chat.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+                 for said in histories]
+        inputs = chat.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        with common.compute(model):
+            output = model.generate(
+                input_ids=inputs["input_ids"].to(model.device), max_new_tokens=new,
+                attention_mask=inputs["attention_mask"].to(model.device),
+                eos_token_id=chat.eos, pad_token_id=chat.pad, **sampling)
+        output = output[:, inputs["input_ids"].shape[1]:].tolist()
+        for world, said, row in zip(worlds, histories, output):
             end = next((i + 1 for i, token in enumerate(row) if token in chat.eos), len(row))
             count += end
-            reply = tokenizer.decode(row[:end], skip_special_tokens=True)
-            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": world.step(reply)[0]}]
+            reply = chat.decode(row[:end])
+            said += [{"role": "assistant", "content": reply},
+                     {"role": "user", "content": world.step(reply)[0]}]
     return count
 
 
-def one_by_one(model, chat, worlds, histories, turns):
-    return sum(usual(model, chat, [world], [messages], turns) for world, messages in zip(worlds, histories))
+def choices(count) -> list:
+    """Questions of act.py: which of two actions, the expert's and another, at the first turn."""
+    world, prompts = envs.make("household"), []
+    for seed in range(count):
+        observation, info = world.reset(seed=seed, options={"split": "train"})
+        expert = world.expert()
+        other = next(action for action in info["admissible"] if action != expert)
+        pair = {"messages": [act.user(observation)], "expert": expert, "candidate": other,
+                "admissible": info["admissible"], "expert_second": seed % 2 == 1}
+        prompts.append(act.question(world, act.Args(), pair))
+    return prompts
 
 
-def play(loop, model, chat, episodes, turns):
-    """(seconds per episode, tokens per episode, what was said)."""
-    worlds = [envs.make("20q", max_turns=turns + 1) for _ in range(episodes)]  # nobody runs out of turns
-    histories = [[{"role": "system", "content": f"{world.system}\n{nlac.POLICY}"}, {"role": "user", "content": world.reset(seed=seed)[0]}]
-                 for seed, world in enumerate(worlds)]  # fmt: skip
-    start = time.perf_counter()
-    tokens = loop(model, chat, worlds, histories, turns)
-    return (time.perf_counter() - start) / episodes, tokens / episodes, histories
+def paid(text):
+    """A reward that needs no skill."""
+    return float(len(text) % 2)
 
 
-def episodes(model_20q, rounds=3):
-    model, chat = model_20q
-    for turns in TURNS:
-        loops = {"in one padded batch": (usual, EPISODES)} | ({"one by one": (one_by_one, ALONE)} if turns == 20 else {})
-        ratios, ours = {name: [] for name in loops}, []
-        for _ in range(rounds):
-            seconds, tokens, said = play(cached, model, chat, EPISODES, turns)
-            ours.append(seconds)
-            for name, (loop, count) in loops.items():
-                theirs, their_tokens, their_said = play(loop, model, chat, count, turns)
-                same = sum(a == b for a, b in zip(said, their_said)) / count
-                ratios[name].append(theirs / their_tokens / (seconds / tokens))  # per sampled token: one by one it is other episodes
-                assert same > 0.8, (same, tokens, their_tokens)  # float noise may break a tie
-        told = ", ".join(f"{statistics.median(values):.1f} times faster than model.generate {name}" for name, values in ratios.items())
-        each = f"{tokens:.0f} sampled tokens and {1000 * statistics.median(ours):.0f} ms each"
-        print(f"episodes: {EPISODES} of {turns} turns, {each}; {told}", flush=True)
+def grpo(args):
+    """Groups of up to 8 replies, all of --new tokens: nobody may end a reply."""
+    group = min(8, args.rows[0])
+    prompts = choices(args.rows[0] // group)
+    model, chat = model_and_chat(args)
+    length = max(len(chat.dialogue(messages)) for messages in prompts) + args.new
+    with tempfile.TemporaryDirectory() as directory:
+        if args.arm == "trl":
+            seconds = grpo_trl(args, model, chat, prompts, group, directory)
+        else:
+            seconds = grpo_ours(args, model, chat, prompts, group)
+    yield {"rows": args.rows[0], "group": group, "micro_batch": args.micro, "length": length,
+           "new": args.new, "seconds": seconds}
 
 
-def outside(cache, steps=6):
+def grpo_ours(args, model, chat, prompts, group):
+    settings = act.Args(micro_batch_size=args.micro, group_size=group, device=args.device)
+    reference = common.frozen_copy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=on_card(args))
+    chat.eos[:] = [2**31]  # no token
+    steps = []
+
+    def step():
+        steps.append(0)
+        replies = act.answer(model, chat, settings, prompts, args.new, (len(steps),), group)
+        for reply in replies:
+            reply.reward, reply.row = paid(reply.text), "right"
+        act.read_advantages(replies, group)
+        act.update(model, reference, chat, settings, optimizer, replies, (0.2, 0.2))
+
+    return timed(args, step)
+
+
+def grpo_trl(args, model, chat, prompts, group, directory):
+    """TRL's plain path: no vLLM, no Liger, the KL as ours."""
+    import datasets
+    import trl  # pip install trl==1.16.*
+
+    path = model.config._name_or_path
+    if not path:  # TRL reads its reference from a file
+        path = f"{directory}/model"
+        common.save_model(path, model, chat)
+    del model
+    steps = args.rounds + on_card(args)
+    ends = [0.0]
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_begin(self, *given, **named):
+            ends.append(now(args))
+
+        def on_step_end(self, *given, **named):
+            ends[-1] = now(args) - ends[-1]
+
+    rows = len(prompts) * group
+    settings = trl.GRPOConfig(
+        output_dir=f"{directory}/run", per_device_train_batch_size=args.micro,
+        gradient_accumulation_steps=rows // args.micro, num_generations=group, beta=0.1,
+        max_completion_length=args.new, generation_kwargs={"min_new_tokens": args.new},
+        learning_rate=1e-6, max_steps=steps, save_strategy="no", report_to="none",
+        gradient_checkpointing=False, use_cpu=not on_card(args), bf16=on_card(args),
+        model_init_kwargs={"dtype": "float32"}, disable_tqdm=True)
+    trainer = trl.GRPOTrainer(
+        model=path, args=settings, processing_class=chat.tokenizer, callbacks=[Watch()],
+        reward_funcs=lambda completions, **more: [paid(c[0]["content"]) for c in completions],
+        train_dataset=datasets.Dataset.from_list([{"prompt": messages} for messages in prompts] * steps))
+    trainer.train()
+    return statistics.median(ends[-args.rounds:])
+
+
+def outside(args, steps=6):
     """Runs nlac.main here, with timers around forward and backward."""
-    args = dataclasses.replace(nlac.Args(), **nlac.TINY)
-    model, _ = nlac.load(envs.make("repair"), args)
+    settings = dataclasses.replace(nlac.Args(), **nlac.TINY)
+    model, _ = nlac.load(envs.make("repair"), settings)
     inside, depth, started = [0.0], [0], []
 
-    def timed(function):
-        def wrapper(*args, **kwargs):
+    def watched(function):
+        def wrapper(*given, **named):
             depth[0] += 1
             start = time.perf_counter()
             try:
-                return function(*args, **kwargs)
+                return function(*given, **named)
             finally:
                 depth[0] -= 1
                 if not depth[0]:
@@ -118,63 +332,172 @@ def outside(cache, steps=6):
             started.append(time.perf_counter())
 
     forward, backward, original = type(model).forward, torch.Tensor.backward, common.Run
-    type(model).forward, torch.Tensor.backward, common.Run = timed(forward), timed(backward), Run
-    shares = []
+    type(model).forward, torch.Tensor.backward = watched(forward), watched(backward)
+    common.Run, shares = Run, []
     try:
         for seed in range(3):
-            settings = f"--seed {seed} --steps {steps} --critic-gate 0 --eval-episodes 100 --out-dir {cache}/run-{seed}"
-            sys.argv = ["nlac.py", *settings.split()]
-            nlac.main()
-            shares.append(1 - inside[0] / (time.perf_counter() - started[-1]))
+            with tempfile.TemporaryDirectory() as directory:
+                flags = f"--seed {seed} --steps {steps} --critic-gate 0 --eval-episodes 100"
+                sys.argv = ["nlac.py", *flags.split(), "--out-dir", f"{directory}/run"]
+                nlac.main()
+                shares.append(1 - inside[0] / (time.perf_counter() - started[-1]))
     finally:
-        type(model).forward, torch.Tensor.backward, common.Run = forward, backward, original
-    print(f"outside: {100 * statistics.median(shares):.0f}% of the wall time of {steps} steps outside forward and backward (target 20%)")
+        type(model).forward, torch.Tensor.backward = forward, backward
+        common.Run = original
+    yield {"steps": steps, "share": statistics.median(shares)}
 
 
-MEMORY = """
-import sys
-import torch, common, nlac
-
-def peak():  # getrusage would count the process that started this one
-    try:
-        status = open("/proc/self/status").read()
-    except OSError:
-        return common.peak_memory_bytes("cpu")
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-before = peak()
-sys.argv = ["nlac.py", "--steps", "3", "--critic-gate", "0", "--out-dir", sys.argv[1]]
-nlac.main()
-print("PEAK", peak() - before, before)
-"""
+def batch(args, rows, every):
+    """Random ids [rows, --length], and a mask of one in `every`."""
+    ids = torch.randint(10, 900, (rows, args.length))
+    return ids, (torch.arange(args.length) % every == 0).long().expand(rows, -1)
 
 
-def memory(rounds=1):
-    peaks = []
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as fresh:  # no tiny model there yet: its making counts
-            environment = os.environ | {"XDG_CACHE_HOME": fresh, "PYTHONPATH": str(ROOT)}
-            command = [sys.executable, "-c", MEMORY, str(Path(fresh, "run"))]
-            output = subprocess.run(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
-            ).stdout
-        peaks.append([int(word) for word in output.split("PEAK")[1].split()])
-    peak, imports = (statistics.median(values) for values in zip(*peaks))
-    print(f"memory: {peak / 2**20:.0f} MiB beyond the {imports / 2**20:.0f} MiB of the imports (target 1024)")
+def step(args):
+    """Forward, backward and AdamW at one of ARMS, one micro-batch."""
+    model = random_model(args, **ARMS[args.arm])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=on_card(args))
+    for rows in args.rows:
+        ids, mask = batch(args, rows, 4)
+
+        def learn():
+            loss = -common.token_logprobs(model, ids, mask).sum() / mask.sum()  # noqa: B023
+            loss.backward()
+            common.gradient_step(model, optimizer, loss.item(), [])
+
+        if on_card(args):
+            torch.cuda.reset_peak_memory_stats()
+        learn()  # the first one makes the moments
+        seconds = timed(args, learn)
+        flops = 6 * common.count_parameters(model) * ids.numel()
+        card = common.device_name(args.device)
+        peak = next((value for name, value in PEAK_FLOPS.items() if name in card), None)
+        yield {"rows": rows, "length": args.length, "seconds": seconds,
+               "tokens_per_second": ids.numel() / seconds,
+               "parameters": common.count_parameters(model),
+               "mfu": flops / seconds / peak if peak and args.arm == "full" else None}
+
+
+def head(args):
+    """Forward and backward with logits where a token counts (--arm counted), or of all in float32."""
+    model = random_model(args)
+    ids, mask = batch(args, args.rows[0], 8)
+
+    def everything():
+        with common.compute(model):
+            logits = model(input_ids=ids.to(args.device), use_cache=False).logits.float()
+        targets = ids[:, 1:, None].to(args.device)
+        logprobs = torch.log_softmax(logits[:, :-1], -1).gather(-1, targets)[..., 0]
+        return logprobs * mask[:, 1:].to(args.device)
+
+    def both_ways():
+        logprobs = everything() if args.arm == "all" else common.token_logprobs(model, ids, mask)
+        logprobs.sum().backward()
+        model.zero_grad()
+
+    yield {"rows": len(ids), "length": args.length, "seconds": timed(args, both_ways)}
+
+
+def decode(args):
+    """Sampling after prompts of --length ids, all rows to the end; weights in the dtype of the computation."""
+    model, chat = model_and_chat(args)
+    if on_card(args):
+        model.to(torch.bfloat16).compute_dtype = None
+    chat.eos[:] = [2**31]
+    bound = sum(weight.nbytes for weight in model.parameters()) / bandwidth(args)
+    for rows in args.rows:
+        prompts = torch.randint(10, 900, (rows, args.length)).tolist()
+        ids = torch.tensor(prompts, device=args.device)
+        options = dict(max_new_tokens=args.new, do_sample=True, top_k=0, pad_token_id=0)
+
+        def ours():
+            common.generate(model, chat, prompts, max_new_tokens=args.new, temperature=1.0,  # noqa: B023
+                            seeds=range(rows), rows=rows)  # noqa: B023
+
+        @torch.no_grad()
+        def theirs():
+            model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=args.new, **options)  # noqa: B023
+
+        seconds, others = timed(args, ours), timed(args, theirs)
+        yield {"rows": rows, "length": args.length, "new": args.new,
+               "tokens_per_second": rows * args.new / seconds, "ms_per_step": 1000 * seconds / args.new,
+               "model_generate_ms_per_step": 1000 * others / args.new, "bound_ms_per_step": 1000 * bound,
+               "share_of_bound": bound * args.new / seconds}
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+PARTS = {part.__name__: part for part in (episodes, turns, grpo, outside, step, head, decode)}
+
+
+def run_part(args):
+    """Yields what a part measured; a mistake ends the part alone."""
+    base = 0 if on_card(args) else held(args)
+    for found in PARTS[args.part](args):
+        found = {key: float(f"{value:.4g}") if isinstance(value, float) else value
+                 for key, value in found.items()}
+        yield {"part": args.part, "model": args.model or args.shape, "arm": args.arm, **found,
+               "peak_GB": round((held(args, most=True) - base) / 1e9, 3),
+               "device": common.device_name(args.device), "torch": torch.__version__}
+
+
+def table(records):
+    """Words for people: one line per measurement."""
+    for record in records:
+        shown = [f"{key} {value}" for key, value in record.items()
+                 if value not in (None, "") and key not in ("part", "device", "torch")]
+        print(f"{record['part']:9}", ", ".join(shown))
+
+
+def run_all(lines, out, budget=None):
+    """Each line in a process of its own; returns what was measured, or why not."""
+    records, begin = [], time.time()
+    for line in lines:
+        if budget and time.time() - begin > budget:
+            records.append({"part": line.split()[0], "flags": line, "skipped": "no time left"})
+            continue
+        try:
+            done = subprocess.run([sys.executable, __file__, *line.split()], capture_output=True, text=True,
+                                  timeout=budget and budget - (time.time() - begin) + 30)
+            found = [json.loads(row) for row in done.stdout.splitlines() if row.startswith('{"part"')]
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no word"])[-1]
+                missing = "No module named" in reason
+                why = {"skipped" if missing else "failed": reason[:200]}
+                found.append({"part": line.split()[0], "flags": line, **why})
+        except subprocess.TimeoutExpired:
+            found = [{"part": line.split()[0], "flags": line, "failed": "no time left"}]
+        records += found
+        table(found)
+        if out:
+            common.write_jsonl(out, records)
+    return records
 
 
 def main():
-    torch.set_num_threads(1)
-    wanted = sys.argv[1:] or ["episodes", "outside", "memory"]
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["XDG_CACHE_HOME"] = cache
-        if "episodes" in wanted:
-            args = dataclasses.replace(nlac.Args(), **nlac.TINY | {"env": "20q", "examples": 400})
-            episodes(nlac.load(envs.make("20q"), args))
-        if "outside" in wanted:
-            outside(cache)
-        if "memory" in wanted:
-            memory()
+    parser = argparse.ArgumentParser(description="Speed and memory, as ratios within one run.")
+    parser.add_argument("part", nargs="?", choices=[*PARTS, "lines"], help="default: all that suits a CPU")
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--model", default="")
+    parser.add_argument("--arm", default="")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1])
+    parser.add_argument("--micro", type=int, default=1, help="rows of a micro-batch of grpo")
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default=common.default_device())
+    parser.add_argument("--budget", type=float, help="seconds for all lines")
+    parser.add_argument("--out", default="", help="a JSON lines file")
+    args = parser.parse_args()
+    torch.set_num_threads(1 if not on_card(args) else torch.get_num_threads())
+    if args.part in PARTS:
+        for record in run_part(args):
+            print(json.dumps(record), flush=True)
+    else:
+        lines = sys.stdin.read().splitlines() if args.part else CPU
+        run_all([line for line in lines if line.strip()], args.out, args.budget)
 
 
 if __name__ == "__main__":

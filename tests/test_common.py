@@ -60,7 +60,7 @@ SIZES = dict(
 WINDOW = 8  # far shorter than the dialogues below
 MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(  # positions are learned: absolute ones matter
-        GPT2Config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.4)
+        GPT2Config(vocab_size=len(TOKENIZER), bos_token_id=0, eos_token_id=0, n_embd=32, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.4)
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -525,16 +525,15 @@ def test_one_copy_of_the_cache_in_the_dtype_of_the_computation(kind, chat, mixed
     heads, width = (4, 8) if model.config.model_type == "gpt2" else (2, 8)
     decode, found = common._decode, []
 
-    def buffers():
-        alive = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.shape[1:2] + each.shape[3:] == (heads, width)]
-        return {tensor.untyped_storage().data_ptr(): tensor for tensor in alive}
-
-    others = buffers()  # what other tests left, kept alive so that no address is used again
+    gc.collect()
+    others = {id(each): each for each in gc.get_objects() if type(each) is torch.Tensor}  # what other tests left
 
     def watched(*given):
         replies = decode(*given)
         gc.collect()
-        found.append({pointer: tensor for pointer, tensor in buffers().items() if pointer not in others}.values())
+        alive = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.shape[1:2] + each.shape[3:] == (heads, width)]
+        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in alive if id(tensor) not in others}
+        found.append([(len(tensor), tensor.dtype, tensor.untyped_storage().nbytes()) for tensor in storages.values()])
         return replies
 
     monkeypatch.setattr(common, "_decode", watched)
@@ -544,13 +543,12 @@ def test_one_copy_of_the_cache_in_the_dtype_of_the_computation(kind, chat, mixed
     for turn in range(4):
         dialogues.reply(range(5), max_new_tokens=90, temperature=1.0, seeds=range(5))
         length = max(map(len, dialogues.ids)) - 1
-        whole = [tensor for tensor in found[-1] if len(tensor) == 5]
+        whole = [each for each in found[-1] if each[0] == 5]
         assert len(whole) == 2 * model.config.num_hidden_layers
         assert len(found[-1]) in (len(whole), 2 * len(whole))  # those of the rows that went on to the end
-        for tensor in whole:
-            assert tensor.dtype == (torch.bfloat16 if mixed else torch.float32)
-            column = tensor[:, :, 0].numel() * tensor.element_size()
-            assert tensor.untyped_storage().nbytes() <= column * (1.25 * length + 2 * common._Layer.ROOM)
+        for _, dtype, size in whole:
+            assert dtype == (torch.bfloat16 if mixed else torch.float32)
+            assert size <= 5 * heads * width * dtype.itemsize * (1.25 * length + 2 * common._Layer.ROOM)
         dialogues.extend(range(5), [OBSERVATIONS[turn]] * 5)
 
 
@@ -731,7 +729,7 @@ def test_a_checkpoint_of_adapters_holds_nothing_else(tmp_path, no_locks):
     def begin(**settings):
         model = build("qwen3")
         common.add_adapters(model, 2)
-        run = common.Run("toy", Args(out_dir=str(tmp_path / "run"), **settings))
+        run = common.Run("toy", Args(**settings), tmp_path / "run")
         run.start(model=model)
         parts = {"model": model, "target": common.copy_of(model), "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2)}
         return run, parts

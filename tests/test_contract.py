@@ -50,6 +50,19 @@ def broken(*given, **how):
     return found * (float("nan") if len(seen) >= 2 else 1)  # in the second micro-batch
 common.Run.log, common.token_logprobs = counted, broken
 """
+SIZES = """
+decode, logprobs = common._decode, common.token_logprobs
+def note(*numbers):
+    with open("sizes", "a") as file:
+        print(*numbers, file=file)
+def decoded(model, chat, cache, mask, last, limit, *given):
+    note("sampled", len(last), mask.shape[1] + 1 + limit)
+    return decode(model, chat, cache, mask, last, limit, *given)
+def read(model, ids, mask, *given):
+    note("read", *ids.shape)
+    return logprobs(model, ids, mask, *given)
+common._decode, common.token_logprobs = decoded, read
+"""
 MUTE = """
 import builtins
 log = common.Run.log
@@ -438,6 +451,44 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(
     assert run_script(f"{small} --out-dir run --resume", tmp_path).status == 0
     (run / "not_finite.pt").unlink()
     same_run(run)
+
+
+def test_rows_and_context_are_bounded_everywhere(run_script, small, tmp_path):
+    """In evaluation and in what judges and critics read and say, too: replies are never given less room than they may need."""
+
+    def sizes(flags):
+        (tmp_path / "sizes").unlink(missing_ok=True)
+        result = run_script(f"{small} --rollout-batch-size 3 --micro-batch-size 2 {flags}", tmp_path, SIZES)
+        assert result.status == 0, result.stderr
+        found = {"sampled": [], "read": []}
+        for line in (tmp_path / "sizes").read_text().splitlines():
+            kind, rows, length = line.split()
+            found[kind].append((int(rows), int(length)))
+        return found
+
+    found = sizes("--out-dir free")
+    lengths = sorted(length for _, length in found["sampled"])
+    bound = lengths[len(lengths) * 3 // 4]
+    assert bound < lengths[-1], "the bound would change nothing"
+    found = sizes(f"--out-dir bounded --max-context {bound}")
+    for kind, most in ("sampled", 3), ("read", 2):
+        assert max(rows for rows, _ in found[kind]) == most
+        assert max(length for _, length in found[kind]) <= bound
+
+
+def test_adapters_and_checkpointing_through_every_line(run_script, own, script, small, tmp_path):
+    """And a run that was killed goes on from its adapters."""
+    flags = f"{small} --lora-rank 2 --gradient-checkpointing --lr 1e-2"
+    for name, fault, status in ("run", "", 0), ("cut", own.kills[2][0], -signal.SIGKILL), ("cut --resume", "", 0):
+        result = run_script(f"{flags} --out-dir {name}", tmp_path, fault)
+        assert result.status == status, result.stderr
+    run = tmp_path / "run"
+    helpers.same_run(run, tmp_path / "cut", data=own.data, weights=("model", *own.models))
+    model, _ = common.load(str(run / "model"))  # refuses what has no place
+    assert common.fingerprint(model) != json.loads((run / "args.json").read_text())["start"]
+    state, _ = saved(run)
+    names = {name for part in inside(state) if isinstance(part, dict) for name in part if str(name).endswith(".weight")}
+    assert names and (script == "reagent" or all(".lora_" in name for name in names))
 
 
 def test_killed_again_and_again_and_resumed(run_script, own, same_run, small, tmp_path):
