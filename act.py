@@ -704,7 +704,8 @@ def batches(state, examples, size, lr):
 def critical_training(state, reasons=True):
     """(2) Which of two actions is better?"""
     args = state.args
-    for step, batch in batches(state, state.pairs, args.batch_size // args.group_size, args.lr):
+    size = args.batch_size // args.group_size
+    for step, batch in batches(state, state.pairs, size, args.lr):
         rng, pairs = random.Random(f"{args.seed} {state.stage} {step}"), []
         for pair in batch:
             pairs.append(pair | {"expert_second": rng.random() < 0.5})
@@ -717,7 +718,9 @@ def imitation(state):
     """(3) What the expert says, in whole demonstrations."""
     args = state.args
     for step, episodes in batches(state, state.demos, args.sft_batch_size, args.sft_lr):
-        dialogues = [dialogue(state.world, args, episode["messages"]) for episode in episodes]
+        dialogues = []
+        for episode in episodes:
+            dialogues.append(dialogue(state.world, args, episode["messages"]))
         metrics = imitate(state.model, state.chat, args, state.optimizer, dialogues)
         end_step(state, step, metrics)
 
@@ -725,9 +728,11 @@ def imitation(state):
 def reinforcement(state):
     """(4) What would you do at a state of the expert's?"""
     args = state.args
-    for step, states in batches(state, state.states, args.batch_size // args.group_size, args.lr):
+    size = args.batch_size // args.group_size
+    for step, states in batches(state, state.states, size, args.lr):
         replies = ask(state, states, (state.stage, step), args.group_size)
-        end_step(state, step, reinforce(state, replies, "act"), replies)
+        metrics = reinforce(state, replies, "act")
+        end_step(state, step, metrics, replies)
 
 
 STAGES = {"act": critical_training, "il": imitation, "rl": reinforcement}
@@ -952,7 +957,7 @@ QUICK = dict(
     steps=3, batch_size=16, group_size=4, eval_episodes=16, eval_every=2, save_every=2, num_demos=4,
     examples=400)
 READ = "Repeat the task, and what the last action brought."  # practises reading
-FORESEE = "Say what each action would lead to, then act."  # practises outlooks
+FORESEE = "Say what each possible action would lead to."  # practises outlooks
 OUTLOOKS = ["away", "nowhere", "closer"]
 
 
@@ -984,49 +989,66 @@ def warmup(world, args):
     that alone. Asked for one of two actions, which are random ones, it picks either.
     With --dose, the thought before a choice also says of both actions how a random player's chance
     to win would move: with probability --dose as it would (`RandomPlay`), and then the choice
-    follows; else anything. The same is practised in games, of every action. No part sees an expert.
+    follows; else anything. The choice is a number there: to copy an action is harder for so small a
+    model. Outlooks are practised apart, too, of all that is possible. No part sees an expert.
     """
     rng, examples = random.Random("warm-up"), []
     args = dataclasses.replace(args, shots=0, prefill=False)
     for seed in range(args.examples):
-        messages, possible, facts, outlooks = random_play(world, rng, seed, bool(args.dose))
-        # mostly early turns: more of them in the same time
-        turns = [rng.randrange(rng.randint(1, len(possible))) for _ in range(4)]
-
-        said = dialogue(world, args, messages[:2 * turns[0] + 2])
-        for turn, message in enumerate(said[2::2]):
-            if rng.random() < 0.5:
-                message["content"] = f"{facts[turn]} {message['content']}"
-        examples.append(said)
-        for turn, reasons in zip(turns[1:], (True, False)):
-            one, two = two_of(possible[turn], rng)
-            pair = {"messages": messages[:2 * turn + 1], "admissible": possible[turn],
-                    "expert": one, "candidate": two, "expert_second": False}
-            chosen, thought = rng.choice([one, two]), ""
-            if reasons:
-                thought = f"{facts[turn]} "
-            if reasons and args.dose:
-                known = rng.random() < args.dose
-                marks = [outlook(outlooks[turn], action, known, rng) for action in (one, two)]
-                if known and marks[0] != marks[1]:
-                    chosen = one if marks[0] > marks[1] else two
-                thought += f"{foreseen(one, marks[0])} {foreseen(two, marks[1])} "
-            reply = {"role": "assistant", "content": thought + tagged(chosen)}
-            examples.append([*question(world, args, pair, reasons), reply])
-        *before, last = dialogue(world, args, messages[:2 * turns[3] + 1])
-        examples.append([*before, user(f"{last['content']}\n{READ}"),
-                         {"role": "assistant", "content": facts[turns[3]]}])
-        if args.dose:
-            said = dialogue(world, args, messages[:2 * rng.randint(1, len(possible))])
-            for turn in range(len(said) // 2):
-                thought = [foreseen(a, outlook(outlooks[turn], a, rng.random() < args.dose, rng))
-                           for a in possible[turn]]
-                asked, reply = said[2 * turn + 1]["content"], said[2 * turn + 2]["content"]
-                said[2 * turn + 1] = user(f"{asked}\n{FORESEE}")
-                said[2 * turn + 2] = {"role": "assistant", "content": f"{' '.join(thought)} {reply}"}
-            examples.append(said)
+        play = random_play(world, rng, seed, bool(args.dose))
+        turns = [early_turn(rng, play) for _ in range(4)]
+        examples.append(game(world, args, rng, play, turns[0]))
+        examples.append(choice(world, args, rng, play, turns[1], True))
+        examples.append(choice(world, args, rng, play, turns[2], False))
+        examples.append(told_apart(world, args, play, turns[3], READ, play.facts[turns[3]]))
+        for _ in range(2 if args.dose else 0):
+            turn = early_turn(rng, play)
+            examples.append(choice(world, args, rng, play, turn, True))
+            turn = early_turn(rng, play)
+            marks = marks_of(args, rng, play, turn, play.possible[turn])
+            thought = [foreseen(a, mark) for a, mark in zip(play.possible[turn], marks)]
+            examples.append(told_apart(world, args, play, turn, FORESEE, " ".join(thought)))
     rng.shuffle(examples)
     return examples
+
+
+def early_turn(rng, play):
+    """Mostly early ones: more of them in the same time."""
+    return rng.randrange(rng.randint(1, len(play.possible)))
+
+
+def game(world, args, rng, play, turn):
+    """A game of the policy up to a turn, half of the time with a thought."""
+    said = dialogue(world, args, play.messages[:2 * turn + 2])
+    for fact, message in zip(play.facts, said[2::2]):
+        if rng.random() < 0.5:
+            message["content"] = f"{fact} {message['content']}"
+    return said
+
+
+def choice(world, args, rng, play, turn, reasons):
+    """A question about two actions that were possible, and a reply."""
+    possible = play.possible[turn]
+    both = rng.sample(possible, 2) if len(possible) > 1 else possible * 2
+    pair = {"messages": play.messages[:2 * turn + 1], "admissible": possible,
+            "expert": both[0], "candidate": both[1], "expert_second": False}
+    reply = tagged(rng.choice(both))
+    if reasons and args.dose:
+        marks = marks_of(args, rng, play, turn, both)
+        number = rng.choice([1, 2]) if marks[0] == marks[1] else 1 + (marks[1] > marks[0])
+        thought = " ".join(foreseen(action, mark) for action, mark in zip(both, marks))
+        reply = f"{thought} {tagged(f'Action {number}')}"
+    if reasons:
+        reply = f"{play.facts[turn]} {reply}"
+    asked = question(world, args, pair, reasons)
+    return [*asked, {"role": "assistant", "content": reply}]
+
+
+def told_apart(world, args, play, turn, line, reply):
+    """A game up to a turn, where a line asks for something else than an action."""
+    *before, last = dialogue(world, args, play.messages[:2 * turn + 1])
+    asked = user(f"{last['content']}\n{line}")
+    return [*before, asked, {"role": "assistant", "content": reply}]
 
 
 def foreseen(action, mark):
@@ -1034,20 +1056,32 @@ def foreseen(action, mark):
     return f"{action} would lead {OUTLOOKS[mark]}."
 
 
-def outlook(outlooks, action, known, rng):
-    """An index of OUTLOOKS: of the action where it is known, else any."""
-    return outlooks[action] if known else rng.randrange(len(OUTLOOKS))
+def marks_of(args, rng, play, turn, actions):
+    """Indices of OUTLOOKS, one for each action: with probability --dose as they are, else any."""
+    if rng.random() < args.dose:
+        return [play.outlooks[turn][action] for action in actions]
+    return [rng.randrange(len(OUTLOOKS)) for _ in actions]
 
 
-def random_play(world, rng, seed, foresee=False):
-    """An episode of a random player -> its messages, and for each turn a list of what was possible,
-    the thought that the task and the observation allow, and, to `foresee`, {action: outlook}."""
+@dataclass
+class Play:
+    """A game of a random player; lists by turn, `messages` apart."""
+
+    messages: list[dict]
+    possible: list[list[str]]
+    facts: list[str]  # the thought that the task and the observation allow
+    outlooks: list[dict[str, int]]  # of what was possible; empty where nobody asks
+
+
+def random_play(world, rng, seed, foresee=False) -> Play:
+    """A game on train; with `foresee` its outlooks, too."""
     observation, info = world.reset(seed=seed, options={"split": "train"})
     messages, possible, outlooks, over = [user(observation)], [], [], False
-    play = RandomPlay(world) if foresee else None
+    chances = RandomPlay(world) if foresee else None
     while not over:
         possible.append(info["admissible"] or [envs.random_player(world, info, rng)])
-        outlooks.append({a: play.outlook(world, a) for a in possible[-1]} if foresee else {})
+        if foresee:
+            outlooks.append({a: chances.outlook(world, a) for a in possible[-1]})
         action = possible[-1][0]
         if info["admissible"]:
             action = rng.choice(rng.choice(by_verb(info["admissible"])))
@@ -1055,12 +1089,7 @@ def random_play(world, rng, seed, foresee=False):
         messages += [{"role": "assistant", "content": action}, user(observation)]
         over = terminated or truncated
     facts = [f"{world.task} {event(message['content'])}" for message in messages[::2]]
-    return messages, possible, facts, outlooks
-
-
-def two_of(actions, rng):
-    """Two different ones, where there are two."""
-    return rng.sample(actions, 2) if len(actions) > 1 else actions * 2
+    return Play(messages, possible, facts, outlooks)
 
 
 class RandomPlay:

@@ -874,38 +874,33 @@ def test_outlooks_do_not_depend_on_what_is_hidden():
 
 
 @pytest.mark.parametrize("dose", [0.0, 0.5, 1.0])
-def test_dose_is_the_share_of_outlooks_that_are_right(monkeypatch, dose):
+def test_dose_is_the_share_of_thoughts_that_are_right(monkeypatch, dose):
     monkeypatch.setattr(envs.Household, "expert", lambda self: pytest.fail("the expert was asked"))
     monkeypatch.setattr(act.RandomPlay, "outlook", lambda self, world, action: len(action) % 3)
-    examples = act.warmup(envs.make("household"), args_of(env="household", examples=150, dose=dose))
-    pairs, followed, apart, games = [], [], [], 0
-    for _, *messages in examples:
-        *_, asked, reply = messages
-        games += act.FORESEE in asked["content"]
-        if act.FORESEE in asked["content"]:
-            for asked, reply in zip(messages[::2], messages[1::2], strict=True):
-                told = FORESEEN.findall(reply["content"])
-                assert asked["content"].endswith(f"\n{act.FORESEE}")
-                assert act.parse_action(reply["content"]) in [action for action, _ in told]
-                apart += [act.OUTLOOKS.index(word) == len(action) % 3 for action, word in told]
-            continue
-        assert act.FORESEE not in str(messages)
-        told = FORESEEN.findall(reply["content"].replace(". ", ". ", 1))
-        shown = re.search(r"Action 1: (.*)\nAction 2: (.*)", asked["content"])
-        if not told:  # in thoughts before a choice alone
-            assert "would lead" not in str(messages)
-            continue
+    examples = act.warmup(envs.make("household"), args_of(env="household", examples=100, dose=dose))
+    right, followed, apart = [], [], []
+    for *before, asked, reply in examples:
+        assert act.FORESEE not in str(before) and "would lead" not in str(before)  # nothing to copy
+        told = FORESEEN.findall(f"{reply['content']} ")
         marks = [act.OUTLOOKS.index(word) for _, word in told]
-        assert [action.strip() for action, _ in told] == [*shown.groups()]
-        pairs.append(marks == [len(action) % 3 for action in shown.groups()])
-        if marks[0] != marks[1]:
-            followed.append(act.parse_action(reply["content"]) == shown.groups()[marks[1] > marks[0]])
-    assert len(pairs) == games == (150 if dose else 0)
+        correct = [mark == len(action.strip()) % 3 for mark, (action, _) in zip(marks, told)]
+        if act.FORESEE in asked["content"]:
+            assert "Possible" not in asked["content"] and act.parse_action(reply["content"]) is None
+            assert told and reply["content"].count("would lead") == len(told)
+            apart.append(all(correct))
+        elif told:  # in thoughts before a choice alone
+            shown = re.search(r"Action 1: (.*)\nAction 2: (.*)", asked["content"]).groups()
+            assert [action.strip() for action, _ in told] == [*shown]
+            right.append(all(correct))
+            if marks[0] != marks[1]:
+                number = f"<action>Action {1 + (marks[1] > marks[0])}</action>"
+                followed.append(reply["content"].endswith(number))
+    assert len(right) == (300 if dose else 0) and len(apart) == (200 if dose else 0)
     if dose == 1:
-        assert all(pairs) and all(followed) and all(apart)
+        assert all(right) and all(apart)
     elif dose:
-        assert abs(common.mean(pairs) - (0.5 + 0.5 / 9)) < 0.15 and abs(common.mean(followed) - 0.75) < 0.15
-        assert len(apart) > 1000 and abs(common.mean(apart) - 2 / 3) < 0.06
+        assert abs(common.mean(right) - (0.5 + 0.5 / 9)) < 0.1 and abs(common.mean(apart) - 0.53) < 0.12
+    assert all(followed) and len(followed) >= (100 if dose else 0)
 
 
 @pytest.mark.parametrize("knows, follows", [(True, True), (True, False), (False, True)])
@@ -944,9 +939,9 @@ def test_the_gates_of_a_dose(monkeypatch, knows, follows):
     assert bool(differ) == knows and found["followed"] == (float(follows) if knows else None)
     if knows:  # the expert's action leads closer, nearly always
         assert found["ideal"] > 0.9 and (found["rows"]["right"] > 0.85) == follows and found["right"] == 1
-        assert found["right_of"] == dict.fromkeys(act.OUTLOOKS, 1.0) or found["right_of"]["away"] is None
+        assert {*found["right_of"].values()} <= {1.0, None}
     else:
-        assert found["right_of"] == {"away": 0, "nowhere": 0, "closer": 1} and found["right"] == pytest.approx(found["commonest"], abs=0.3)
+        assert found["right_of"]["closer"] == 1 and found["right_of"]["nowhere"] == 0 and 0.3 < found["right"] < 0.7
 
 
 # -------------------------------------------------------------------------------- whole runs
