@@ -670,8 +670,8 @@ def token_logprobs(model, ids, mask, temperature=1.0) -> torch.Tensor:
             logits = model(input_ids=ids, use_cache=False).logits  # [N, V]
     finally:
         keep.remove()
-    logits = logits.float() / temperature
-    picked = logits.gather(-1, ids[:, 1:][mask[:, 1:]][:, None])[:, 0] - logits.logsumexp(-1)  # [N]
+    targets = ids[:, 1:][mask[:, 1:]]  # [N]
+    picked = -torch.nn.functional.cross_entropy(logits.float() / temperature, targets, reduction="none")
     return torch.zeros(mask[:, 1:].shape, device=ids.device).masked_scatter(mask[:, 1:], picked)
 
 

@@ -20,6 +20,7 @@ process held beyond its imports.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -30,8 +31,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 
@@ -66,7 +66,7 @@ ARMS = {  # what a step trains, and how
     "lora-checkpointed": {"rank": 16, "checkpointing": True},
     "mixed-lora-checkpointed": {"rank": 16, "checkpointing": True, "mixed": True},
 }
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bfloat16, by data sheet
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bfloat16
 
 
 # ------------------------------------------------------------------------------------------- tools
@@ -167,20 +167,19 @@ def episodes(args):
 def compared(args, model, chat, rows, turns, new, temperature):
     """Twenty Questions, played with a kept cache and with `model.generate`."""
     chat.eos[1:] = []
-    times, tokens = {}, {}
-    for name, loop in ("ours", cached), ("theirs", generated):
-        def play():
-            worlds = [envs.make("20q", max_turns=turns + 1) for _ in range(rows)]  # nobody loses
-            histories = [[{"role": "system", "content": f"{world.system}\n{nlac.POLICY}"},
-                          {"role": "user", "content": world.reset(seed=seed)[0]}]
-                         for seed, world in enumerate(worlds)]
-            tokens[name] = loop(model, chat, worlds, histories, turns, new, temperature)
+    tokens = {}
 
-        times[name] = timed(args, play)
-    per_token = {name: times[name] / tokens[name] for name in times}
-    return {"rows": rows, "sampled": tokens["ours"] / rows, "seconds": times["ours"],
-            "model_generate_seconds": times["theirs"],
-            "ratio": per_token["theirs"] / per_token["ours"]}  # a token: sampled ones differ
+    def play(loop):
+        worlds = [envs.make("20q", max_turns=turns + 1) for _ in range(rows)]  # nobody loses
+        histories = [[{"role": "system", "content": f"{world.system}\n{nlac.POLICY}"},
+                      {"role": "user", "content": world.reset(seed=seed)[0]}]
+                     for seed, world in enumerate(worlds)]
+        tokens[loop] = loop(model, chat, worlds, histories, turns, new, temperature)
+
+    ours, theirs = timed(args, play, cached), timed(args, play, generated)
+    return {"rows": rows, "sampled": tokens[cached] / rows, "seconds": ours,
+            "model_generate_seconds": theirs,  # the ratio is of a token's: they sample others
+            "ratio": theirs / tokens[generated] / (ours / tokens[cached])}
 
 
 def cached(model, chat, worlds, histories, turns, new, temperature):
@@ -353,6 +352,12 @@ def batch(args, rows, every):
     return ids, (torch.arange(args.length) % every == 0).long().expand(rows, -1)
 
 
+def learn(model, optimizer, ids, mask):
+    loss = -common.token_logprobs(model, ids, mask).sum() / mask.sum()
+    loss.backward()
+    common.gradient_step(model, optimizer, loss.item(), [])
+
+
 def step(args):
     """Forward, backward and AdamW at one of ARMS, one micro-batch."""
     model = random_model(args, **ARMS[args.arm])
@@ -360,15 +365,10 @@ def step(args):
     for rows in args.rows:
         ids, mask = batch(args, rows, 4)
 
-        def learn():
-            loss = -common.token_logprobs(model, ids, mask).sum() / mask.sum()  # noqa: B023
-            loss.backward()
-            common.gradient_step(model, optimizer, loss.item(), [])
-
         if on_card(args):
             torch.cuda.reset_peak_memory_stats()
-        learn()  # the first one makes the moments
-        seconds = timed(args, learn)
+        learn(model, optimizer, ids, mask)  # the first one makes the moments
+        seconds = timed(args, learn, model, optimizer, ids, mask)
         flops = 6 * common.count_parameters(model) * ids.numel()
         card = common.device_name(args.device)
         peak = next((value for name, value in PEAK_FLOPS.items() if name in card), None)
@@ -408,16 +408,12 @@ def decode(args):
     for rows in args.rows:
         prompts = torch.randint(10, 900, (rows, args.length)).tolist()
         ids = torch.tensor(prompts, device=args.device)
-        options = dict(max_new_tokens=args.new, do_sample=True, top_k=0, pad_token_id=0)
-
-        def ours():
-            common.generate(model, chat, prompts, max_new_tokens=args.new, temperature=1.0,  # noqa: B023
-                            seeds=range(rows), rows=rows)  # noqa: B023
-
-        @torch.no_grad()
-        def theirs():
-            model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=args.new, **options)  # noqa: B023
-
+        ours = functools.partial(
+            common.generate, model, chat, prompts, max_new_tokens=args.new, temperature=1.0,
+            seeds=range(rows), rows=rows)
+        theirs = functools.partial(
+            model.generate, ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.new,
+            min_new_tokens=args.new, do_sample=True, top_k=0, pad_token_id=0)
         seconds, others = timed(args, ours), timed(args, theirs)
         yield {"rows": rows, "length": args.length, "new": args.new,
                "tokens_per_second": rows * args.new / seconds, "ms_per_step": 1000 * seconds / args.new,
@@ -442,37 +438,47 @@ def run_part(args):
                "device": common.device_name(args.device), "torch": torch.__version__}
 
 
+def measure(line, seconds):
+    """What a process of its own prints for the flags `line`; and why it ended, if not well."""
+    command = [sys.executable, __file__, *line.split()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        said, errors = process.communicate(timeout=seconds)
+        reason = (errors.strip().splitlines() or ["no word"])[-1][:200]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said, _ = process.communicate()
+        reason = f"not done in {seconds:.0f} s"
+    found = [json.loads(row) for row in said.splitlines() if row.startswith('{"part"')]
+    if process.returncode:
+        why = "skipped" if "No module named" in reason else "failed"
+        found.append({"part": line.split()[0], "flags": line, why: reason})
+    return found
+
+
+def run_all(lines, out, budget):
+    """One line after the other, in `budget` seconds; `out` is written anew after each."""
+    records, end = [], time.time() + budget
+    for line in lines:
+        records += measure(line, end - time.time()) if time.time() < end else [
+            {"part": line.split()[0], "flags": line, "skipped": "no time left"}]
+        if out:
+            common.write_jsonl(out, records)
+    table(records)
+
+
 def table(records):
-    """Words for people: one line per measurement."""
+    """For people: a line per measurement, then what two arms of a part have to do with each other."""
     for record in records:
         shown = [f"{key} {value}" for key, value in record.items()
                  if value not in (None, "") and key not in ("part", "device", "torch")]
         print(f"{record['part']:9}", ", ".join(shown))
-
-
-def run_all(lines, out, budget=None):
-    """Each line in a process of its own; returns what was measured, or why not."""
-    records, begin = [], time.time()
-    for line in lines:
-        if budget and time.time() - begin > budget:
-            records.append({"part": line.split()[0], "flags": line, "skipped": "no time left"})
-            continue
-        try:
-            done = subprocess.run([sys.executable, __file__, *line.split()], capture_output=True, text=True,
-                                  timeout=budget and budget - (time.time() - begin) + 30)
-            found = [json.loads(row) for row in done.stdout.splitlines() if row.startswith('{"part"')]
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ["no word"])[-1]
-                missing = "No module named" in reason
-                why = {"skipped" if missing else "failed": reason[:200]}
-                found.append({"part": line.split()[0], "flags": line, **why})
-        except subprocess.TimeoutExpired:
-            found = [{"part": line.split()[0], "flags": line, "failed": "no time left"}]
-        records += found
-        table(found)
-        if out:
-            common.write_jsonl(out, records)
-    return records
+    arms = {(record["part"], record.get("arm")): record for record in records if "seconds" in record}
+    for part, one, other in ("grpo", "trl", "ours"), ("head", "all", "counted"):
+        if (part, one) in arms and (part, other) in arms:
+            first, second = arms[part, one], arms[part, other]
+            print(f"{part}: {other} takes {second['seconds'] / first['seconds']:.2f} of the seconds of {one}, "
+                  f"{second['peak_GB'] / first['peak_GB']:.2f} of its memory")
 
 
 def main():
@@ -488,7 +494,7 @@ def main():
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default=common.default_device())
-    parser.add_argument("--budget", type=float, help="seconds for all lines")
+    parser.add_argument("--budget", type=float, default=1e5, help="seconds for all lines")
     parser.add_argument("--out", default="", help="a JSON lines file")
     args = parser.parse_args()
     torch.set_num_threads(1 if not on_card(args) else torch.get_num_threads())
@@ -496,8 +502,7 @@ def main():
         for record in run_part(args):
             print(json.dumps(record), flush=True)
     else:
-        lines = sys.stdin.read().splitlines() if args.part else CPU
-        run_all([line for line in lines if line.strip()], args.out, args.budget)
+        run_all(sys.stdin.read().splitlines() if args.part else CPU, args.out, args.budget)
 
 
 if __name__ == "__main__":
