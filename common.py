@@ -482,10 +482,11 @@ def _new_cache():
 
 
 SHARED = 16  # tokens of a common beginning that are worth a forward of their own
+AT_ONCE = 8192  # tokens of all rows in a forward that fills a cache: more would only take more memory
 
 
 def _advance(model, cache, mask, new):
-    """Adds keys and values of the ragged ids `new` to `cache` in one forward; returns the mask [B, T] of the cache.
+    """Adds keys and values of the ragged ids `new` to `cache`; returns the mask [B, T] of the cache.
 
     New ids are padded on the right for the forward, so that no row has a hole between its old and its new tokens (a sliding window
     counts columns, holes included); afterwards every row is moved back to the right edge. What all rows of an empty cache
@@ -499,9 +500,11 @@ def _advance(model, cache, mask, new):
     ids = pad_rows(new, 0).to(mask.device)  # [B, N]
     if not ids.numel():
         return mask
-    mask = torch.cat([mask, _real(new).to(mask.device)], 1)
-    model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask)[:, -ids.shape[1]:], past_key_values=cache, use_cache=True,
-          logits_to_keep=1)
+    size = max(1, AT_ONCE // len(new))
+    for part, real in zip(ids.split(size, 1), _real(new).to(mask.device).split(size, 1)):
+        mask = torch.cat([mask, real], 1)
+        model(input_ids=part, attention_mask=mask, position_ids=_positions(mask)[:, -part.shape[1]:],
+              past_key_values=cache, use_cache=True, logits_to_keep=1)
     if bool(mask.all()):  # nothing to move
         return mask
     columns = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()):]  # padding first, then the tokens in their order

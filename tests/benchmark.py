@@ -41,7 +41,7 @@ import envs
 import nlac
 
 CPU = [
-    "episodes --model smollm2 --rows 4 --turns 8 --new 16 --rounds 3",
+    "episodes --model smollm2 --rows 4 --turns 8 --new 16 --rounds 2",
     "turns",
     "grpo --model smollm2 --arm ours --rows 4 --new 32 --rounds 2",
     "grpo --model smollm2 --arm trl --rows 4 --new 32 --rounds 2",

@@ -393,6 +393,18 @@ def test_a_common_beginning_is_encoded_once(model, chat, rows):
     assert len(beginning) in lengths  # one row of it, however many prompts share it
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 40])
+def test_long_prompts_enter_the_cache_in_parts(model, chat, at_once, monkeypatch):
+    """Of rows that end in any of them; the sliding windows are shorter than some."""
+    options = dict(max_new_tokens=8, temperature=1.0, seeds=list(range(5)))
+    whole = common.generate(model, chat, ragged(5), **options)
+    monkeypatch.setattr(common, "AT_ONCE", at_once)
+    parts = common.generate(model, chat, ragged(5), **options)
+    assert parts.ids == whole.ids
+    for one, other in zip(parts.logprobs, whole.logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
 @pytest.mark.parametrize("rows", [2, 5, 256])
 def test_samples_equal_repeated_prompts(qwen3, chat, rows):
     prompts, seeds = ragged(4), list(range(12))
