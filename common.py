@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import NoReturn
@@ -860,11 +861,7 @@ def _gguf_directory(name, cache, option):
     check(path.is_file(), f"{option} {name}: no such file")
     for package in "gguf", "accelerate":
         check(importlib.util.find_spec(package), f"{option} {name} needs two more packages: pip install gguf accelerate")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    directory = cache / f"gguf-{path.stem}-{digest.hexdigest()[:16]}"
+    directory = cache / f"gguf-{path.stem}-{content_hash(path)}"
     with locked(cache / f".{directory.name}.lock"):
         if not directory.exists():
             tokenizer, loaded = _read(f"{option} {name}", path.parent, torch.float32, gguf_file=path.name)
@@ -1038,11 +1035,14 @@ def ema_update(target, source, rate):
 def _write_atomic(path, write):
     """Calls `write(file)` on a temporary file beside `path` and moves it there, so that `path` is always whole."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a failure: on a full disk, it is what fills it
 
 
 @contextlib.contextmanager
@@ -1055,7 +1055,8 @@ def locked(path):
         refuse(f"{path.parent}: {error.strerror}")
     with file:
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -1083,6 +1084,7 @@ def read_jsonl(path, option) -> list[tuple[int, object]]:
         try:
             if line.strip():
                 found.append((number, json.loads(line.decode("utf-8"))))
+                _json(found[-1][1]).encode()  # what could not be written again: too deep, half a character
         except (ValueError, RecursionError) as error:  # of decoding, too
             refuse(f"{option} {path}, line {number}: {error}")
     return found
@@ -1133,19 +1135,18 @@ def check_messages(messages, last):
     check_texts([message["content"] for message in messages])
 
 
-def _new_directory(path, write) -> bool:
-    """Lets `write(temporary directory)` fill a directory and moves it to `path`; False if that is taken meanwhile."""
+def _new_directory(path, write):
+    """Lets `write(temporary directory)` fill a directory and moves it to `path`, in the place of what was there."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(temporary)
     try:
-        os.replace(temporary, path)  # possible while there is nothing, or an empty directory
-    except OSError:
-        shutil.rmtree(temporary)
-        return False
-    return True
+        write(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _json(value, **options) -> str:
@@ -1203,7 +1204,7 @@ class Run:
     def __init__(self, script, args, out_dir=None, fixed=()):
         """`fixed`: settings of FREE that may not differ in this run."""
         self.script, self.args = script, json.loads(_json(dataclasses.asdict(args)))
-        self.settings, self.dir = args, Path(out_dir or run_directory(script, args))
+        self.settings, self.dir = args, Path(out_dir or run_directory(script, args)).expanduser()
         self.totals, self.seconds, self.clock, self.step, self.last_step = Counter(), Counter(), None, 0, 0
         self._told = set()
         self.resuming, self.checkpoint, self._saved = getattr(args, "resume", False), self.dir / "checkpoint" / "state.pt", None
@@ -1223,32 +1224,39 @@ class Run:
         if not self.resuming:
             free = not self.dir.exists() or self.dir.is_dir() and not any(self.dir.iterdir())
             check(free, f"{self.dir} exists: continue it with --resume, or choose another --out-dir")
-            above = next(path for path in self.dir.absolute().parents if path.exists())
-            check(above.is_dir() and os.access(above, os.W_OK), f"--out-dir {self.dir}: cannot write below {above}")
-            self.dir.with_name(f"{self.dir.name}.{os.getpid()}.tmp").exists()  # a name that is too long fails here
+            there = next(path for path in (self.dir.absolute(), *self.dir.absolute().parents) if path.exists())
+            check(there.is_dir() and os.access(there, os.W_OK), f"--out-dir {self.dir}: cannot write in {there}")
+            (self.dir / "checkpoint" / ("x" * 100)).exists()  # a path that is too long fails here
             return
         check((self.dir / "args.json").is_file(), f"--resume: there is no run in {self.dir}")
         try:
             record = json.loads((self.dir / "args.json").read_text(encoding="utf-8"))
-            script, before = record["script"], record["args"]
+            script, before, known = record["script"], {**record["args"]}, {**record.get("files", {})}
             Chat.today = datetime.datetime.fromisoformat(record.get("date") or Chat.today.isoformat())
         except (ValueError, KeyError, TypeError) as error:
             refuse(f"--resume: {self.dir / 'args.json'} is damaged ({type(error).__name__}: {error})")
         check(script == self.script, f"--resume: {self.dir} is a run of {script}, not of {self.script}")
-        changed = [key for key in sorted({*before, *self.args} - (self.FREE - set(fixed))) if before.get(key) != self.args.get(key)]
+        held = {*before, *self.args} - (self.FREE - set(fixed))
+        changed = [key for key in sorted(held) if before.get(key) != self.args.get(key)]
         told = ", ".join(f"{key} was {before.get(key)!r} and is {self.args.get(key)!r}" for key in changed)
         check(not changed, f"--resume continues with the same settings (--steps and --device apart): {told}")
-        files, known = self._files(), record.get("files", {})
+        files = self._files()
         edited = ["--" + name.replace("_", "-") for name in known if files.get(name) != known[name]]
         check(not edited, f"--resume: the content of {', '.join(edited)} has changed")
         self._lock()
         if self.checkpoint.exists():
             try:
+                bad = zipfile.ZipFile(self.checkpoint).testzip()  # torch.load takes changed bytes for weights
                 self._saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
                 short = [name for name in self.LOGS if self._size(name) < self._saved["offsets"][name]]
+                own = all(self._saved["args"].get(key) == self.args.get(key) for key in held - self.FREE)
             except Exception as error:  # a damaged file fails anywhere inside torch.load
-                refuse(f"--resume: {self.checkpoint} is damaged ({type(error).__name__})")
+                bad = type(error).__name__
+            check(not bad, f"--resume: {self.checkpoint} is damaged ({bad})")
+            check(own and self._saved["script"] == script, f"--resume: {self.checkpoint} is of another run")
             check(not short, f"--resume: {', '.join(short)} in {self.dir} ends before the checkpoint does")
+        else:
+            check(not (self.dir / "summary.json").exists(), f"--resume: the run in {self.dir} is complete, and {self.checkpoint} is gone")
 
     def _files(self):
         """{setting: content hashes} of the files that settings name, a world's among them; the model is known by its weights."""
@@ -1266,8 +1274,10 @@ class Run:
             self._held = os.open(self.dir, os.O_RDONLY)
             try:
                 fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 refuse(f"{self.dir} is in use: another process is at work there")
+            except OSError:  # a file system without locks
+                pass
 
     def release(self):
         """Gives the directory back."""
@@ -1276,7 +1286,7 @@ class Run:
             self._held = None
 
     def start(self, extra=None, model=None):
-        """Creates the directory with args.json (in one move) and listens for SIGINT and SIGTERM.
+        """Creates the directory with args.json and listens for SIGINT and SIGTERM.
 
         `extra`: more for args.json; of a `model` it gets the size and the fingerprint.
         """
@@ -1289,14 +1299,14 @@ class Run:
             before = json.loads((self.dir / "args.json").read_text(encoding="utf-8"))
             same = all(before.get(key) == value for key, value in (extra or {}).items())
             check(same, f"--resume: the model of {self.dir} was another one")
-            _write_atomic(self.dir / "args.json", lambda file: file.write(text))
         else:
             try:
-                made = _new_directory(self.dir, lambda path: (path / "args.json").write_bytes(text))
+                self.dir.mkdir(parents=True, exist_ok=True)  # an empty one may be a mount or a link: it is kept
+                self._lock()
+                check(not any(self.dir.iterdir()), f"{self.dir} exists: another run has started there meanwhile")
             except OSError as error:
                 refuse(f"--out-dir {self.dir}: {error.strerror}")
-            check(made, f"{self.dir} exists: another run has started there meanwhile")
-            self._lock()
+        _write_atomic(self.dir / "args.json", lambda file: file.write(text))
         if model is not None:
             print(f"{self.script}, {self.args['env']}: {extra['parameters']:,} parameters on {device_name(self.args['device'])}")
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1451,7 +1461,6 @@ def run_directory(script, args) -> str:
 
 def save_model(directory, model, chat):
     """Model (adapters merged) and tokenizer in the Hugging Face format, whole or not at all; what was there before is replaced."""
-    shutil.rmtree(directory, ignore_errors=True)
     state = merged_state(model)
     _new_directory(directory, lambda path: (model.save_pretrained(path, state_dict=state), chat.tokenizer.save_pretrained(path)))
 
