@@ -252,7 +252,7 @@ def settled(read, text):
 
 def random_player(env, info, rng):
     """Any admissible action, uniformly; says nothing in a world that lists none."""
-    return rng.choice(info["admissible"] or [""])
+    return rng.choice(info["admissible"] or env.admissible() or [""])
 
 
 def expert_player(env, info, rng):
