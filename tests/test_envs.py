@@ -30,7 +30,6 @@ from worlds.twenty_questions import (
 
 ROOT = Path(__file__).parent.parent
 NAMES = [*envs.WORLDS, *envs.ALIASES]
-INFO_KEYS = {"task", "action", "admissible", "valid", "won", "score", "tools"}
 
 
 @pytest.fixture(params=["20q", "20q-full"])
@@ -42,9 +41,7 @@ def well_formed(step):
     observation, reward, terminated, truncated, info = step
     assert isinstance(observation, str) and observation.isascii() and len(observation) < 300
     assert isinstance(reward, float) and isinstance(terminated, bool) and truncated is False
-    assert set(info) == INFO_KEYS
-    assert isinstance(info["action"], str)
-    assert isinstance(info["valid"], bool) and isinstance(info["won"], bool) and 0.0 <= info["score"] <= 1.0
+    assert not list(envs.problems_of(observation, info))
 
 
 def random_actions(env, rng, n):
@@ -369,20 +366,6 @@ def test_seed_and_split_fix_the_episode(env):
     assert len({env.reset(seed=seed) and env.hidden for seed in range(100)}) > 5
     env.reset()
     env.reset(seed=None, options=None)
-
-
-def test_the_same_episode_in_every_process():
-    code = (
-        "import envs, sys\nfor n in [*envs.WORLDS, *envs.ALIASES]:\n e = envs.make(n)\n"
-        " print([(e.reset(seed=s, options={'split': x}), e.expert(), vars(e)) for s in range(5) for x in e.splits])"
-    )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
-        ).stdout
-        for seed in "12"
-    }
-    assert len(outputs) == 1 and len(outputs.pop()) > 1000
 
 
 def test_replay_restores_a_state(env):
@@ -1569,10 +1552,9 @@ def test_bare_leaves_other_texts_alone():
     assert bare("Nothing. 3 turns left.") == "Nothing. 3 turns left." and bare("") == ""
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_random_players_stay_valid_everywhere(name):
-    for seed in range(10):
-        assert run_episode(make(name), envs.random_player, seed)["invalid"] == 0
+@pytest.mark.parametrize("name", [*NAMES, "twenty_questions:listed"])
+def test_our_worlds_keep_the_contract(name):
+    assert envs.check(name) == []  # what it finds in broken ones: test_worlds.py
 
 
 # ---------------------------------------------------------------------------------- names of worlds
@@ -1796,7 +1778,7 @@ def test_a_turn_takes_bounded_time():
 
 
 def command(*arguments, stdin=b""):
-    return subprocess.run([sys.executable, "envs.py", *arguments], cwd=ROOT, input=stdin, capture_output=True, timeout=60)
+    return subprocess.run([sys.executable, "envs.py", *arguments], cwd=ROOT, input=stdin, capture_output=True, timeout=300)
 
 
 def test_listing():
