@@ -1203,48 +1203,157 @@ def test_search_tools_are_schemas_and_the_prompt_is_constant():
     assert call("search", "Mira Velden") in system
 
 
-def test_search_flaws():
-    env = make("search")
-    question = quoted("In which year was the author of Velden Letters born?")
-    search, book, person, born = (
-        (call("search", "Velden Letters"), "Results: Velden Letters (a book); Velden Marsh (a town). 7 turns left.", True),
-        (call("open", "Velden Letters"), "Velden Letters is a book. Velden Letters was written by Mira Velden. 6 turns left.", True),
-        (call("search", "Mira Velden"), "Results: Mira Velden (a writer). 5 turns left.", True),
-        (call("open", "Mira Velden"), "Mira Velden is a writer. Mira Velden was born in the year 1760. 4 turns left.", True),
-    )
-    search, book, person, born = ((action, quoted(text), valid) for action, text, valid in (search, book, person, born))
+QUESTION = quoted("In which year was the author of Velden Letters born?")
 
-    def answer(text):
-        return (call("answer", text), "That is your answer. Any words.", True)
 
-    good = [search, book, person, born]
-    for steps, flaws in [
-        ([], []), ([*good, answer("1760")], []), (good, []), ([*good, answer("the year 1760")], []),
-        ([search, book, answer("1760")], ["skipped lookup", "unsupported guess"]), ([answer("x")], ["skipped lookup", "unsupported guess"]),
-        ([search, book, answer("Mira Velden")], ["skipped lookup"]), ([*good, answer("1761")], ["unsupported guess"]),
-        ([search, book, search, person, born, answer("1760")], ["repeated call", "wrong tool"]),
-        ([search, search, book], ["repeated call"]), ([search, ("nonsense", "That is not.", False), book], ["wrong tool"]),
-        ([search, book, (call("search", "velden letters"), search[1], True)], ["repeated call", "wrong tool"]),
-        ([*good, (call("calculate", "1760 - 1"), "The result is 1759. 1 turn left.", True), answer("1759")], ["wrong conclusion"]),
-        ([*good, answer("Mira Velden")], ["wrong conclusion"]),
+def search_steps():
+    """A flawless way to the answer of QUESTION, up to it: (action, observation, valid) of each turn."""
+    texts = ("Results: Velden Letters (a book); Velden Marsh (a town). 7 turns left.",
+             "Velden Letters is a book. Velden Letters was written by Mira Velden. 6 turns left.",
+             "Results: Mira Velden (a writer). 5 turns left.",
+             "Mira Velden is a writer. Mira Velden was born in the year 1760. 4 turns left.")  # fmt: skip
+    calls = [call(tool, name) for name in ("Velden Letters", "Mira Velden") for tool in ("search", "open")]
+    return [(action, quoted(text), True) for action, text in zip(calls, texts)]
+
+
+def answered(text):
+    return (call("answer", text), "That is your answer. Any words.", True)
+
+
+def test_search_evidence():
+    """Every flaw by itself, and what it quotes."""
+    good = [search, book, person, born] = search_steps()
+    nonsense = ("nonsense", "That is not.", False)
+    difference = (call("calculate", "1760 - 1"), "The result is 1759. 1 turn left.", True)
+    skipped = {"skipped lookup": "Mira Velden"}
+    unanswered = {"no answer": ""}
+    for steps, found in [
+        ([], unanswered), (good, unanswered), ([*good, answered("1760")], {}), ([*good, answered("the year 1760")], {}),
+        ([search, book, answered("1760")], skipped | {"unsupported guess": "1760"}),
+        ([answered("x")], {"skipped lookup": "Velden Letters", "unsupported guess": "x"}),
+        ([search, book, answered("Mira Velden")], skipped), ([*good, answered("1761")], {"unsupported guess": "1761"}),
+        ([search, book, search, person, born, answered("1760")],
+         {"repeated call": 'search "Velden Letters"', "wrong tool": 'search "Velden Letters"'}),
+        ([search, search, book], {"repeated call": 'search "Velden Letters"'} | unanswered),
+        ([search, nonsense, book], {"wrong tool": "nonsense"} | unanswered),
+        ([*good, nonsense, nonsense, answered("1760")], {"wrong tool": "nonsense"}),  # no valid call was repeated
+        ([search, book, (call("search", "velden letters"), search[1], True)],
+         {"repeated call": 'search "Velden Letters"', "wrong tool": 'search "velden letters"'} | unanswered),
+        ([*good, difference, answered("1759")], {"wrong conclusion": 'You answered "1759".'}),
+        ([*good, answered("Mira Velden")], {"wrong conclusion": '"Velden Letters" was written by "Mira Velden".'}),
+        ([search, book, (call("open", "Nowhere"), "No.", False)], {"wrong tool": 'open "Nowhere"'} | unanswered),
     ]:  # fmt: skip
-        assert envs.search_flaws(question, steps) == flaws == envs.search_flaws(question, steps, won=False)
-    assert envs.search_flaws(question, [search, book, answer("1760")], won=True) == ["skipped lookup", "unsupported guess", "lucky answer"]
-    assert envs.search_flaws(question, [*good, answer("1760")], won=True) == []
+        assert envs.search_evidence(QUESTION, steps) == found
+        assert envs.search_flaws(QUESTION, steps) == [name for name in envs.FLAWS if name in found]
+        assert envs.search_flaws(QUESTION, steps, won=False) == envs.search_flaws(QUESTION, steps)
+    notes = (call("open", "Mira Velden"), quoted("Mira Velden is a writer. 4 turns left."), True)
+    assert envs.search_evidence(QUESTION, [search, book, person, notes, answered("1760")]) == {
+        "skipped lookup": "Notes on Mira Velden", "unsupported guess": "1760"}  # the page lacks it, the notes come next
     yes = 'Was "Mira Velden" born before "Mira Velder"?'
-    assert envs.search_flaws(yes, [answer("yes")], True) == ["skipped lookup", "unsupported guess", "lucky answer"]
     other = (call("open", "Mira Velder"), quoted("Mira Velder is a potter. Mira Velder was born in the year 1770. 4 turns left."), True)
-    assert envs.search_flaws(yes, [born, other, answer("yes")], True) == []
-    assert envs.search_flaws(yes, [born, other, answer("no")]) == ["unsupported guess"]  # against what was read
+    assert envs.search_evidence(yes, [born, other, answered("yes")]) == {}
+    assert envs.search_evidence(yes, [born, other, answered("no")]) == {"unsupported guess": "no"}  # against what was read
     with pytest.raises(ValueError, match="not a question"):
-        envs.search_flaws("What is love?", [])
-    seen = set()
-    players = envs.sloppy_player, envs.hasty_player, envs.muddled_player, envs.guess_player
-    for seed in range(80):  # they make all of them
-        env, steps = search_episode("search", players[seed % 4], seed, env=env)
+        envs.search_evidence("What is love?", [])
+
+
+def test_a_lucky_answer_is_known_by_its_outcome_alone():
+    search, book, *_ = search_steps()
+    luck = [search, book, answered("1760")]
+    assert envs.search_flaws(QUESTION, luck, won=True) == ["skipped lookup", "unsupported guess", "lucky answer"]
+    assert envs.search_flaws(QUESTION, luck) == ["skipped lookup", "unsupported guess"]
+    assert envs.search_flaws(QUESTION, [*search_steps(), answered("1760")], won=True) == []
+    seen, env = set(), None
+    players = envs.sloppy_player, envs.hasty_player, envs.muddled_player, envs.guess_player, envs.random_player
+    for seed in range(100):  # they make all of them
+        env, steps = search_episode("search", players[seed % 5], seed, env=env)
         seen.update(envs.search_flaws(env.task, steps, env.won))
         assert env.gold not in env.task
-    assert seen == set(envs.FLAWS)
+    assert seen == {*envs.FLAWS, "lucky answer"}
+
+
+def test_search_flaws_are_sentences_with_their_evidence():
+    env = make("search")
+    env.reset(seed=0)
+    [unanswered] = env.flaws()
+    assert unanswered == ("no answer", 0.5, "There is no answer.", "Give an answer before the turns run out.")
+    env.task, env.record = QUESTION, [*search_steps()[:2], search_steps()[0], answered("1{}60")]
+    assert [tuple(flaw) for flaw in env.flaws()] == [
+        ("skipped lookup", 0.4, 'The page "Mira Velden" was not read.', 'Read the page "Mira Velden" before you answer.'),
+        ("unsupported guess", 0.4, 'The answer "1{}60" does not come from what was read.', "Answer with what you have read."),
+        ("repeated call", 0.2, 'This call was made twice: search "Velden Letters".', 'Do not repeat: search "Velden Letters".'),
+        ("wrong tool", 0.2, 'This call was of no use: search "Velden Letters".', 'Do without: search "Velden Letters".')]  # fmt: skip
+
+
+def advice_of(env, seed, player):
+    """The advice that a player's way deserves."""
+    envs.run_episode(env, player, seed, "train")
+    return [flaw.advice for flaw in env.flaws()]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_no_advice_says_the_right_answer(name):
+    """It may name a call that the player made: nothing else of it contains the answer."""
+    env, named, told = make(name), 0, 0
+    for seed in range(400):
+        for advice in advice_of(env, seed, (envs.random_player, *env.players)[seed % 2 * (1 + seed % 4)]):
+            if env.gold in ("yes", "no"):
+                continue
+            gold, made = " ".join(envs.plain_words(env.gold)), re.match(r"Do (?:not repeat|without): (.*)\.$", advice)
+            words = f" {' '.join(envs.plain_words(advice))} "
+            told += 1
+            named += f" {gold} " in words
+            assert f" {gold} " not in words or made[1] in map(envs.call_words, [action for action, *_ in env.record]), advice
+    assert told > 300 and named < 0.02 * told
+
+
+def test_heeding_by_hand():
+    env = make("search")
+    env.task, env.record, env.listed, env.seen, env.calculated = QUESTION, search_steps()[:2], ["Velden Letters", "Velden Marsh"], [], []
+
+    def heeded(advice):
+        return [envs.call_words(action) for action in env.heeding(advice)]
+
+    every = ['open "Velden Letters"', 'open "Velden Marsh"', 'search "Velden Letters"']
+    assert sorted(heeded("")) == every == sorted(heeded("Go on like this."))
+    assert heeded('Read the page "Velden Marsh" before you answer.') == ['open "Velden Marsh"']  # it is listed
+    env.seen = ["Mira Velden"]
+    answer = 'answer "Mira Velden"'
+    assert sorted(heeded("")) == [answer, *every[:2], 'search "Mira Velden"', every[2]]
+    assert heeded('Read the page "Mira Velden" before you answer.') == ['search "Mira Velden"']  # it is not listed yet
+    assert heeded('Read the page "Notes on Mira Velden" before you answer.') == ['search "Mira Velden"']
+    assert answer not in heeded('Read the page "Nobody Here" before you answer.')  # whatever it is, it comes before the answer
+    assert answer in heeded('Read the page "Velden Letters" before you answer.')  # that has been read
+    assert 'search "Velden Letters"' not in heeded('Do not repeat: search "Velden Letters".')
+    assert 'open "Velden Marsh"' in heeded('Do not repeat: open "Velden Marsh".')  # it was not made yet
+    assert 'open "Velden Marsh"' not in heeded('Do without: open "Velden Marsh".')
+    assert sorted(heeded(" ".join(f"Do without: {made}." for made in heeded("")))) == sorted(heeded(""))  # something must be done
+    for noise in 'Read the page "', 'Do not repeat: ("[', "Do without: search", "\ud800":
+        assert env.heeding(noise)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_heeding_advice_makes_a_random_player_better(name):
+    """Second attempts with the same random numbers, once deaf to the advice on the first. None needs the answer."""
+
+    def play_again(seed, advice, heeded):
+        rng, done = random.Random(seed), False
+        _, info = env.reset(seed=seed, options={"split": "train"})
+        while not done:
+            calls = env.heeding(heeded)
+            assert calls and set(calls) <= set(info["admissible"])
+            _, _, done, _, info = env.step(rng.choice(calls))
+        page = re.search(r'Read the page "([^"]+)"', advice)
+        return info["won"], bool(page) and page[1] in envs.read_record(env.record).opened
+
+    env, wins, reads = make(name), [], []
+    for seed in range(600):
+        advice = " ".join(advice_of(env, seed, envs.random_player))
+        (won, read), (deaf_won, deaf_read) = (play_again(seed, advice, heeded) for heeded in (advice, ""))
+        wins.append(won - deaf_won)
+        reads += [read - deaf_read] if "Read the page" in advice else []
+    assert len(reads) > 200 and sum(reads) / len(reads) > 0.2, sum(reads) / len(reads)
+    assert name != "search" or sum(wins) / len(wins) > 0.04, sum(wins) / len(wins)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
