@@ -25,7 +25,7 @@ from pathlib import Path
 
 SIZE = 1_450_000  # bytes of a page
 STEPS = 9  # shown, of all and of those where the most parts speak
-PER_STEP = 16  # episodes
+PER_STEP, FEW = 16, 144  # episodes of a step; of a run, where its steps are few
 LONGEST, MOST = 6000, 120  # characters of a text, texts of an episode
 POINTS = 200  # of a curve
 MODEL = "act", "assistant", "agent", "text"  # names of the policy: each reply of it is a turn
@@ -125,7 +125,8 @@ def choose(path) -> tuple[dict, int]:
     ends = [when for when in moments if when[1]]
     steps = [when for when in moments if not when[1]]
     kept = sorted({*ends, *spread(steps, STEPS), *spread(rich, STEPS)})
-    return {when: [at for _, at in sorted(found[when])[:PER_STEP]] for when in kept}, count
+    most = max(PER_STEP, FEW // max(1, len(kept)))
+    return {when: [at for _, at in sorted(found[when])[:most]] for when in kept}, count
 
 
 def pieces(value, name="", listed=False):
@@ -252,7 +253,8 @@ def episodes_html(path, key, room) -> str:
     if not count:
         return tag("h2", "Episodes") + tag("p", "There are none in this directory.")
     articles, colours = {}, {}
-    rounds = [(place, when) for place in range(PER_STEP) for when in chosen]
+    longest = max(map(len, chosen.values()))
+    rounds = [(place, when) for place in range(longest) for when in chosen]
     with open(path, "rb") as file:
         for place, when in rounds:
             for offset in chosen[when][place : place + 1]:

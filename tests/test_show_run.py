@@ -229,6 +229,13 @@ def test_a_long_run_is_bounded(tmp_path):
         assert 200_000 < size <= show_run.SIZE < 1_500_000
 
 
+def test_of_few_steps_more_episodes_are_kept(tmp_path):
+    few = Page(written(tmp_path / "few", [episode(step) for step in (1, 2) for _ in range(70)]))
+    assert len(few.articles) == 140 and "All 140." in few.text
+    more = Page(written(tmp_path / "more", [episode(step) for step in range(1, 31) for _ in range(70)]))
+    assert len(more.articles) == 9 * 16 and f"{9 * 16} of 2,100" in more.text
+
+
 def test_episodes_in_which_critics_speak_are_kept(tmp_path):
     judged = [["critique", "good"]]
     episodes = [episode(step, said=[["act", "a"]] + judged * (step % 25 == 13 and n == 29)) for step in range(1, 101) for n in range(30)]
