@@ -92,10 +92,14 @@ def test_act_proposes_and_chooses(smollm2):
     assert len(act.ask(state, pairs, ("test",))) == 2
 
 
-def test_a_judge_answers_in_blocks(smollm2):
-    args = settings(reagent, judge_tokens=80, judge_retries=0)
-    observation, _ = world().reset(seed=0, options={"split": "test"})
-    history = [observation, "Action: check the power", "Nothing unusual. 4 turns left.", "Action: clean the gears",
-               "It is still broken. The game is over and you did not win."]  # fmt: skip
-    judged = reagent.judge(smollm2, world(), args, [history], ("test",))[0]
-    assert judged["asked"] == 1 and judged["tokens"] > 0 and 0 <= judged["score"] <= 1
+def test_a_judge_answers_in_blocks_and_the_agent_tries_again(smollm2):
+    args, both = settings(reagent, judge_tokens=80, judge_retries=1), reagent.Learner(*smollm2)
+    state = reagent.State(args, world(), None, both, both)
+    first = reagent.attempt(state, "test", range(2), ("evaluate", 1))
+    judgements = reagent.review(state, first, ("test",))
+    assert any(judgement.readable for judgement in judgements) and all(judgement.asked for judgement in judgements)
+    second = reagent.attempt(state, "test", range(2), ("evaluate", 2), first)
+    assert any(valid for episode in second for valid in episode.valid)
+    learner = reagent.learner(args, copy.deepcopy(smollm2[0]), smollm2[1])
+    metrics = reagent.imitate(learner.model, learner.chat, args, learner.optimizer, [reagent.dialogue(world(), args, first[0].said)[:-1]])
+    assert metrics["grad_norm"] > 0
