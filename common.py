@@ -293,8 +293,11 @@ class Chat:
         return ids, mask
 
     def reply(self, text) -> list[int]:
-        """Ids of a reply that says `text` and ends: a likelihood target. What the template opens stands before it."""
-        return [*self.encode(text.removeprefix(self.opened)), self.eos[0]]
+        """Ids of a reply that says `text` and ends: a likelihood target. A thought that the template opened before it is closed."""
+        text = text.removeprefix(self.opened)
+        if self.opened and "</think>" not in text:
+            text = f"\n</think>\n\n{text}"
+        return [*self.encode(text), self.eos[0]]
 
     def encode(self, text) -> list[int]:
         """Ids of a text inside a message."""

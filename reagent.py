@@ -23,13 +23,14 @@ default --model as the run finds it, prompted and frozen.
 
 Departures from the paper, and why:
  1. The judge of the paper is trained on judgements by a model of 120 billion parameters. With
-    --judged they come from a program that names the flaws of a process (`process_flaws`; it never
-    sees the answer, and the agent never meets it), or from a file (--judgements).
+    --judged they come from a program that names the flaws of a process from what was read there
+    (`process_flaws`; the agent meets it in a tiny model's warm-up alone), or from --judgements; half
+    of these trajectories are the agent's own, the others are by players of different strength.
  2. The reward of the judge's GRPO is unpublished: here 1 - |score - reference|, 0 where nothing can
     be read; the words of a critique earn nothing. So is the prompt of the second attempt. What
     cannot be read is asked again at --temperature (the paper's script: at 0).
- 3. An attempt that the context leaves no room to play or to judge stays out of its pool: a score
-    of 0 would teach brevity.
+ 3. An attempt that the context leaves no room to begin or to judge stays out of its pool: a score
+    of 0 would teach brevity. One that the context ends midway has failed.
  4. Transcripts lack native thoughts, lists of possible actions, and the last observation, in which
     our worlds say how it ended: neither judge nor second attempt may know.
  5. No KL by default, as in the paper's script. Learning rates rise over 5 steps of each phase;
@@ -72,8 +73,8 @@ class Args:
     env: str = flag("search", "a world: a name, NAME:ARGUMENT, or path/to/file.py:Class")
     seed: int = flag(0, "of everything sampled; the tiny model is built with seed 0")
     steps: int = flag(100, "passes of the loop of learning: attempts, judgements, an update (paper: 300)")
-    lr: float = flag(5e-7, "AdamW, of GRPO, the agent's and the judge's, constant after 5 steps (paper; its script: 5e-6)")
-    batch_size: int = flag(256, "first attempts per step (paper: 32 questions x 8)")
+    lr: float = flag(5e-7, "AdamW, of GRPO, constant after 5 steps (paper; its script: 5e-6; the judge's is unpublished)")
+    batch_size: int = flag(256, "first attempts per step (paper: 32 questions x 8; an appendix: 64)")
     micro_batch_size: int = flag(1, "sequences per backward pass; changes memory and speed, not the gradient")
     rollout_batch_size: int = flag(64, "episodes or replies sampled side by side; changes memory and speed alone")
     max_new_tokens: int = flag(512, "of one action with its thought (not in the paper)")
@@ -107,12 +108,12 @@ class Args:
     score_weight: float = flag(0.3, "lambda, of the judge's score beside the rule's (paper)")
     rrm: str = flag("", "the judge: any model, as in --model; default: --model, trained if there is --judged, else as it is")
     judge_tokens: int = flag(1024, "of one judgement (not in the paper)")
-    judge_retries: int = flag(1, "of a judgement that cannot be read; then its score is 0 (not in the paper; its script: 1)")
+    judge_retries: int = flag(1, "of a judgement that cannot be read; then its score is 0 (not in the paper; its script retries)")
     demos: str = flag("", "correct trajectories from elsewhere: a JSON lines file, or what datasets.load_dataset takes")
     cold_start: int = flag(2000, "episodes of the expert that the agent imitates first, without --demos (paper: 55.6 thousand)")
     cold_epochs: int = flag(2, "of the cold start (paper)")
     cold_again: bool = flag(False, "imitate each as a second attempt, too (not in the paper)")
-    judgements: str = flag("", "judged trajectories from elsewhere, as in judged.jsonl of a run; for --judged")
+    judgements: str = flag("", "judged trajectories from elsewhere, as in judged.jsonl of a run; all are used where there is --judged")
     judged: int = flag(0, "trajectories for the judge's SFT, half the agent's own; 0: no training (paper: 28 thousand)")
     judge_epochs: int = flag(2, "of its SFT (paper)")
     judge_steps: int = flag(20, "of its GRPO, on --batch-size / --group-size more trajectories each (paper: 90 thousand in all)")
@@ -164,7 +165,7 @@ def review(state, episodes, stream):
     """(2) The judgements of episodes, written down in them, too."""
     found = judge(state, [episode.said for episode in episodes], stream)
     for episode, judgement in zip(episodes, found):
-        episode.critique, episode.judged = judgement.critique, judgement.score
+        episode.critique, episode.judge_score = judgement.critique, judgement.score
         episode.left_out = not judgement.asked
         episode.said.append(["judge", judgement.text])
     return found
@@ -173,7 +174,7 @@ def review(state, episodes, stream):
 def pool_advantages(args, pool):
     """Writes (4) returns and (5) advantages; what was left out stays out of its pool."""
     for episode in pool:
-        episode.earned = episode.score + args.score_weight * episode.judged
+        episode.earned = episode.score + args.score_weight * episode.judge_score
     kept = [episode for episode in pool if not episode.left_out]
     advantages = group_advantages([episode.earned for episode in kept]) if kept else []
     for episode, advantage in zip(kept, advantages):
@@ -184,7 +185,7 @@ def pool_advantages(args, pool):
 
 
 def critique_only(state, split, seeds):
-    """(1), (2), (3) -> first attempts, judgements, second attempts."""
+    """(1), (2), (3) -> first attempts, judgements, second attempts. One that has no room is lost."""
     first = attempt(state, split, seeds, ("evaluate",))
     judgements = review(state, first, ("evaluate", split))
     return first, judgements, attempt(state, split, seeds, ("evaluate", 2), first)
@@ -195,42 +196,38 @@ def critique_only(state, split, seeds):
 
 def cold_start(state):
     """The agent imitates correct trajectories."""
-    args, world = state.args, state.world
-
-    def lessons(row):
+    args, world, lessons = state.args, state.world, []
+    for row in state.demos:
         said = said_in(row["messages"])
-        yield dialogue(world, args, said)
+        lessons.append([dialogue(world, args, said)])
         if args.cold_again and row.get("earlier"):
-            yield dialogue(world, args, said, Episode("train", 0, said_in(row["earlier"])))
-
-    supervised(state, "cold-start", state.agent, state.demos, args.cold_epochs, lessons)
+            earlier = Episode("train", 0, said_in(row["earlier"]))
+            lessons[-1].append(dialogue(world, args, said, earlier))
+    supervised(state, "cold-start", state.agent, lessons, args.cold_epochs)
 
 
 def judge_sft(state):
     """The judge imitates reference judgements."""
-    args, world = state.args, state.world
-
-    def lessons(row):
+    args, lessons = state.args, []
+    for row in state.judge_score[judge_grpo_rows(args):]:
+        asked = judge_messages(state.world, args, said_in(row["messages"]))
         reply = judgement_text(row["think"], row["critique"], row["score"])
-        asked = judge_messages(world, args, said_in(row["messages"]))
-        yield [*asked, {"role": "assistant", "content": reply}]
-
-    rows = state.judged[judge_grpo_rows(args):]
-    supervised(state, "judge-sft", state.rrm, rows, args.judge_epochs, lessons)
+        lessons.append([[*asked, {"role": "assistant", "content": reply}]])
+    supervised(state, "judge-sft", state.rrm, lessons, args.judge_epochs)
 
 
-def supervised(state, name, learner, rows, epochs, lessons):
-    """A phase of imitation: so many passes over the `lessons` (dialogues) in rows, in random order.
+def supervised(state, name, learner, lessons, epochs):
+    """A phase of imitation: passes over lessons (lists of dialogues) in random order.
 
     The last batch is filled up from one more pass.
     """
     args, rng, order = state.args, random.Random(f"{name} {state.args.seed}"), []
-    count = math.ceil(epochs * len(rows) / args.sft_batch_size)
+    count = math.ceil(epochs * len(lessons) / args.sft_batch_size)
     while len(order) < count * args.sft_batch_size:
-        order += rng.sample(rows, len(rows))
+        order += rng.sample(lessons, len(lessons))
     batches = groups(order, args.sft_batch_size)
     for step in phase(state, name, count, args.sft_lr, learner):
-        dialogues = [*itertools.chain.from_iterable(map(lessons, batches[step - 1]))]
+        dialogues = [messages for lesson in batches[step - 1] for messages in lesson]
         metrics = imitate(learner.model, learner.chat, args, learner.optimizer, dialogues)
         end_step(state, step, metrics)
 
@@ -238,7 +235,7 @@ def supervised(state, name, learner, rows, epochs, lessons):
 def judge_grpo(state):
     """GRPO of the judge, paid for how close its score comes to the reference's."""
     args, rrm = state.args, state.rrm
-    batches = groups(state.judged[:judge_grpo_rows(args)], args.batch_size // args.group_size)
+    batches = groups(state.judge_score[:judge_grpo_rows(args)], args.batch_size // args.group_size)
     for step in phase(state, "judge-grpo", args.judge_steps, args.lr, rrm):
         rows = batches[step - 1]
         prompts = [judge_prompt(state, said_in(row["messages"])) for row in rows]
@@ -446,7 +443,8 @@ def parse_score(text) -> float | None:
 
 def judgement_text(think, critique, score) -> str:
     """The three blocks."""
-    return f"<think>{think}</think>\n<critique>{critique}</critique>\n<score>{score:.1f}</score>"
+    score = f"<score>{round(float(score), 2)}</score>"
+    return f"<think>{think}</think>\n<critique>{critique}</critique>\n{score}"
 
 
 def judge_prompt(state, said) -> list[int]:
@@ -580,20 +578,25 @@ def judged_rows(state, done):
         return
     start = args.seed * 1_000_000_007 + JUDGED
     seeds = range(start, start + args.judged + judge_grpo_rows(args))
-    mixed = itertools.chain(*zip(*mixed_episodes(state, "train", seeds, ("judged",))))
-    for episode in [episode for episode in mixed if episode.actions][done:]:
+    players, agent = mixed_episodes(state, "train", seeds, ("judged",))
+    mixed = itertools.chain(*itertools.zip_longest(players, agent))
+    for episode in [episode for episode in mixed if episode and episode.actions][done:]:
         think, critique, score = reference(episode.flaws)
         yield {"messages": messages_of(episode.said)[:-1], "think": think, "critique": critique,
                "score": score, "won": episode.won}
 
 
 def judgeable(state, rows) -> list[dict]:
-    """The rows that the judge has room for; what its GRPO and SFT need, at least."""
-    fit = [row for row in rows
-           if len(judge_prompt(state, said_in(row["messages"]))) <= judge_room(state)]
+    """The rows that the judge has room for, in random order; what its GRPO and SFT need, at least."""
+    fit, encode = [], state.rrm.chat.encode
+    for row in random.Random(f"judged {state.args.seed}").sample(rows, len(rows)):
+        prompt = judge_prompt(state, said_in(row["messages"]))
+        reply = encode(judgement_text(row["think"], row["critique"], row["score"]))
+        if len(prompt) <= judge_room(state) and len(reply) < state.args.judge_tokens:
+            fit.append(row)
     needed = judge_grpo_rows(state.args) + 1
-    common.check(len(fit) >= needed, f"the context of the judge has room for {len(fit)} of "
-                                     f"{len(rows)} judged trajectories; it needs {needed}")
+    common.check(len(fit) >= needed, f"{len(fit)} of {len(rows)} judged trajectories fit the judge's "
+                                     f"context and --judge-tokens; it needs {needed}")
     return fit
 
 
@@ -628,7 +631,7 @@ class Episode:
     flaws: list[envs.Flaw] = field(default_factory=list)  # for references and metrics alone
     gold: str = ""  # the right answer, where there is one: to count leaks
     critique: str = ""
-    judged: float = 0.0  # the judge's score
+    judge_score: float = 0.0
     left_out: bool = False  # no room to play or to judge it
     earned: float = 0.0  # R (4)
     advantage: float = 0.0
@@ -941,9 +944,8 @@ def watch_judgements(episodes, judgements) -> dict:
              "critiques": len({judgement.critique for judgement in judgements}),
              "not_judged": common.mean(not judgement.asked for judgement in judgements),
              "cut_judge": sum(judgement.cut for judgement in judgements) / max(1, asked)}
-    if episodes:
-        found |= {"judge_auc": auroc([(e.judged, e.won) for e in episodes]),
-                  "leaks": leaks(episodes)}
+    if kept := [episode for episode in episodes if not episode.left_out]:
+        found |= {"judge_auc": auroc([(e.judge_score, e.won) for e in kept]), "leaks": leaks(kept)}
     return found
 
 
@@ -970,19 +972,19 @@ def leaks(episodes) -> float | None:
 def quality(state) -> dict:
     """What the judge is worth on trajectories of the test split, of players and of the agent apart.
 
-    `auc_outcome`: of its score against success; `auc_process`: against a process without flaws;
+    `auc_process`: of its score against a process without flaws (`judge_auc`: against success);
     `error`: mean distance to the reference score; `same_critique`: share equal to the reference's.
     """
     count, found = min(200, state.args.eval_episodes), {}
     sides = mixed_episodes(state, "test", range(10_000, 10_000 + 2 * count), ("quality",))
     for who, episodes in zip(("players", "agent"), sides):
         judgements = review(state, episodes, ("quality", who))
-        references = [reference(episode.flaws) for episode in episodes]
-        found[who] = watch_judgements(episodes, judgements) | {
-            "auc_outcome": auroc([(e.judged, e.won) for e in episodes]),
-            "auc_process": auroc([(e.judged, not e.flaws) for e in episodes]),
-            "error": common.mean(abs(e.judged - r[2]) for e, r in zip(episodes, references)),
-            "same_critique": common.mean(e.critique == r[1] for e, r in zip(episodes, references))}
+        kept = [episode for episode in episodes if not episode.left_out]
+        references = [reference(episode.flaws) for episode in kept]
+        found[who] = watch_judgements(kept, judgements) | {
+            "auc_process": auroc([(e.judge_score, not e.flaws) for e in kept]),
+            "error": common.mean(abs(e.judge_score - r[2]) for e, r in zip(kept, references)),
+            "same_critique": common.mean(e.critique == r[1] for e, r in zip(kept, references))}
     return found
 
 
@@ -1063,12 +1065,12 @@ def judge_of(args, agent) -> Learner | None:
         model, chat = common.load(args.rrm, option="--rrm", device=args.device, dtype=args.dtype,
                                   thinking=args.thinking, max_context=args.max_context)
         return Learner(common.frozen_copy(model), chat)
-    if args.judged:
-        return learner(args, common.copy_of(agent.model), agent.chat)
+    if args.judged and not args.eval_only:
+        return trained(args, common.copy_of(agent.model), agent.chat)
     return Learner(common.frozen_copy(agent.model), agent.chat)
 
 
-def learner(args, model, chat) -> Learner:
+def trained(args, model, chat) -> Learner:
     """A model that will be trained."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
                                   fused=model.device.type == "cuda")  # no copies in the step
@@ -1080,7 +1082,7 @@ def main():
     args = common.parse_args(Args, TINY, quick=QUICK)
     world, demos, judged = check_args(args)
     run = common.Run("reagent", args)
-    agent = learner(args, *load(world, args))
+    agent = trained(args, *load(world, args))
     rrm = judge_of(args, agent)
     state = State(args, world, run, agent, rrm)
     observation, _ = world.reset(seed=0)
@@ -1104,7 +1106,7 @@ def main():
         progress["judge"]["before"] = quality(state)
     if rrm and rrm.optimizer:
         judged = judged or run.collect("judged.jsonl", progress, functools.partial(judged_rows, state))
-        state.judged = judgeable(state, judged)
+        state.judge_score = judgeable(state, judged)
         judge_sft(state)
         judge_grpo(state)
     if learns:
