@@ -898,7 +898,7 @@ def test_every_parameter_moves_and_frozen_parts_do_not(main_here):
 
 def test_a_frozen_critic_and_no_average(main_here):
     parts = main_here(f"{SMALL} --out-dir b --lr 0.1 --ema 0 --ablation frozen-critic --frozen-parts False --distil all --prefill")
-    assert parts.target is parts.model and parts.weights["successor"] is parts.averaged["successor"] is parts.start
+    assert parts.target is parts.model and parts.weights("successor") is parts.weights("successor", True) is parts.start
     assert any(not torch.equal(now, parts.first[name]) for name, now in parts.model.named_parameters())  # L2 still teaches
     assert all(torch.equal(value, parts.first[name]) for name, value in parts.start.state_dict().items())
     metrics = lines("b/metrics.jsonl")
