@@ -789,7 +789,8 @@ def end_step(state, step, metrics, replies=()):
 def examine(state):
     """The evaluation of what a stage has made, whole episodes and all; of `before`, too."""
     numbers, episodes = evaluate(state.model, state.chat, state.args, state.world.splits)
-    write_down(state, episodes, evaluation=True)
+    when = "before" if state.stage == "before" else "after"
+    write_down(state, episodes, evaluation=when)
     state.progress["stages"][state.stage] = numbers
     state.progress["shown"][state.stage] = record(episodes[-1])
 

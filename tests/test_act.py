@@ -978,7 +978,7 @@ def test_a_run_and_its_summary(whole):
             assert row["reward"] == pytest.approx(sum(worth[kind] * share for kind, share in row["rows"].items()))
             assert all("split" in r["about"] and r["about"]["split"] == "train" for r in said)
     for number, name in enumerate(["before", *STAGED]):  # whole episodes, with every word of them
-        played = [episode for episode in rollouts if episode["stage"] == name and episode.get("evaluation")]
+        played = [episode for episode in rollouts if "evaluation" in episode and episode.get("stage") == name]
         assert len(played) == 4 * len(summary["stages"][name]) and {episode["step"] for episode in played} == {3 * number}
         for split, found in summary["stages"][name].items():
             some = [episode for episode in played if episode["split"] == split]
