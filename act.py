@@ -167,12 +167,14 @@ def in_order(pair):
 def question(world, args, pair, reasons=True):
     """Which of two actions? The dialogue so far, without lists, and one list at its end."""
     reasons = reasons and not args.prefill
-    bare = [{**m, "content": envs.bare(m["content"])} for m in pair["messages"]]
-    _, *said, last = dialogue(world, dataclasses.replace(args, shots=0), bare)
-    one, two = in_order(pair)
+    said = []
+    for message in pair["messages"]:
+        said.append({**message, "content": envs.bare(message["content"])})
+    _, *said, last = dialogue(world, dataclasses.replace(args, shots=0), said)
     lines = [last["content"]]
     if pair["admissible"]:
         lines += [LISTED, *pair["admissible"]]
+    one, two = in_order(pair)
     lines += [PROPOSED, f"Action 1: {one}", f"Action 2: {two}", choose(reasons)]
     shots = worked_examples(args.env, args.shots, False, True, reasons)
     return [system(world, reasons), *shots, *said, user("\n".join(lines))]
@@ -309,7 +311,7 @@ def states_of(episodes) -> list[dict]:
     return states
 
 
-def check_row(world, args, row, paired):
+def check_row(world, args, paired, row):
     """ValueError, TypeError or LookupError unless a row is of the form above, and for this run."""
     common.check_messages(row["messages"], "user" if paired else "assistant")
     texts = row.get("admissible") or []
@@ -331,16 +333,17 @@ def check_row(world, args, row, paired):
 # ------------------------------------------------------------------------------------- data: pairs
 
 
-def propose(state, states, first=0):
+def propose(state, states, done=0):
     """(1) The policy's own actions at states, --candidates each: yields rows of pairs.
 
-    `first`: the number of the first state; what is sampled depends on the number and --seed alone.
+    The first `done` states have theirs already; what is sampled depends on a state's number and on
+    --seed alone.
     """
     count = state.args.candidates
     size = max(1, state.args.rollout_batch_size // count)
-    for some in groups(states, size):
+    for first in range(done, len(states), size):
+        some = states[first:first + size]
         replies = ask(state, some, ("pairs",), count, first=first * count)
-        first += len(some)
         for each, said in zip(some, groups(replies, count)):
             proposed = Counter(reply.row for reply in said)
             proposed["tokens"] = count_tokens(said)
@@ -851,7 +854,7 @@ AT_LEAST = {"updates": 1, "choice_tokens": 1, "sft_batch_size": 1, "epochs": 1, 
 
 
 def check_args(args):
-    """Everything that can be refused before a model is loaded -> (world, stages, demos, pairs)."""
+    """Everything that can be refused before a model is loaded -> (world, stages, files)."""
     common.check_common(args)
     common.check_at_least(args, AT_LEAST)
     common.check_multiple(args, "batch_size", "group_size", "updates")
@@ -864,14 +867,16 @@ def check_args(args):
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
     common.check(args.demos or type(world).expert is not envs.World.expert,
                  f"--env {args.env} has no expert: give --demos")
-    demos, pairs = None, None
-    if args.demos:
-        demos = common.read_rows("--demos", args.demos,
-                                 lambda row: check_row(world, args, row, paired=False))
-    if args.pairs:
-        pairs = common.read_rows("--pairs", args.pairs,
-                                 lambda row: check_row(world, args, row, paired=True))
-    return world, stages, demos, pairs
+    return world, stages, read_files(world, args)
+
+
+def read_files(world, args):
+    """The rows of --demos and --pairs; None for what is not given."""
+    found = []
+    for option, path in ("--demos", args.demos), ("--pairs", args.pairs):
+        check = functools.partial(check_row, world, args, option == "--pairs")
+        found.append(common.read_rows(option, path, check) if path else None)
+    return found
 
 
 def check_room(args, chat, model, messages, room):
@@ -884,12 +889,13 @@ def check_room(args, chat, model, messages, room):
                  "--prefill: the chat template of this model opens a thought before each reply")
 
 
-def gather(state, demos, rows, paired):
-    """Demonstrations, their states and pairs -> counts of what was proposed.
+def gather(state, files, paired):
+    """Demonstrations, their states and pairs, of `files` or made -> counts of what was proposed.
 
-    `demos`, `rows`: of files, or None. A resumed run reads again what it proposed.
+    A resumed run reads again what it proposed.
     """
     args, run, counts = state.args, state.run, Counter()
+    demos, rows = files
     first = args.seed * 1_000_000_007
     state.demos = demos or demonstrations(args, "train", range(first, first + args.num_demos))
     common.write_jsonl(run.dir / "demos.jsonl", state.demos)
@@ -898,8 +904,8 @@ def gather(state, demos, rows, paired):
     if rows:
         common.write_jsonl(run.dir / "pairs.jsonl", rows)
     elif paired:
-        rows = run.collect("pairs.jsonl", state.progress, lambda done: propose(
-            state, state.states[done:], done))
+        rows = run.collect("pairs.jsonl", state.progress, functools.partial(
+            propose, state, state.states))
         for row in rows:
             counts.update(row["proposed"])
     state.pairs = that_fit(state, pairs_of(rows or []))
@@ -912,7 +918,7 @@ def gather(state, demos, rows, paired):
 def main():
     """Demonstrations, pairs, the stages."""
     args = common.parse_args(Args, TINY, quick=QUICK)
-    world, stages, demos, pairs = check_args(args)
+    world, stages, files = check_args(args)
     run = common.Run("act", args, fixed=("steps",))
     model, chat = load(world, args)
     observation, _ = world.reset(seed=0)
@@ -929,7 +935,7 @@ def main():
     if args.kl and REFERRED & {*stages}:
         state.reference = common.frozen_copy(model)
     state.progress = run.resume(**parts(state)) or state.progress
-    counts = gather(state, demos, pairs, bool(PAIRED & {*stages}))
+    counts = gather(state, files, bool(PAIRED & {*stages}))
     found, shown = state.progress["stages"], state.progress["shown"]
     if not found:
         run.count(episodes=len(state.demos), tokens=counts.get("tokens", 0))

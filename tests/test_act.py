@@ -584,7 +584,7 @@ def test_proposals_are_written_as_they_come_and_not_sampled_again(tiny, states, 
 
     def collect():
         asked.clear()
-        return run.collect("pairs.jsonl", {}, lambda done: act.propose(state, states[done:], done))
+        return run.collect("pairs.jsonl", {}, functools.partial(act.propose, state, states))
 
     monkeypatch.setattr(common, "generate", listening)
     assert collect() == rows == lines(path) and sum(asked) == len(states)
@@ -1035,7 +1035,7 @@ def test_files_of_another_run_take_the_place_of_its_data(run_script, whole, tmp_
 def read(path, paired):
     """The rows of --demos, or of --pairs."""
     given = args_of(pairs=str(path)) if paired else args_of(demos=str(path))
-    _, _, demos, pairs = act.check_args(given)
+    _, _, (demos, pairs) = act.check_args(given)
     return pairs if paired else demos
 
 
