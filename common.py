@@ -424,10 +424,6 @@ def pad_rows(rows, value, side="right") -> torch.Tensor:
     return torch.tensor(padded, dtype=torch.long).reshape(len(rows), width)
 
 
-def _real(rows, side="right"):
-    return pad_rows([[1] * len(row) for row in rows], 0, side)  # the attention mask of pad_rows(rows)
-
-
 def _positions(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)  # [B, T], counts real tokens only
 
@@ -492,9 +488,10 @@ AT_ONCE = 8192  # tokens of all rows in a forward that fills a cache: more would
 def _advance(model, cache, mask, new):
     """Adds keys and values of the ragged ids `new` to `cache`; returns the mask [B, T] of the cache.
 
-    New ids are padded on the right for the forward, so that no row has a hole between its old and its new tokens (a sliding window
-    counts columns, holes included); afterwards every row is moved back to the right edge. What all rows of an empty cache
-    begin with (a system prompt, worked examples) is encoded once.
+    New ids are padded on the right for the forward, so that no row has a hole between its old and its
+    new tokens (a sliding window counts columns, holes included); afterwards every row is moved back to
+    the right edge. What all rows of an empty cache begin with (a system prompt, worked examples) is
+    encoded once.
     """
     shared = os.path.commonprefix(new) if len(new) > 1 and not mask.shape[1] else []
     if len(shared) >= SHARED:
@@ -504,38 +501,48 @@ def _advance(model, cache, mask, new):
     ids = pad_rows(new, 0).to(mask.device)  # [B, N]
     if not ids.numel():
         return mask
+    real = pad_rows([[1] * len(row) for row in new], 0).to(mask.device)  # [B, N]
     size = max(1, AT_ONCE // len(new))
-    for part, real in zip(ids.split(size, 1), _real(new).to(mask.device).split(size, 1)):
-        mask = torch.cat([mask, real], 1)
-        model(input_ids=part, attention_mask=mask, position_ids=_positions(mask)[:, -part.shape[1]:],
+    for some, some_real in zip(ids.split(size, 1), real.split(size, 1)):
+        mask = torch.cat([mask, some_real], 1)
+        model(input_ids=some, attention_mask=mask, position_ids=_positions(mask)[:, -some.shape[1]:],
               past_key_values=cache, use_cache=True, logits_to_keep=1)
     if bool(mask.all()):  # nothing to move
         return mask
-    columns = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()):]  # padding first, then the tokens in their order
+    columns = mask.argsort(dim=1, stable=True)  # padding first, then the tokens in their order
+    columns = columns[:, -int(mask.sum(1).max()):]
     for layer in cache.layers:
         layer.align(columns)
     return mask.gather(1, columns)
 
 
-def _decode(model, chat, cache, mask, last, max_new_tokens, temperature, seeds) -> Replies:
-    """Samples one reply per row of `cache`, which holds everything before the ids `last` [B]. Consumes the cache."""
-    device, count = mask.device, len(seeds)
-    noise, ends = uniforms(seeds, max_new_tokens).to(device), torch.tensor(chat.eos, device=device)
-    tokens = torch.full((count, max_new_tokens), chat.pad, device=device)
-    logprobs = torch.zeros(count, max_new_tokens, device=device)
-    lengths = torch.zeros(count, dtype=torch.long, device=device)
-    rows, alive = torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)  # rows: cache row -> reply
-    for t in range(max_new_tokens):
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)  # of ended rows too: nobody reads what follows
+def _draw(logp, noise):
+    """The token [B] at which the distribution function of a row passes its uniform number."""
+    cdf = logp.exp().cumsum(-1)
+    cdf /= cdf[:, -1:].clone()  # its tail is exactly 1, above every uniform: no impossible token
+    return torch.searchsorted(cdf, noise[:, None], right=True)[:, 0]
+
+
+def _decode(model, chat, cache, mask, last, limit, temperature, seeds) -> Replies:
+    """Samples a reply of at most `limit` tokens per row of `cache`, which it consumes.
+
+    The cache holds everything before the ids `last` [B].
+    """
+    noise = uniforms(seeds, limit).to(mask.device)  # [B, limit], as are tokens and logprobs
+    tokens = torch.full_like(noise, chat.pad, dtype=torch.long)
+    logprobs = torch.zeros_like(noise)
+    lengths = torch.zeros_like(last)
+    rows = torch.arange(len(last), device=mask.device)  # which reply a row of the cache belongs to
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    ends = torch.tensor(chat.eos, device=mask.device)
+    for t in range(limit):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)  # of ended rows too: nobody reads on
         logits = model(input_ids=last[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
                        past_key_values=cache, use_cache=True).logits[:, -1]  # [B, V]
         logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
-        if temperature == 0:
-            last = logp.argmax(-1)
-        else:  # divided by its last entry, the tail of the cdf is exactly 1 and every uniform is below it: no impossible token
-            cdf = logp.exp().cumsum(-1)
-            last = torch.searchsorted(cdf / cdf[:, -1:], noise[rows, t, None], right=True)[:, 0]
-        tokens[rows, t], logprobs[rows, t] = last, logp.gather(1, last[:, None])[:, 0]
+        last = _draw(logp, noise[rows, t]) if temperature else logp.argmax(-1)
+        tokens[rows, t] = last
+        logprobs[rows, t] = logp.gather(1, last[:, None])[:, 0]
         lengths[rows] += alive
         alive = alive & ~torch.isin(last, ends)
         remaining = int(alive.sum())
@@ -544,7 +551,7 @@ def _decode(model, chat, cache, mask, last, max_new_tokens, temperature, seeds) 
         if remaining <= len(rows) // 2:
             keep = alive.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            rows, mask, last, alive = rows[keep], mask[keep], last[keep], alive[keep]
+            rows, mask, last, alive = (tensor[keep] for tensor in (rows, mask, last, alive))
     lengths = lengths.tolist()
     ids = [row[:n] for row, n in zip(tokens.tolist(), lengths)]
     logprobs = [row[:n] for row, n in zip(logprobs.tolist(), lengths)]
@@ -561,18 +568,18 @@ def generate(model, chat, prompts, *, max_new_tokens, temperature, seeds, sample
     """
     if len(seeds) != len(prompts) * samples or not all(prompts):
         raise ValueError(f"{len(prompts)} prompts (none empty) with {samples} samples each cannot use {len(seeds)} seeds")
-    order = sorted(range(len(seeds)), key=lambda i: -len(prompts[i // samples]))  # similar lengths together
+    prompts = [prompt for prompt in prompts for _ in range(samples)]
+    order = sorted(range(len(seeds)), key=lambda i: -len(prompts[i]))  # similar lengths together
     out = Replies(*([None] * len(seeds) for _ in dataclasses.fields(Replies)))
     with compute(model):
         for start in range(0, len(order), rows):
-            chunk = order[start:start + rows]
-            unique = {}  # each distinct prompt is encoded once, however many replies it gets
-            index = [unique.setdefault(tuple(prompts[i // samples]), len(unique)) for i in chunk]
+            chunk, unique = order[start:start + rows], {}  # a prompt is encoded once, however many replies it gets
+            index = [unique.setdefault(tuple(prompts[i]), len(unique)) for i in chunk]
             cache, mask = _new_cache(), torch.zeros(len(unique), 0, dtype=torch.long, device=model.device)
             mask = _advance(model, cache, mask, [prompt[:-1] for prompt in unique])
             if len(unique) < len(chunk):
                 cache.batch_select_indices(torch.tensor(index, device=model.device))
-            last = torch.tensor([prompts[i // samples][-1] for i in chunk], device=model.device)
+            last = torch.tensor([prompts[i][-1] for i in chunk], device=model.device)
             replies = _decode(model, chat, cache, mask[index], last, max_new_tokens, temperature, [seeds[i] for i in chunk])
             for name, values in vars(replies).items():
                 for i, value in zip(chunk, values):

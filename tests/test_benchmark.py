@@ -13,7 +13,8 @@ from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "docs"))
+sys.path.insert(0, str(ROOT / "tests"))
 import benchmark
 import memory
 

@@ -60,7 +60,8 @@ SIZES = dict(
 WINDOW = 8  # far shorter than the dialogues below
 MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(  # positions are learned: absolute ones matter
-        GPT2Config(vocab_size=len(TOKENIZER), bos_token_id=0, eos_token_id=0, n_embd=32, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.4)
+        GPT2Config(vocab_size=len(TOKENIZER), bos_token_id=0, eos_token_id=0, n_embd=32, n_layer=2,
+                   n_head=4, n_positions=1024, initializer_range=0.4)
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -1857,6 +1858,7 @@ def test_killed_and_resumed_equals_uninterrupted(elsewhere, toy, capsys):
     path = elsewhere.path
     assert elsewhere.statuses == {"early": -9, "middle": -9, "asked": 143, "diverged": 1}
     assert [line["step"] for line in lines(path / "asked" / "rollouts.jsonl")] == [1, 2, 3]
+    assert re.search(r"[1-3]/6 \[\d\d:\d\d<\d\d:\d\d.*tokens/s=\d", (path / "asked.err").read_text())  # "<": what is left
     assert torch.load(path / "asked" / "checkpoint" / "state.pt")["state"]["progress"]["done"] == 3
     run, model = toy.main(path / "whole")
     whole = [[without_seconds(line) for line in lines(run.dir / file)] for file in run.LOGS]
