@@ -49,7 +49,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 def refuse(message) -> NoReturn:
     """Prints `error: ...` as one line on stderr and leaves with exit status 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    print("error: " + " ".join(str(message).split())[:900], file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -67,6 +67,24 @@ def flag(default, text, **options):
 class _Parser(HfArgumentParser):
     def error(self, message):
         refuse(message)  # argparse would print its usage, dozens of lines long, before the reason
+
+
+class _Heard:
+    """A stream to which nobody may listen any more (`| head`, a full disk): no reason to lose a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
 
 def is_tiny(name) -> bool:
@@ -87,9 +105,11 @@ def parse_args(cls, tiny=None, argv=None, quick=None):
     that --quick puts in the place of whatever was given.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"):  # what models write is shown on any terminal
-            stream.reconfigure(errors="backslashreplace")
+    for name in "stdout", "stderr":
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure") and not isinstance(stream, _Heard):
+            stream.reconfigure(errors="backslashreplace")  # what models write is shown on any terminal
+            setattr(sys, name, _Heard(stream))
     title = (sys.modules[cls.__module__].__doc__ or "").strip().split("\n")[0]
     parser = _Parser(cls, allow_abbrev=False, description=title)
     model = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -1210,6 +1230,7 @@ class Run:
 
     FREE = {"steps", "device", "resume", "out_dir", "track"}  # settings that may differ when a run is resumed
     LOGS = "metrics.jsonl", "rollouts.jsonl"
+    STOPS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
     def __init__(self, script, args, out_dir=None, fixed=()):
         """`fixed`: settings of FREE that may not differ in this run."""
@@ -1218,7 +1239,7 @@ class Run:
         self.totals, self.seconds, self.clock, self.step, self.last_step = Counter(), Counter(), None, 0, 0
         self._told = set()
         self.resuming, self.checkpoint, self._saved = getattr(args, "resume", False), self.dir / "checkpoint" / "state.pt", None
-        self.stopping, self._held = 0, None  # after SIGINT or SIGTERM: the exit status, 130 or 143; the locked directory
+        self.stopping, self._held = 0, None  # after one of STOPS: the exit status, 128 and its number; the locked directory
         self._track = None
         if getattr(args, "eval_only", False):
             return
@@ -1296,7 +1317,7 @@ class Run:
             self._held = None
 
     def start(self, extra=None, model=None):
-        """Creates the directory with args.json and listens for SIGINT and SIGTERM.
+        """Creates the directory with args.json and listens for the signals of STOPS that are not ignored.
 
         `extra`: more for args.json; of a `model` it gets the size and the fingerprint.
         """
@@ -1319,14 +1340,17 @@ class Run:
         _write_atomic(self.dir / "args.json", lambda file: file.write(text))
         if model is not None:
             print(f"{self.script}, {self.args['env']}: {extra['parameters']:,} parameters on {device_name(self.args['device'])}")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        for number in self.STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._on_signal)
         sys.excepthook = self._on_exception
 
     def _on_exception(self, kind, error, trace):
-        """NotFinite ends a run in one line (and, as any exception does, with status 1); its batch is kept."""
+        """NotFinite and a full disk end a run in one line (and, as any exception does, with status 1); a batch is kept."""
         if self.clock:
             self._bar.close()  # or its line would run into ours
+        if re.search("No space left|quota exceeded", f"{error} {error.__context__}"):  # torch hides the OSError
+            return print(f"error: {error}: make room, and continue with --resume from the last checkpoint", file=sys.stderr)
         if not isinstance(error, NotFinite):
             return sys.__excepthook__(kind, error, trace)
         path = self.dir / "not_finite.pt"
@@ -1335,7 +1359,7 @@ class Run:
 
     def _on_signal(self, number, frame):
         self.stopping = 128 + number
-        for n in (signal.SIGINT, signal.SIGTERM):
+        for n in self.STOPS:
             signal.signal(n, signal.SIG_DFL)
         print("\nstopping after this step; once more kills at once", file=sys.stderr)
 

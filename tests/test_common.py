@@ -1515,7 +1515,7 @@ def test_run_creates_nothing_before_start(tmp_path, capsys):
     refused(capsys, lambda: common.Run("toy", Args(), path), "--resume", "--out-dir")
     late = common.Run("toy", Args(), tmp_path / "late")
     started(tmp_path / "late")
-    refused(capsys, late.start, "exists")
+    refused(capsys, late.start, "in use")
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["deep", "late"]
 
 
@@ -1589,10 +1589,11 @@ def test_the_day_of_a_run_is_kept(tmp_path, monkeypatch, no_locks):
     assert common.Chat.today == began
 
 
-@pytest.mark.parametrize("directory", ["x" * 300, "x" * 250, "file/run"])
+@pytest.mark.parametrize("directory", ["x" * 300, "/".join(["x" * 200] * 20), "file/run", "link/run"])
 def test_directories_that_cannot_be_made(tmp_path, capsys, monkeypatch, directory):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
+    Path("link").symlink_to("link")
     refused(capsys, lambda: common.Run("toy", Args(), directory).start(), "--out-dir")
 
 
