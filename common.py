@@ -835,7 +835,8 @@ def _check_forward(called, model, chat):
         refuse(f"{called} cannot be run over a cache: {type(error).__name__}: {str(error)[:300]}")
     sampled = [logprob for row, kept in zip(dialogues.logprobs, dialogues.mask) for logprob, one in zip(row, kept) if one]
     gap = (logprobs - torch.tensor(sampled)).abs().max().item()  # nan stays nan
-    check(gap < (0.01 if model.dtype == torch.float32 else 1), f"{called} says something else token by token than in one forward, or "
+    exact = (getattr(model, "compute_dtype", None) or model.dtype) == torch.float32
+    check(gap < (0.01 if exact else 1), f"{called} says something else token by token than in one forward, or "
           f"nothing finite (log-probs differ by {gap:.3g}): it may lack attention, positions or a causal mask")
 
 
@@ -1294,7 +1295,8 @@ class Run:
         found = {}
         for name, value in self.args.items():
             if isinstance(value, str) and name not in ("model", "out_dir"):
-                paths = [part for part in {value, *value.split(":")} if re.search(r"[/.]", part) and os.path.exists(part)]
+                parts = map(os.path.expanduser, {value, *value.split(":")})
+                paths = [part for part in parts if os.path.isfile(part) or re.search("[/.]", part) and os.path.isdir(part)]
                 if paths:
                     found[name] = sorted(map(content_hash, paths))
         return found

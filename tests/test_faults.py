@@ -401,6 +401,27 @@ def test_a_complete_run_without_its_checkpoint_keeps_its_logs(tmp_path, refused)
     refused(lambda: common.Run("toy", Args(resume=True), run.dir), "complete", "state.pt")
 
 
+@dataclass
+class Demonstrated(Args):
+    demos: str = ""
+
+
+@pytest.mark.parametrize("name", ["demos", "~/demos.jsonl", "a:b", "./a[1]*", "real/"])
+def test_files_are_known_by_their_content(name, tmp_path, monkeypatch, refused):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    file = tmp_path / "real" / "part" if name == "real/" else Path(name).expanduser()
+    file.write_text("{}")
+    (tmp_path / "toy").mkdir()  # the world's name
+    run = common.Run("toy", Demonstrated(demos=name), tmp_path / "run")
+    run.start()
+    run.release()
+    assert list(json.loads((run.dir / "args.json").read_text())["files"]) == ["demos"]
+    file.write_text("[]")
+    refused(lambda: common.Run("toy", Demonstrated(demos=name, resume=True), run.dir), "--demos", "changed")
+
+
 def test_a_run_may_go_on_for_longer_from_an_older_checkpoint(tmp_path):
     run = saved(tmp_path / "run")
     common.Run("toy", Args(resume=True, steps=9), run.dir).start()
