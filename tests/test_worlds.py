@@ -318,7 +318,7 @@ def test_few_answers_are_listed(rg):
     assert {"mother", "father", "wife", "husband"} <= {*info["admissible"]} and len(info["admissible"]) <= rg.FEW
     assert make("rg:chain_sum").admissible() is None
     wrong = rng.choice([answer for answer in info["admissible"] if answer != env.expert()])
-    assert env.step(f"Action: **{wrong}**")[:3] == ("That is not right. The game is over and you did not win.", 0.0, True)
+    assert env.step(f"Action: **{wrong}**\nI am sure.")[:3] == ("That is not right. The game is over and you did not win.", 0.0, True)
     env.close()
 
 
@@ -332,6 +332,21 @@ def test_scores_are_those_of_the_set(rg, monkeypatch):
     observation, reward, *_ = env.step("9**9**9**9")  # its scorer would compute that
     assert reward == 0 and "not right" in observation and rg.JUDGE.process is None
     env.close()
+
+
+def test_an_answer_is_a_line_or_more(rg):
+    lines, grid = make("rg:family_relationships"), make("rg:sudoku")
+    for form in "{}", "**{}**", "Action: {}\nBecause of the wife.", "I think.\n**Action:** `{}`":
+        lines.reset(seed=4)
+        assert lines.step(form.format(lines.expert()))[4]["won"], form
+    for form in "{}", "I think.\nAction:\n{}\n":
+        grid.reset(seed=4)
+        assert grid.step(form.format(grid.expert()))[4]["won"], form
+    quoted = make("rg:codeio")
+    quoted.reset(seed=0)
+    quoted.entry = envs.module_of("rg").entry("codeio", "{}", 28)
+    assert quoted.expert().startswith('"') and quoted.step(quoted.expert())[4]["won"]
+    lines.close(), grid.close(), quoted.close()
 
 
 def test_sets_without_an_answer_have_no_expert(rg):

@@ -6,7 +6,8 @@
 Needs `pip install reasoning-gym` (Apache-2.0; 0.1.25 was tried). A question's hash says whether it
 is of train or of test, a fifth of them is; (split, seed) fixes which one is asked. A set that has
 few answers lists them as what can be said, so there a random player guesses. The expert says the
-set's own answer; sets without one have no expert. The score is upstream's, as it is: some sets
+set's own answer; sets without one have no expert. All of an answer counts, or if that is not right,
+its first line without markdown. The score is upstream's, as it is: some sets
 give .01 for any text, `game_of_life_halting` takes whatever is not "True" for "False", and
 `word_ladder` draws from a set, so that its questions differ from process to process. Scorers may
 evaluate what a model wrote, so they run in a process of their own (see _judge.py).
@@ -25,7 +26,7 @@ import envs
 
 HINT = "needs reasoning-gym: pip install reasoning-gym"
 FEW = 20  # answers that are listed
-DRAWS = 300  # questions that are looked at to tell whether a set has few answers
+DRAWS = 100  # questions that are looked at to tell whether a set has few answers
 TRIED = 1000  # questions that are drawn to find one of the right split
 SHOWN = ("family_relationships",)  # in the list of worlds
 
@@ -64,7 +65,7 @@ JUDGE = envs.load(envs.FOLDER / "_judge.py", "worlds._judge").Judge("rg")
 
 @functools.lru_cache(maxsize=16)
 def answers(name, settings):
-    """(the answers that a set has or None, if they are many; whether it knows them; a sample)."""
+    """(the answers that a set has, or None if they are many; whether it knows them)."""
     found, known = set(), True
     for index in range(DRAWS):
         drawn = entry(name, settings, index)
@@ -74,7 +75,7 @@ def answers(name, settings):
         if len(found) > FEW:
             break
     few = known and len(found) <= FEW and not any("\n" in answer for answer in found)
-    return sorted(found) if few else None, known, sorted(found)
+    return sorted(found) if few else None, known
 
 
 class Puzzle(envs.World):
@@ -86,9 +87,7 @@ class Puzzle(envs.World):
     def __init__(self, name, settings):
         self.name = f"rg:{name}"
         self.source = name, json.dumps(settings, sort_keys=True)
-        self.possible, _, sample = answers(*self.source)
-        # most answers are a line; what is more, or would be taken for markdown, is read as it is
-        self.lines = all(envs.World.read(self, answer) == answer for answer in sample)
+        self.possible, _ = answers(*self.source)
 
     def begin(self, rng, split):
         for _ in range(TRIED):
@@ -107,8 +106,7 @@ class Puzzle(envs.World):
         return super().closing() if self.turns else ""
 
     def read(self, reply):
-        if self.lines:
-            return super().read(reply)
+        """All that follows the last "Action:", or all of the reply: an answer may have lines."""
         return envs.settled(lambda text: envs.after_marker(text).strip(), reply)
 
     def admissible(self):
@@ -120,7 +118,10 @@ class Puzzle(envs.World):
             return "You did not say anything.", False
         # pickled: JSON would make lists of tuples, and texts of numbers that are keys
         written = base64.b64encode(pickle.dumps(self.entry)).decode()
-        self.earned = JUDGE.ask(*self.source, written, text) or 0.0
+        # as it was said, or else its first line without markdown: an answer may be either
+        for said in dict.fromkeys([text, super().read(text)]):
+            if self.earned < 1 and said:
+                self.earned = max(self.earned, JUDGE.ask(*self.source, written, said) or 0.0)
         self.won = self.earned == 1
         return ("That is right." if self.won else "That is not right."), True
 
@@ -155,5 +156,5 @@ def make(argument="", **settings):
             settings[key.strip()] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             settings[key.strip()] = value
-    _, known, _ = answers(name, json.dumps(settings, sort_keys=True))
+    _, known = answers(name, json.dumps(settings, sort_keys=True))
     return (Solved if known else Puzzle)(name, settings)
