@@ -175,6 +175,7 @@ def test_no_text_upsets_what_reads_it(text):
         assert 0 <= found["score"] <= 1 and not any(tag in found["critique"] for tag in TAGS)
         assert all(f"<{name}>" in text.lower() for name in ("critique", "score"))
     said = [["world", "Q"], ["act", text], ["world", text], ["act", text], ["world", "the end"]]
+    assert ra.said_in(ra.messages_of([*said, ["judge", text]])) == said
     seen = ra.transcript(said)
     turns = [line for line in seen.split("\n") if re.match("(Agent|Observation):", line)]
     assert len(turns) == 3 and "the end" not in seen  # nobody can pretend to be another turn
@@ -217,13 +218,6 @@ def test_transcript_by_hand():
     assert ra.transcript(forged) == "Agent: go\n Observation: You win.\n Agent: stop"
 
 
-def test_messages_and_what_was_said_are_inverse():
-    said = [[who, text] for who, text in SAID if who != "judge"]
-    assert ra.said_in(ra.messages_of(SAID)) == said and len(ra.messages_of(SAID)) == 5
-    assert ra.dialogue(WORLD, ARGS, SAID) == [
-        {"role": "system", "content": f"{WORLD.system}\n{ra.CALL}"}, *ra.messages_of(said)]
-
-
 @pytest.mark.parametrize("env, rubric, form", [("search", ra.TOOLS, ra.CALL),
                                                ("household", ra.ACTIONS, ra.ACT)])  # fmt: skip
 def test_what_agent_and_judge_are_told(env, rubric, form):
@@ -252,28 +246,6 @@ def test_the_experts_action_as_the_agent_writes_it_wins(env):
         assert [text for who, text in episode.said if who == "act"] and episode.over
 
 
-SEARCHED = envs.tool_call("search", "Mira Velden")
-
-
-@pytest.mark.parametrize("env, reply, action", [
-    *(("search", reply, SEARCHED) for reply in (
-        SEARCHED, f"I look her up.\n{SEARCHED}", f"**Action:** {SEARCHED}",
-        f"<think>or {envs.tool_call('answer', 'Nobody')}</think>\n{SEARCHED}",
-        f"begun by the template</think>{SEARCHED}")),
-    *(("household", reply, "go to fridge 1") for reply in (
-        "Action: go to fridge 1", "go to fridge 1", "## Action\n`go to fridge 1`",
-        "<think>Action: look</think>It may hold food.\nAction: go to fridge 1\n\nThen I open it.")),
-    ("household", "<think>Action: look", ""), ("search", "<think>I will " + SEARCHED, ""),
-    ("household", "", ""),
-])  # fmt: skip
-def test_a_turn_is_what_was_said_aloud(env, reply, action):
-    world = envs.make(env)
-    episode = ra.Episode("train", 0, [["world", world.reset(seed=0)[0]]])
-    info = ra.take_turn(world, episode, reply)
-    assert episode.actions == [action] == [info["action"]] and episode.valid == [info["valid"]]
-    assert episode.said[-1] == ["world", world.observation] and len(episode.said) == 2
-
-
 @pytest.mark.parametrize("env", ALL_WORLDS)
 def test_worked_examples_are_random_play_and_know_no_outcome(env, monkeypatch):
     splits, reset = [], envs.World.reset
@@ -294,7 +266,7 @@ def test_worked_examples_are_random_play_and_know_no_outcome(env, monkeypatch):
     assert shown[1:-1] == judged and shown[-1] == ra.case(SAID)
 
 
-# -------------------------------------------------------------------------------------- set-up: parts
+# ------------------------------------------------------------------------------------ set-up: parts
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +418,7 @@ def test_judge_reward_by_hand():
     assert ra.judge_reward(ra.Judgement(score=0.5), 0.5) == 0
 
 
-# ------------------------------------------------------------------------------ process and reference
+# ---------------------------------------------------------------------------- process and reference
 
 
 def test_what_anybody_can_count_by_hand():
@@ -498,7 +470,7 @@ def test_flaws_are_of_what_was_said_aloud():
     assert episode.won and ra.process_flaws(WORLD, episode) == [] == plain.flaws
 
 
-# ----------------------------------------------------------------------------- (4) and (5): the pool
+# ---------------------------------------------------------------------------- (4) and (5): the pool
 
 
 def pool_of(*rows):
@@ -529,7 +501,7 @@ def test_what_is_left_out_moves_nobodys_advantage():
         assert not ra.read_advantages(ARGS, flat) and {e.advantage for e in flat} == {0}
 
 
-# ------------------------------------------------------------------------------------------ attempts
+# ----------------------------------------------------------------------------------------- attempts
 
 
 def attempts(tiny, seeds, before=None, args=ARGS, stream=("test",)):
@@ -637,7 +609,7 @@ def test_an_attempt_without_room_is_left_out(tiny, both):
     assert ra.watch(second)["truncated"] == 1 and 0 < sum(e.left_out for e in second) < 8
 
 
-# ------------------------------------------------------------------------------------------- learning
+# ----------------------------------------------------------------------------------------- learning
 
 
 @pytest.fixture
@@ -671,7 +643,8 @@ def test_u_learns_from_first_and_second_attempts_in_one_pool(tiny, judge_says, u
     state = state_of(tiny, steps=2, variant="U", clip_high=0.34)
     ra.learn(state)
     assert len(luck) == 4 and len(calls) == 4 and len(updates) == 2
-    assert [given for given, *_ in luck[::2]] == [("train", [0] * 4 + [1] * 4), ("train", [2] * 4 + [3] * 4)]
+    asked = [("train", [0] * 4 + [1] * 4), ("train", [2] * 4 + [3] * 4)]
+    assert [given for given, *_ in luck[::2]] == asked
     for step, (model, batch, clip) in enumerate(updates):
         (_, how, first), (_, again, second) = luck[2 * step:2 * step + 2]
         assert model is state.agent.model and clip == (0.2, 0.34)
@@ -722,7 +695,9 @@ def test_a_judge_that_writes_garbage_leaves_the_rule(tiny, judge_says, updates, 
 
 
 @pytest.mark.parametrize("env", ["search", "search-full"])
-def test_no_prompt_depends_on_the_right_answer(tiny, judge_says, agent_says, updates, monkeypatch, env):
+def test_no_prompt_depends_on_the_right_answer(
+    tiny, judge_says, agent_says, updates, monkeypatch, env
+):
     """The same calls in two worlds that differ in the right answer alone: one is won, one lost."""
     world = envs.make(env)
     seed = next(s for s in range(100) if (world.reset(seed=s)[0].startswith("How many years after")
@@ -753,7 +728,7 @@ def test_no_prompt_depends_on_the_right_answer(tiny, judge_says, agent_says, upd
     assert not any(re.search(r"\bwin\b|did not", text) for text in said[0])
 
 
-# ------------------------------------------------------------------------- the judge's and first phases
+# --------------------------------------------------------------------- the judge's and first phases
 
 
 def test_the_judge_is_paid_for_scores_near_the_references(tiny, judge_says, updates, tmp_path):
@@ -816,7 +791,7 @@ def test_a_supervised_phase_passes_over_its_rows(tiny, monkeypatch, rows, epochs
     assert not rows or state.agent.optimizer.param_groups[0]["lr"] == 0.5 * min(1, steps / 5)
 
 
-# ----------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 def test_demonstrations_are_correct_and_of_train():
@@ -844,7 +819,8 @@ def test_judged_trajectories_are_of_players_and_of_the_agent(tiny, tmp_path):
     players, own = ra.mixed_episodes(state, "train", range(70, 76), ("x",))
     assert [e.seed for e in players] == [70, 72, 74] and [e.seed for e in own] == [71, 73, 75]
     rows = ra.judged_rows(state)
-    assert len(rows) == 10 == len(lines(tmp_path / "judged.jsonl")) and len({r["score"] for r in rows}) > 1
+    assert len(rows) == 10 == len(lines(tmp_path / "judged.jsonl"))
+    assert len({row["score"] for row in rows}) > 1
     for row in rows:
         ra.check_row(row, True)
         assert set(row) == {"messages", "think", "critique", "score", "won"}
@@ -893,7 +869,7 @@ def test_a_bad_row_is_refused_by_its_line(row, tmp_path, capsys):
         assert end.value.code == 2 and told.startswith(f"error: {option}") and "line 2: " in told
 
 
-# -------------------------------------------------------------------------------- what can be counted
+# ------------------------------------------------------------------------------ what can be counted
 
 
 def test_watch_by_hand():
@@ -958,7 +934,7 @@ def test_first_attempts_count_at_test_time_and_second_ones_in_c(tiny, judge_says
     assert found["judge_readable"] == 1 and played[0][1] != played[1][1]
 
 
-# ------------------------------------------------------------------------------------------- warm-up
+# ------------------------------------------------------------------------------------------ warm-up
 
 
 def parts_of(examples):
@@ -1151,7 +1127,7 @@ def test_none_is_r_with_no_weight_on_the_score(run_script, whole, tmp_path):
     assert run_of(tmp_path / "zero")[1][0]["said"][-1][0] == "judge"
 
 
-def test_a_judge_of_another_run_is_used_as_it_is_and_the_agent_learns_the_same(run_script, whole, tmp_path):
+def test_with_the_judge_of_another_run_the_agent_learns_the_same(run_script, whole, tmp_path):
     result = run_script(f"{SMALL} --rrm {whole}/rrm --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
     run, judge = tmp_path / "run", common.load(str(whole / "rrm"))[0]
@@ -1234,8 +1210,10 @@ def test_a_model_from_elsewhere_is_its_own_judge_frozen_as_the_run_found_it(
     run_here(f"{flags} --out-dir run")
     metrics, rollouts, summary = run_of(tmp_path / "run")
     assert set(asked) == {start} and len(asked) == 2 + 4  # its quality, then two steps of two
-    assert [row["phase"] for row in metrics] == ["learn"] * 2 and not (tmp_path / "run" / "rrm").exists()
-    assert metrics[0]["cut_judge"] > 0 and metrics[0]["leaks"] is None and set(summary["judge"]) == {"before"}
+    assert [row["phase"] for row in metrics] == ["learn"] * 2
+    assert not (tmp_path / "run" / "rrm").exists()
+    assert metrics[0]["cut_judge"] > 0 and metrics[0]["leaks"] is None
+    assert set(summary["judge"]) == {"before"}
     assert "expert" not in summary and summary["arm"] == "U"
 
 
@@ -1309,7 +1287,9 @@ BAD_VALUES = {
     ("--judgements {bad}/row.jsonl --rrm {bad}/short", "--judgements"),
     ("--judgements {bad}/row.jsonl --variant none", "--judgements"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_and_leaves_nothing(run_script, bad_files, home, tmp_path, flags, words):
+def test_bad_input_is_one_line_and_leaves_nothing(
+    run_script, bad_files, home, tmp_path, flags, words
+):
     before = everything_under(bad_files), everything_under(home)
     accepted = "common.Run.start = reagent.evaluate = lambda *a, **k: os._exit(77)"  # or it would run
     refused(run_script(f"{SMALL} {flags.format(bad=bad_files)}", tmp_path, accepted), words)
