@@ -9,7 +9,6 @@ part how many replies were read and how many the limit cut; `samples`, up to 50 
 whole `episodes`. Nothing is trained.
 """
 
-import functools
 import json
 import random
 import sys
@@ -110,35 +109,20 @@ def count_cut(said):
 
 def reagent(script, args):
     """First attempts, judgements of them by the same model, second attempts with the critique in view."""
-    world = script.check_args(args)
-    model, chat = script.load(world, args)
-    play = functools.partial(script.rollout, model, chat, args, "test", range(args.eval_episodes),
-                             temperature=args.eval_temperature)
-    first = play(stream=("first",))
-    judged, texts, generate = [], [], common.generate
-
-    def listening(*given, **how):  # the judge keeps no text that it cannot read
-        replies = generate(*given, **how)
-        texts.extend(replies.texts)
-        return replies
-
-    common.generate = listening
-    try:
-        judged = script.judge((model, chat), world, args, [e["history"] for e in first], ("zero-shot",))
-    finally:
-        common.generate = generate
-    second = play(stream=("second",), before=[(e["history"], j["critique"]) for e, j in zip(first, judged)])
-    scores = [j["score"] for j in judged if j["parsed"]]
-    won = [e["won"] for e, j in zip(first, judged) if j["parsed"]]
-    for e, j in zip(first, judged):
-        e["judgement"] = j
+    world, *_ = script.check_args(args)
+    both = script.Learner(*script.load(world, args, "--model", args.dtype))
+    state, seeds = script.State(args, world, None, both, both), range(args.eval_episodes)
+    first = script.attempt(state, "test", seeds, ("evaluate", "first"))
+    judged = script.review(state, first, ("zero-shot",))
+    second = script.attempt(state, "test", seeds, ("evaluate", "second"), first)
+    pairs = [(j.score, episode.won) for episode, j in zip(first, judged) if j.readable]
     return {
-        "understood": common.mean(valid for episode in first for valid in episode["valid"]),
-        "understood_second": common.mean(valid for episode in second for valid in episode["valid"]),
-        "success": common.mean(e["won"] for e in first), "success_second": common.mean(e["won"] for e in second),
-        "parts": {"judge": part(len(judged), sum(j["parsed"] for j in judged), sum(j["cut"] for j in judged))},
-        "auc": script.auc(scores, won), "scores": sorted(scores),
-        "samples": {"judge": texts[:SAMPLES]},
+        "understood": common.mean(valid for episode in first for valid in episode.valid),
+        "understood_second": common.mean(valid for episode in second for valid in episode.valid),
+        "success": common.mean(e.won for e in first), "success_second": common.mean(e.won for e in second),
+        "parts": {"judge": part(len(judged), len(pairs), sum(j.cut for j in judged))},
+        "auc": script.auroc(pairs), "scores": sorted(score for score, _ in pairs),
+        "samples": {"judge": [j.text for j in judged[:SAMPLES]]},
         "episodes": [[script.record(a), script.record(b)] for a, b in zip(first[:3], second[:3])]}
 
 
