@@ -1115,7 +1115,8 @@ def read_jsonl(path, option) -> list[tuple[int, object]]:
         try:
             if line.strip():
                 found.append((number, json.loads(line.decode("utf-8"))))
-                _json(found[-1][1]).encode()  # what could not be written again: too deep, half a character
+                json.dumps(found[-1][1], ensure_ascii=False).encode()  # half a character is no text
+                _json(found[-1][1])  # too deep to be written again
         except (ValueError, RecursionError) as error:  # of decoding, too
             refuse(f"{option} {path}, line {number}: {error}")
     return found
@@ -1181,7 +1182,8 @@ def _new_directory(path, write):
 
 
 def _json(value, **options) -> str:
-    """JSON in which numbers without a value (nan, inf) are null: the file stays valid and the run alive."""
+    """JSON in which numbers without a value (nan, inf) are null, and odd bytes of a file's name escaped: the file stays valid and the
+    run alive."""
 
     def plain(v):
         if isinstance(v, dict):
@@ -1190,7 +1192,7 @@ def _json(value, **options) -> str:
             return [plain(item) for item in v]
         return None if isinstance(v, float) and not math.isfinite(v) else v
 
-    return json.dumps(plain(value), ensure_ascii=False, **options)
+    return json.dumps(plain(value), ensure_ascii=False, **options).encode(errors="backslashreplace").decode()
 
 
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # values of --track but "none": modules

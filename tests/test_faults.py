@@ -427,7 +427,7 @@ def test_a_run_may_go_on_for_longer_from_an_older_checkpoint(tmp_path):
     common.Run("toy", Args(resume=True, steps=9), run.dir).start()
 
 
-@pytest.mark.parametrize("where", [".", "link", "deep/../there", "~/there", "-x"])
+@pytest.mark.parametrize("where", [".", "link", "deep/../there", "~/there", "-x", os.fsdecode(b"a\xff")])
 def test_directories_that_a_run_can_use(where, tmp_path, monkeypatch):
     """An empty one is kept: it may be a mount, or where the user stands."""
     (tmp_path / "home").mkdir()
@@ -437,12 +437,14 @@ def test_directories_that_a_run_can_use(where, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "real" if where == "." else tmp_path)
     if where == "link":
         Path("link").symlink_to("real")
-    run = started(where)
-    place = {".": "real", "link": "real", "deep/../there": "there", "~/there": "home/there", "-x": "-x"}[where]
+    run = common.Run("toy", Args(out_dir=where))
+    run.start()
+    place = {".": "real", "link": "real", "deep/../there": "there", "~/there": "home/there"}.get(where, where)
     assert (tmp_path / place / "args.json").is_file() and not Path("~").exists()
     run.write_rollouts([{"step": 1}])
     assert Path("." if where == "." else os.path.expanduser(where), "rollouts.jsonl").is_file()
     run.release()
+    assert common.Run("toy", Args(out_dir=where, resume=True)).resume() is None
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
