@@ -101,8 +101,8 @@ def is_tiny(name) -> bool:
 def parse_args(cls, tiny=None, argv=None, quick=None):
     """The dataclass `cls` filled from `argv` (default: the command line). Any parser failure ends in `refuse`.
 
-    `tiny`: defaults that a tiny model replaces before parsing, so that --help tells them where --model is tiny. `quick`: values
-    that --quick puts in the place of whatever was given.
+    `tiny`: defaults that a tiny model replaces before parsing, so that --help tells them where --model is tiny. `quick`: sizes
+    that --quick puts in the place of larger ones.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     for name in "stdout", "stderr":
@@ -122,7 +122,10 @@ def parse_args(cls, tiny=None, argv=None, quick=None):
     except (ValueError, TypeError) as error:  # the dataclass's own __post_init__
         refuse(error)
     check(not unknown, f"unknown arguments: {' '.join(unknown)} (see --help)")
-    return dataclasses.replace(args, **quick) if quick and args.quick else args
+    if quick and args.quick:
+        given = vars(args)
+        args = dataclasses.replace(args, **{name: size if given[name] is None else min(given[name], size) for name, size in quick.items()})
+    return args
 
 
 def checked(make, *args, **options):

@@ -342,7 +342,8 @@ def transcript(said) -> str:
     lines = []
     for who, text in turns:
         text = envs.bare(text) if who == "world" else common.aloud(text)
-        text = re.sub(r"^(?=(?:Agent|Observation):)", " ", text, flags=re.MULTILINE)
+        text = "\n".join(text.splitlines())
+        text = re.sub(r"(?im)^(?=\s*(?:agent|observation)\s*:)", "  ", text)
         lines.append(f"{'Observation' if who == 'world' else 'Agent'}: {text}")
     return "\n".join(lines)
 
@@ -516,7 +517,7 @@ def process_flaws(world, episode) -> list[envs.Flaw]:
             ("repeated", [a == b for a, b in zip(actions[1:], actions)], "was done twice in a row",
              "Do not repeat")):
         if any(wrong):
-            action = envs.one_line(actions[wrong.index(True)])
+            action = envs.one_line(actions[wrong.index(True)])[:100]
             found.append(envs.Flaw(name, 0.4, f"This {said}: {action}.", f"{advice}: {action}."))
     return found
 
@@ -579,6 +580,8 @@ def judged_rows(state, done):
     start = args.seed * 1_000_000_007 + JUDGED
     seeds = range(start, start + args.judged + judge_grpo_rows(args))
     players, agent = mixed_episodes(state, "train", seeds, ("judged",))
+    state.run.count(episodes=len(agent), env_steps=sum(len(e.actions) for e in agent),
+                    tokens=sum(sum(e.mask) for e in agent))
     mixed = itertools.chain(*itertools.zip_longest(players, agent))
     for episode in [episode for episode in mixed if episode and episode.actions][done:]:
         think, critique, score = reference(episode.flaws)
@@ -1032,6 +1035,7 @@ def check_args(args):
     common.check(judging or not args.rrm, "--variant none has no judge: --rrm is of no use")
     common.check(not args.judgements or judging and args.judged and not args.rrm,
                  "--judgements are for the training of a judge (--judged, without --rrm)")
+    common.check(args.variant != "C" or not args.demos, "--variant C imitates nothing: no --demos")
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
     expert = type(world).expert is not envs.World.expert
     common.check(expert or args.demos or not args.cold_start or args.variant == "C" or args.eval_only,

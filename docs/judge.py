@@ -42,7 +42,8 @@ def state_of(run) -> reagent.State:
     world = envs.make(args.env, show_actions=args.show_actions)
     agent = common.load(str(run / "model"), dtype=args.dtype, thinking=args.thinking,
                         max_context=args.max_context)
-    judge = reagent.load(world, args, "--rrm" if rrm else "--model", args.dtype)
+    judge = common.load(rrm, option="--rrm", dtype=args.dtype, thinking=args.thinking,
+                        max_context=args.max_context) if rrm else reagent.load(world, args)
     return reagent.State(args, world, None, reagent.Learner(*agent), reagent.Learner(*judge))
 
 
@@ -70,8 +71,8 @@ def fifths(episodes):
     """Per fifth of the judge's score: how many, and the means of score, reference and success."""
     rows = []
     for i in range(5):
-        some = [episode for episode in episodes if min(int(5 * episode.judged), 4) == i]
-        rows.append({"episodes": len(some), "score": mean(e.judged for e in some),
+        some = [episode for episode in episodes if min(int(5 * episode.judge_score), 4) == i]
+        rows.append({"episodes": len(some), "score": mean(e.judge_score for e in some),
                      "reference": mean(reference_score(e) for e in some),
                      "success": mean(e.won for e in some)})
     return rows
@@ -85,9 +86,9 @@ def is_lucky(episode):
 def lucky(episodes):
     """The scores of right answers, sound and lucky ones; how often the judge tells them apart."""
     won = [episode for episode in episodes if episode.won]
-    found = {"auc": reagent.auroc([(episode.judged, not is_lucky(episode)) for episode in won])}
+    found = {"auc": reagent.auroc([(episode.judge_score, not is_lucky(episode)) for episode in won])}
     for name, side in ("sound", False), ("lucky", True):
-        scores = [episode.judged for episode in won if is_lucky(episode) == side]
+        scores = [episode.judge_score for episode in won if is_lucky(episode) == side]
         found[name] = {"episodes": len(scores), "score": mean(scores)}
     return found
 
@@ -108,7 +109,7 @@ def show_examples(found):
             ("lost", [e for e in players if not e.won and e.flaws]),
             ("lost by the agent", [e for e in found["agent"] if not e.won])):
         for episode in some[:1]:
-            scores = f"{episode.judged:.1f} (reference: {reference_score(episode):.1f})"
+            scores = f"{episode.judge_score:.1f} (reference: {reference_score(episode):.1f})"
             print(f"\n{title}, {scores}\n{common.show(vars(episode), width=400)}")
 
 

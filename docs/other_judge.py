@@ -40,9 +40,9 @@ def review(state, episodes, stream):
     if state.args.judging == "annotator":
         return by_reference(episodes)
     judgements, size = REVIEW(state, episodes, stream), state.args.group_size
-    told = [(e.critique, e.judged, e.said[-1]) for e in episodes]
+    told = [(e.critique, e.judge_score, e.said[-1]) for e in episodes]
     for episode, another in zip(episodes, told[size:] + told[:size]):  # a group is one question
-        episode.critique, episode.judged, episode.said[-1] = another
+        episode.critique, episode.judge_score, episode.said[-1] = another
     return judgements
 
 
@@ -52,7 +52,7 @@ def by_reference(episodes):
     for episode in episodes:
         think, critique, score = reagent.reference(episode.flaws)
         text = reagent.judgement_text(think, critique, score)
-        episode.critique, episode.judged = critique, score
+        episode.critique, episode.judge_score = critique, score
         episode.said.append(["judge", text])
         found.append(reagent.Judgement(text, think, critique, score, readable=True, asked=1))
     return found

@@ -501,19 +501,19 @@ def rationale_table(arms):
 def attempt_table(arms):
     """Of Reagent's runs: what the attempts of the last third of the updates were like."""
     keys = (
-        *("success", "second_success", "reward_model", "judge_auc", "leaks"),
-        *("repeated_calls", "second_repeated_calls"),
+        *(["success"], ["second_success"], ["judge_score", "reward_model"], ["judge_auc"], ["leaks"]),
+        *(["flaws", "repeated_calls"], ["second_flaws", "second_repeated_calls"]),
     )
     rows = []
     for arm, runs in arms.items():
         last = [run["last_third"] for run in runs.values()]
         last = [means for means in last if means.get("phase") == "learn"]
         if last:
-            rows.append([arm, *(cell(means.get(key) for means in last) for key in keys)])
+            rows.append([arm, *(cell(of_either(means, key) for means in last) for key in keys)])
     head = (
         "arm, last third of training | first attempts won | second attempts won | "
         "judge's score | its AUC for success | critiques that name the answer | "
-        "repeated calls, first | second"
+        "flaws (design 1: repeated calls), first | second"
     )
     return markdown(head, rows)
 
@@ -537,9 +537,14 @@ def second_attempt_table(arms):
     return markdown(head, rows)
 
 
+def of_either(numbers, names):
+    """What has one of the names: the second design's, then the first's."""
+    return next((numbers[name] for name in names if name in numbers), None)
+
+
 def judge_table(arms):
     """Of judges trained in a run: their quality on trajectories of the test split."""
-    keys = "parsed", "auc_outcome", "auc_process", "error"
+    keys = ["judge_readable", "parsed"], ["judge_auc", "auc_outcome"], ["auc_process"], ["error"]
     rows = []
     for arm, runs in arms.items():
         judges = [run["summary"].get("judge") or {} for run in runs.values()]
@@ -548,7 +553,7 @@ def judge_table(arms):
             for who in "players", "agent":
                 seen = [judge[when][who] for judge in judges if who in judge.get(when, {})]
                 if seen:
-                    cells = [cell(judge[key] for judge in seen) for key in keys]
+                    cells = [cell(of_either(judge, names) for judge in seen) for names in keys]
                     rows.append([f"{arm}, {when}, on {who}", *cells])
     head = (
         "judge | readable | AUC of its score for success | for a process without flaws | "

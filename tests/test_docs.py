@@ -660,7 +660,7 @@ def trained(cache):
     args, out = reagent.Args(**reagent.TINY | {"model": "tiny:32x1", "examples": 60, "judge_tokens": 60}), cache / "trained"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        model = reagent.load(envs.make(args.env), args, "--model", "float32")
+        model = reagent.load(envs.make(args.env), args)
         common.save_model(out / "rrm", *model)
         common.save_model(out / "model", *model)
     (out / "args.json").write_text(json.dumps({"args": dataclasses.asdict(args)}))

@@ -100,6 +100,6 @@ def test_a_judge_answers_in_blocks_and_the_agent_tries_again(smollm2):
     assert any(judgement.readable for judgement in judgements) and all(judgement.asked for judgement in judgements)
     second = reagent.attempt(state, "test", range(2), ("evaluate", 2), first)
     assert any(valid for episode in second for valid in episode.valid)
-    learner = reagent.learner(args, copy.deepcopy(smollm2[0]), smollm2[1])
+    learner = reagent.trained(args, copy.deepcopy(smollm2[0]), smollm2[1])
     metrics = reagent.imitate(learner.model, learner.chat, args, learner.optimizer, [reagent.dialogue(world(), args, first[0].said)[:-1]])
     assert metrics["grad_norm"] > 0
