@@ -39,11 +39,8 @@ import operator
 import os
 import random
 import re
-import subprocess
 import sys
-import threading
 import time
-import traceback
 from pathlib import Path
 
 # --------------------------------------------------------------------------------------------------------------- ground
@@ -283,7 +280,8 @@ def run_episode(env, player, seed, split="train"):
 
 def mean_score(env, player, episodes, split="test", key="score"):
     """(mean, standard error) over the seeds 0 .. episodes-1, of the score or, with key="won", of success."""
-    return mean_and_error([float(run_episode(env, player, seed, split)[key]) for seed in range(episodes)])
+    played = [run_episode(env, player, seed, split) for seed in range(episodes)]
+    return mean_and_error([float(episode[key]) for episode in played])
 
 
 def mean_and_error(scores):
@@ -1393,355 +1391,6 @@ def muddled_player(env, info, rng):
 Search.players = sloppy_player, hasty_player, muddled_player, guess_player
 
 
-# ------------------------------------------------------------------------------------------------ worlds as others write them
-
-
-class Adapted(World):
-    """An environment with Gymnasium's signature, text in and text out, as a world.
-
-    It needs `reset(seed=, options=)` and `step(action)`; nothing of Gymnasium is imported here. What
-    it may say about itself is used: `system`, `task`, `tools`, `max_turns` (or its spec's limit), `expert()`;
-    in `info` `won` or `is_success` or `success`, `task`, `valid`, and a list of what can be done. An action is its
-    text, or a number where the action space is `Discrete`. The score is the sum of rewards in [0, 1];
-    without a word on it, an episode is won with a score of 1. Seeds of train are even, of test odd:
-    whether episodes differ as well is up to the environment.
-    """
-
-    LISTS = "admissible", "admissible_commands", "admissible_actions", "available_actions", "valid_actions"
-
-    def __init__(self, inner, name):
-        self.inner, self.name, self.told = inner, name, {}
-        limit = getattr(getattr(inner, "spec", None), "max_episode_steps", None)
-        self.max_turns = getattr(inner, "max_turns", None) or limit or World.max_turns
-        self.system = getattr(inner, "system", "") or "Act on what you are shown, one action a turn."
-        self.tools = getattr(inner, "tools", None)
-
-    def begin(self, rng, split):
-        seed = 2 * rng.randrange(2**30) + (split == "test")
-        observation, self.told = self.inner.reset(seed=seed, options={"split": split})
-        self.earned = 0.0
-        self.task = self.told.get("task") or getattr(self.inner, "task", "") or ""
-        return self.text(observation)
-
-    def text(self, observation):
-        if not isinstance(observation, str):
-            raise TypeError(f"{self.name} shows {type(observation).__name__}, not text")
-        return observation
-
-    def numbers(self):
-        """What can be said where actions are numbered, else None."""
-        space = getattr(self.inner, "action_space", None)
-        if not hasattr(space, "n"):
-            return None
-        first = int(getattr(space, "start", 0))
-        return [str(first + number) for number in range(int(space.n))]
-
-    def admissible(self):
-        for key in self.LISTS:
-            if isinstance(self.told.get(key), (list, tuple)):
-                return list(self.told[key])
-        return self.numbers()
-
-    def act(self, text):
-        numbers = self.numbers()
-        if not text:
-            return "You did not say anything.", False
-        if numbers and text not in numbers:
-            return f"An action is a number from {numbers[0]} to {numbers[-1]}.", False
-        observation, reward, ended, cut, self.told = self.inner.step(int(text) if numbers else text)
-        self.earned += float(reward)
-        self.over = bool(ended or cut)
-        self.won = self.over and self.earned >= 1
-        for key in "won", "is_success", "success":
-            if key in self.told:
-                self.won = bool(self.told[key])
-        return self.text(observation), bool(self.told.get("valid", True))
-
-    def score(self):
-        return 1.0 if self.won else min(1.0, max(0.0, self.earned))
-
-    def close(self):
-        if hasattr(self.inner, "close"):
-            self.inner.close()
-
-
-class AdaptedWithExpert(Adapted):
-    """One that can say what is best."""
-
-    def expert(self):
-        return str(self.inner.expert())
-
-
-def adapt(inner, name):
-    """An object of another kind as a world. ValueError where it cannot be one."""
-    if not (callable(getattr(inner, "reset", None)) and callable(getattr(inner, "step", None))):
-        raise ValueError(f"world {name!r} is neither a World of envs.py nor has it reset and step")
-    kind = AdaptedWithExpert if hasattr(inner, "expert") else Adapted
-    return kind(inner, name.rpartition(":")[2])
-
-
-# ------------------------------------------------------------------------------------------------------------ check a world
-
-INFO_KEYS = {"task", "action", "admissible", "valid", "won", "score", "tools"}
-ODD_TEXTS = (
-    "", " ", "\n\n", "?", "0", "sing a song", "Action:", "**", "```\n```", "<action></action>", "<tool_call>{", "[[[", "%s%n", "\\",
-    '{"name": "open", "arguments": {}}', "\x00\x07\x1b", "\r\n\t", "caf\u00e9 \u2615 \U0001f600", "\ud800", "9**9**9**9",
-    "go " * 1300, "a" * 100_000, "Action: " * 5000,
-)  # fmt: skip
-
-
-def check(name, episodes=30):
-    """What is wrong with a world, and what to do: a list of sentences, empty where nothing is.
-
-    Every rule is a function of (name, episodes) below that yields sentences; what a rule cannot
-    tell from outside it leaves alone.
-    """
-    found = []
-    for rule in RULES:
-        try:
-            found += rule(name, episodes)
-        except Exception as error:  # whatever a stranger's world may raise
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(place.filename).name}, line {place.lineno}"
-            found.append(f"{rule.__name__.replace('_', ' ')}: {in_words(error, kind=True)} ({where});"
-                         " a world never raises")  # fmt: skip
-    return list(dict.fromkeys(found))
-
-
-def openings(env, episodes):
-    """Resets to every split and some seeds -> (split, seed, observation, info)."""
-    for split in env.splits:
-        for seed in range(episodes):
-            yield split, seed, *env.reset(seed=seed, options={"split": split})
-
-
-def transcript(env, split, seed, player=random_player):
-    """All that an episode shows, as text; the same choices whatever the split and seed."""
-    rng = random.Random(0)
-    observation, info = env.reset(seed=seed, options={"split": split})
-    shown, over = [observation, repr(info)], False
-    while not over and len(shown) < 2000:
-        text = player(env, info, rng)
-        observation, reward, terminated, truncated, info = env.step(text)
-        over = terminated or truncated
-        shown += [ascii(text)[:200], observation, repr((reward, over, info))]
-    return "\n".join(shown)
-
-
-def has_expert(env):
-    """Whether a world, in an episode, can say what is best."""
-    try:
-        env.expert()
-    except NotImplementedError:
-        return False
-    return True
-
-
-def what_it_says_of_itself(name, episodes):
-    env = make(name)
-    for attribute, kind in ("name", str), ("system", str), ("max_turns", int), ("splits", tuple):
-        if not isinstance(getattr(env, attribute, None), kind) or not getattr(env, attribute):
-            yield f"{attribute} is {getattr(env, attribute, None)!r}: set a {kind.__name__} that is not empty"
-    if not {"train", "test"} <= {*env.splits}:
-        yield f"splits are {env.splits!r}: there must be train and test"
-    with contextlib.suppress(ValueError):
-        env.reset(seed=0, options={"split": "no such split"})
-        yield "a split that does not exist is accepted: raise ValueError (World.reset does)"
-    env.close()
-
-
-def problems_of(observation, info):
-    """What is wrong with what a world returned."""
-    if not isinstance(observation, str) or not observation:
-        yield f"an observation is {observation!r:.80}: return text that is not empty"
-    if set(info) != INFO_KEYS:
-        yield (f"info lacks {sorted(INFO_KEYS - set(info))} and has {sorted(set(info) - INFO_KEYS)} too many:"
-               " leave it to World.info; what is hidden is never in it")  # fmt: skip
-        return
-    kinds = {"task": str, "action": str, "valid": bool, "won": bool, "score": float}
-    for key, kind in kinds.items():
-        if not isinstance(info[key], kind):
-            yield f"info[{key!r}] is {info[key]!r:.80}: it must be a {kind.__name__}"
-    if isinstance(info["score"], float) and not 0 <= info["score"] <= 1:
-        yield f"a score is {info['score']}: it must be in [0, 1]"
-    offered = info["admissible"]
-    if offered is not None and not (isinstance(offered, list) and all(isinstance(a, str) for a in offered)):
-        yield "admissible is neither None nor a list of texts"
-
-
-def what_is_returned(name, episodes):
-    env = make(name)
-    for *_, observation, info in openings(env, episodes):
-        yield from problems_of(observation, info)
-        if info["action"]:
-            yield "info['action'] is not empty after reset"
-        observation, reward, terminated, truncated, info = env.step(random_player(env, info, random.Random(0)))
-        yield from problems_of(observation, info)
-        if not isinstance(reward, float) or not (isinstance(terminated, bool) and isinstance(truncated, bool)):
-            yield f"step returns {reward!r}, {terminated!r}, {truncated!r}: a float and two bools are wanted"
-    env.close()
-
-
-def split_and_seed_fix_the_episode(name, episodes):
-    fresh, used, state = make(name), make(name), random.getstate()
-    for split, seed in itertools.product(fresh.splits, range(min(3, episodes))):
-        transcript(used, split, seed + 99)  # something else in between
-        if transcript(fresh, split, seed) != transcript(used, split, seed):
-            yield (f"seed {seed} of {split} is not the same twice: draw from the rng that begin is given"
-                   " and from nothing else, and let begin set all that act changes")  # fmt: skip
-            break
-    if random.getstate() != state:
-        yield "it draws from the random numbers that all share: draw from the rng that begin is given"
-    used.close()
-    # the order of a set of texts differs from process to process
-    code = "import sys, envs; env = envs.make(sys.argv[1]); print(ascii(envs.transcript(env, 'test', 0))); env.close()"
-    seen = set()
-    for hash_seed in "1", "2":
-        result = subprocess.run(
-            [sys.executable, "-c", code, name], capture_output=True, text=True,
-            env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(FOLDER.parent)})  # fmt: skip
-        seen.add(result.stdout.splitlines()[-1] if result.stdout else result.stderr[-300:])
-    if seen != {ascii(transcript(fresh, "test", 0))}:
-        yield "another process plays seed 0 otherwise: sort what comes out of a set or from hash()"
-    fresh.close()
-
-
-def splits_are_disjoint(name, episodes):
-    env, shown = make(name), {}
-    for split, seed, _, info in openings(env, episodes):
-        if info["admissible"] is None and not has_expert(env):
-            continue  # nobody knows what to say, so episodes that differ may look alike
-        player = expert_player if has_expert(env) else random_player
-        shown.setdefault(split, set()).add(transcript(env, split, seed, player))
-    for one, other in itertools.combinations(shown, 2):
-        if both := len(shown[one] & shown[other]):
-            yield (f"{one} and {other} share {both} of {len(shown[other])} episodes: keep some things or"
-                   " combinations for each (RepairShop.begin does it with a hash)")  # fmt: skip
-    env.close()
-
-
-def any_text_is_legal(name, episodes):
-    env = make(name)
-    for text in ODD_TEXTS:
-        shown = f"{text!a:.40}"
-        if not isinstance(action := env.read(text), str) or env.read(action) != action:
-            yield f"read({shown}) is no text, or changes when it is read again: wrap read in settled"
-        _, info = env.reset(seed=0, options={"split": "test"})
-        observation, _, terminated, truncated, info = env.step(text)
-        yield from problems_of(observation, info)
-        if info["valid"] and not action:
-            yield f"{shown} is valid though nothing was said: answer what was wrong, and valid=False"
-        turns = 1
-        while not (terminated or truncated) and turns <= env.max_turns:
-            observation, _, terminated, truncated, info = env.step(text)
-            turns += 1
-        if not (terminated or truncated) or turns > env.max_turns:
-            yield f"saying {shown} goes on beyond max_turns: every text costs a turn"
-            continue
-        if env.step(text)[:4] != (observation, 0.0, True, False) and terminated:
-            yield "after the end a step changes something: leave step to World"
-    env.close()
-
-
-def what_is_offered_is_valid(name, episodes):
-    env = make(name)
-    for split in env.splits:
-        for seed in range(min(episodes, 10)):
-            played = run_episode(env, random_player, seed, split)
-            if env.info(True)["admissible"] is not None and played["invalid"]:
-                yield f"seed {seed} of {split}: what is admissible is not valid when it is said"
-    env.close()
-
-
-def the_expert_wins(name, episodes):
-    env = make(name)
-    for split, seed, *_ in openings(env, episodes):
-        if not has_expert(env):
-            break
-        rewards, over, won, valid = 0.0, False, False, True
-        while not over:
-            observation, reward, terminated, truncated, info = env.step(env.expert())
-            yield from problems_of(observation, info)
-            rewards, over, won = rewards + reward, terminated or truncated, info["won"]
-            valid = valid and info["valid"]
-        if not won or not valid:
-            told = "does not win" if valid else "says what is not valid"
-            yield f"the expert {told} in {split}, seed {seed}: mend it, or have none (NotImplementedError)"
-            break
-        if abs(rewards - info["score"]) > 1e-6:
-            yield f"rewards add up to {rewards}, the score is {info['score']}: leave rewards to World.step"
-            break
-    env.close()
-
-
-def says(text, words):
-    """Whether a text has these words in it, as words."""
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
-
-
-def what_nonsense_learns(env, split, seed):
-    """All that is said to a player who does nothing of use, lists of actions apart."""
-    observation, info = env.reset(seed=seed, options={"split": split})
-    shown, over = [info["task"], info["action"]], False
-    while not over and len(shown) < 2000:
-        observation, _, terminated, truncated, info = env.step("sing a song")
-        shown += [bare(observation), info["task"]]
-        over = terminated or truncated
-    return "\n".join(shown)
-
-
-def nothing_hidden_is_shown(name, episodes):
-    """The action that wins, where there is something to find out: before anything was, it is not shown."""
-    env, told = make(name), []
-    for split, seed, opening, _ in openings(env, episodes):
-        if not has_expert(env):
-            break
-        played = run_episode(env, expert_player, seed, split)
-        last = played["actions"][-1]
-        told.append(played["turns"] > 1 and says(bare(opening), last))
-        learnt = what_nonsense_learns(env, split, seed)
-        if says(learnt, last) and not says(bare(opening), last):
-            yield (f"{split}, seed {seed}: {last!r:.80} wins, and whoever says nonsense is told so"
-                   " (in an observation, the task or the end of a lost game): say less")  # fmt: skip
-            break
-    if told and all(told):
-        yield "the first observation names the action that wins, which the expert takes turns to find: hide it"
-    env.close()
-
-
-def children():
-    """Processes that this one has started, where the system tells."""
-    lists = Path("/proc/self/task").glob("*/children")
-    return {child for path in lists for child in path.read_text().split()}
-
-
-def close_leaves_nothing(name, episodes):
-    before, threads = children(), threading.active_count()
-    env = make(name)
-    env.reset(seed=0, options={"split": "test"})
-    env.step("sing a song")
-    env.close()
-    env.close()  # twice is harmless
-    if left := children() - before:
-        yield f"close leaves processes behind ({', '.join(sorted(left))}): end them and wait for them"
-    if threading.active_count() > threads:
-        yield "close leaves a thread behind: join it"
-
-
-RULES = (
-    what_it_says_of_itself, what_is_returned, split_and_seed_fix_the_episode, splits_are_disjoint, any_text_is_legal,
-    what_is_offered_is_valid, the_expert_wins, nothing_hidden_is_shown, close_leaves_nothing)  # fmt: skip
-
-
-def report(name):
-    """Prints what `check` found; the status that the command ends with."""
-    found = check(name)
-    for sentence in found:
-        print(f"- {sentence}")
-    print(f"{name}: {count(len(found), 'fault')}." if found else f"{name} keeps the contract.")
-    return 1 if found else 0
-
-
 # --------------------------------------------------------------------------------------------------------- command line
 
 WORLDS = {"repair": RepairShop, "household": Household, "household-full": HouseholdFull,
@@ -1863,6 +1512,103 @@ def in_words(error, kind=False):
     return text if enough else f"{type(error).__name__}: {text}"
 
 
+# -------------------------------------------------------------------------- worlds as others write them
+
+
+class Adapted(World):
+    """An environment with Gymnasium's signature, text in and text out, as a world.
+
+    It needs `reset(seed=, options=)` and `step(action)`; nothing of Gymnasium is imported here. What
+    it may say about itself is used: `system`, `task`, `tools`, `max_turns` (or its spec's limit),
+    `expert()`; in `info` `won` or `is_success` or `success`, `task`, `valid`, and one of LISTS. An
+    action is its text, or a number where the action space is `Discrete`. The score is the sum of
+    rewards in [0, 1]; without a word on it, an episode is won with a score of 1. Seeds of train are
+    even, of test odd: whether episodes differ as well is up to the environment.
+    """
+
+    LISTS = ("admissible", "admissible_commands", "admissible_actions", "available_actions",
+             "valid_actions")  # fmt: skip
+
+    def __init__(self, inner, name):
+        self.inner, self.name, self.told = inner, name, {}
+        limit = getattr(getattr(inner, "spec", None), "max_episode_steps", None)
+        self.max_turns = getattr(inner, "max_turns", None) or limit or World.max_turns
+        told = "Act on what you are shown, one action a turn."
+        self.system = getattr(inner, "system", "") or told
+        self.tools = getattr(inner, "tools", None)
+
+    def begin(self, rng, split):
+        seed = 2 * rng.randrange(2**30) + (split == "test")
+        observation, self.told = self.inner.reset(seed=seed, options={"split": split})
+        self.earned = 0.0
+        self.task = self.told.get("task") or getattr(self.inner, "task", "") or ""
+        return self.text(observation)
+
+    def text(self, observation):
+        if not isinstance(observation, str):
+            raise TypeError(f"{self.name} shows {type(observation).__name__}, not text")
+        return observation
+
+    def numbers(self):
+        """What can be said where actions are numbered, else None."""
+        space = getattr(self.inner, "action_space", None)
+        if not hasattr(space, "n"):
+            return None
+        first = int(getattr(space, "start", 0))
+        return [str(first + number) for number in range(int(space.n))]
+
+    def admissible(self):
+        for key in self.LISTS:
+            if isinstance(self.told.get(key), (list, tuple)):
+                return list(self.told[key])
+        return self.numbers()
+
+    def act(self, text):
+        numbers = self.numbers()
+        if not text:
+            return "You did not say anything.", False
+        if numbers and text not in numbers:
+            return f"An action is a number from {numbers[0]} to {numbers[-1]}.", False
+        observation, reward, ended, cut, self.told = self.inner.step(int(text) if numbers else text)
+        self.earned += float(reward)
+        self.over = bool(ended or cut)
+        self.won = self.over and self.earned >= 1
+        for key in "won", "is_success", "success":
+            if key in self.told:
+                self.won = bool(self.told[key])
+        return self.text(observation), bool(self.told.get("valid", True))
+
+    def score(self):
+        return 1.0 if self.won else min(1.0, max(0.0, self.earned))
+
+    def close(self):
+        if hasattr(self.inner, "close"):
+            self.inner.close()
+
+
+class AdaptedWithExpert(Adapted):
+    """One that can say what is best."""
+
+    def expert(self):
+        return str(self.inner.expert())
+
+
+def adapt(inner, name):
+    """An object of another kind as a world. ValueError where it cannot be one."""
+    if not (callable(getattr(inner, "reset", None)) and callable(getattr(inner, "step", None))):
+        raise ValueError(f"world {name!r} is neither a World of envs.py nor has it reset and step")
+    kind = AdaptedWithExpert if hasattr(inner, "expert") else Adapted
+    return kind(inner, name.rpartition(":")[2])
+
+
+# ----------------------------------------------------------------------------------------- list and play
+
+
+def check(name, episodes=30):
+    """What is wrong with a world, and what to do: a list of sentences, empty where nothing is."""
+    return load(FOLDER / "_check.py", "worlds._check").check(name, episodes)
+
+
 def listed_names():
     """The worlds of a table: those of this file, and of each other file what its `SHOWN` names."""
     names = [*WORLDS, *ALIASES]
@@ -1905,7 +1651,8 @@ def list_worlds(episodes=200, seconds=1.0):
             counts.append(len(scores))
             speeds.append(turns / (time.perf_counter() - start))
         env.close()
-        print(row.format(name, env.max_turns, *cells, min(counts), f"{min(speeds):.0f}"), flush=True)
+        speed = f"{min(speeds):.0f}"
+        print(row.format(name, env.max_turns, *cells, min(counts), speed), flush=True)
     print("a class of your own: path/to/file.py:Class; play one: python envs.py play 20q")
 
 
@@ -1942,7 +1689,8 @@ def main(argv=None):
     player.add_argument("world", help=", ".join(names))
     player.add_argument("--split", default="train")
     player.add_argument("--seed", type=int, default=None, help="the episode (default: any)")
-    checker = commands.add_parser("check", help="does a world keep the contract?", allow_abbrev=False)
+    told = "does a world keep the contract?"
+    checker = commands.add_parser("check", help=told, allow_abbrev=False)
     checker.add_argument("world", help="path/to/file.py:Class, or a name as above")
     args = parser.parse_args(argv)
     if args.command is None:
@@ -1950,7 +1698,11 @@ def main(argv=None):
     try:
         env = make(args.world)
         if args.command == "check":
-            return report(args.world)
+            found = check(args.world)
+            print("".join(f"- {sentence}\n" for sentence in found), end="")
+            end = f": {count(len(found), 'fault')}." if found else " keeps the contract."
+            print(args.world + end)
+            return 1 if found else 0
         env.reset(options={"split": args.split})  # refuses an unknown split before anything is printed
     except ValueError as error:
         parser.error(str(error))

@@ -144,7 +144,7 @@ def main():
     out = Path(args.out_dir or "runs/zero-shot")
     out.mkdir(parents=True, exist_ok=True)
     variant = f"{args.shots}{'-prefill' * args.prefill}{'-list' * args.show_actions}"
-    path = out / f"{name}-{envs.ALIASES.get(args.env, args.env).replace(':', '-')}-{variant}.json"
+    path = out / f"{name}-{envs.ALIASES.get(args.env, args.env).replace(':', '-').replace('/', '-')}-{variant}.json"
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
     short = {key: value for key, value in found.items() if key not in ("samples", "episodes")}
     print(json.dumps(short), flush=True)

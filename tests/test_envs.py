@@ -29,6 +29,7 @@ from worlds.twenty_questions import (
 )
 
 ROOT = Path(__file__).parent.parent
+checker = envs.load(envs.FOLDER / "_check.py", "worlds._check")
 NAMES = [*envs.WORLDS, *envs.ALIASES]
 
 
@@ -41,7 +42,7 @@ def well_formed(step):
     observation, reward, terminated, truncated, info = step
     assert isinstance(observation, str) and observation.isascii() and len(observation) < 300
     assert isinstance(reward, float) and isinstance(terminated, bool) and truncated is False
-    assert not list(envs.problems_of(observation, info))
+    assert not list(checker.problems_of(observation, info))
 
 
 def random_actions(env, rng, n):

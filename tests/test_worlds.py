@@ -17,6 +17,8 @@ from conftest import ROOT
 import envs
 from envs import make, run_episode
 
+checker = envs.load(envs.FOLDER / "_check.py", "worlds._check")
+
 # ------------------------------------------------------------------------------------------- mathematics
 
 ONE_TWO = r"\begin{pmatrix}1\\2\end{pmatrix}"
@@ -440,7 +442,7 @@ def test_an_environment_of_gymnasium_is_a_world(tmp_path, filled):
     assert played["observations"][0] == "A number from 1 to 7. 20 turns left."
     assert env.reset(seed=3, options={"split": "test"}) == env.reset(seed=3, options={"split": "test"})
     _, info = env.reset(seed=3, options={"split": "train"})
-    assert info["task"] == "Guess it." and set(info) == envs.INFO_KEYS
+    assert info["task"] == "Guess it." and set(info) == checker.INFO_KEYS
     assert info["admissible"] == ([str(i) for i in range(1, 8)] if filled is NUMBERED else None)
     observation, *_, info = env.step("")
     assert observation == "You did not say anything. 19 turns left." and not info["valid"]
@@ -607,9 +609,10 @@ def test_every_script_runs_in_every_world(script, world, tmp_path):
     if world in EXTRAS:
         pytest.importorskip(EXTRAS[world])
     write(tmp_path / "sums.jsonl", sums(60))
-    guessing(tmp_path, MIMIC | dict(base=""))
-    text = (tmp_path / "guess.py").read_text()
-    (tmp_path / "guess.py").write_text(text.replace('class Told', '    def expert(self):\n        return self.number\n\nclass Told'))
+    guessing(tmp_path, MIMIC)
+    short = "    max_turns = 3\n    def expert(self):\n        return self.number\n\nclass Told"
+    text = (tmp_path / "guess.py").read_text().replace("class Told", short)
+    (tmp_path / "guess.py").write_text(text)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, ROOT / f"{script}.py", "--quick", "--env", world, "--out-dir", "run"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -82,7 +82,8 @@ class Judge:
             return
         self.process = subprocess.Popen(
             self.command,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # threads take room
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # threads take room
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

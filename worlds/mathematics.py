@@ -1,15 +1,15 @@
 r"""`math:PATH_OR_ID`: mathematical problems from elsewhere, one try each, judged by math-verify.
 
-    --env math:openai/gsm8k:main                      a hub id, and a configuration where it has some
+    --env math:openai/gsm8k:main               a hub id, and a configuration where it has some
     --env math:HuggingFaceH4/MATH-500
-    --env math:problems.jsonl                         or .json, .parquet, .csv, or a directory
+    --env math:problems.jsonl                  or .json, .parquet, .csv, or a directory
 
 Needs `pip install math-verify` (Apache-2.0; 0.9.0 was tried). What `datasets.load_dataset` loads is
 read by its columns, in any case of letters: `problem` or `question`; `answer`, of which what
 follows #### counts (GSM8K), or the last \boxed of `solution` (MATH). Rows without an answer are
 left out, with a warning. train and test are the data's own, `validation` where there is no test,
-without what both have; data in one piece are split by a hash of the problem, a fifth is test. Licences
-are those of the data. The expert says the answer, `thought` is the data's solution.
+without what both have; data in one piece are split by a hash of the problem, a fifth is test.
+Licences are those of the data. The expert says the answer, `thought` is the data's solution.
 
 math-verify compares what both expressions are, as 1/2 and 0.5, in a process of its own, as some
 expressions would take for ever (see _judge.py). Empty text is no answer; any other text is judged.
@@ -31,7 +31,7 @@ LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 Problem = namedtuple("Problem", "text answer solution")
 
 
-# ------------------------------------------------------------------------------------------- the data
+# ------------------------------------------------------------------------------------- the data
 
 
 def last_boxed(text) -> str | None:
@@ -115,7 +115,7 @@ def held_out(problem):
     return hashlib.sha256(problem.text.encode()).digest()[0] % 5 == 0
 
 
-# ----------------------------------------------------------------------------------------- the world
+# ---------------------------------------------------------------------------------------- the world
 
 
 def verdict_function():
@@ -180,9 +180,9 @@ class Mathematics(envs.World):
 
 
 def make(argument="", **settings):
-    """A world of the problems at a path or a hub id. ValueError, in a line, for what cannot be played."""
+    """A world of the problems at a path or a hub id. ValueError where there are none."""
     if importlib.util.find_spec("math_verify") is None:
         raise ValueError(HINT)
     if not argument:
-        raise ValueError("name the problems: math:FILE.jsonl, or math:ID, math:ID:CONFIGURATION of a hub")
+        raise ValueError("name the problems: math:FILE.jsonl, math:ID or math:ID:CONFIGURATION")
     return Mathematics(argument, **settings)

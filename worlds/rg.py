@@ -7,9 +7,9 @@ Needs `pip install reasoning-gym` (Apache-2.0; 0.1.25 was tried). A question's h
 is of train or of test, a fifth of them is; (split, seed) fixes which one is asked. A set that has
 few answers lists them as what can be said, so there a random player guesses. The expert says the
 set's own answer; sets without one have no expert. All of an answer counts, or if that is not right,
-its first line without markdown. The score is upstream's, as it is: some sets
-give .01 for any text, `game_of_life_halting` takes whatever is not "True" for "False", and
-`word_ladder` draws from a set, so that its questions differ from process to process. Scorers may
+its first line without markdown. The score is upstream's, as it is: some sets pay .01 for any text,
+many a part for an answer with the right one in it, `game_of_life_halting` takes whatever is not
+"True" for "False", and `word_ladder` draws from a set, so that its questions differ from process to process. Scorers may
 evaluate what a model wrote, so they run in a process of their own (see _judge.py).
 """
 
@@ -54,8 +54,9 @@ def verdict_function():
     import reasoning_gym  # noqa: F401  not within the time of the first question
 
     def verdict(name, settings, written, answer):
-        found = dataset(name, settings).score_answer(answer, pickle.loads(base64.b64decode(written)))
-        return min(1.0, max(0.0, float(found)))
+        asked = pickle.loads(base64.b64decode(written))
+        score = dataset(name, settings).score_answer(answer, asked)
+        return min(1.0, max(0.0, float(score)))
 
     return verdict
 
@@ -140,7 +141,7 @@ class Solved(Puzzle):
 
 
 def make(argument="", **settings):
-    """A world of the set NAME, or NAME:KEY=VALUE,... with settings. ValueError for what is not there."""
+    """A world of the set NAME, or NAME:KEY=VALUE,... with settings. ValueError for any other."""
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ValueError(HINT)
     from reasoning_gym.factory import DATASETS
