@@ -41,6 +41,7 @@ import random
 import re
 import sys
 import time
+import traceback
 from pathlib import Path
 
 # --------------------------------------------------------------------------------------------------------------- ground
@@ -1606,6 +1607,9 @@ def adapt(inner, name):
 
 def check(name, episodes=30):
     """What is wrong with a world, and what to do: a list of sentences, empty where nothing is."""
+    if ".py:" in name:
+        TRIED.add(class_in_file(name))  # to be told all that is wrong, not the first of it
+    make(name).close()  # ValueError for what is no world
     return load(FOLDER / "_check.py", "worlds._check").check(name, episodes)
 
 
@@ -1696,13 +1700,13 @@ def main(argv=None):
     if args.command is None:
         return list_worlds()
     try:
-        env = make(args.world)
         if args.command == "check":
             found = check(args.world)
             print("".join(f"- {sentence}\n" for sentence in found), end="")
             end = f": {count(len(found), 'fault')}." if found else " keeps the contract."
             print(args.world + end)
             return 1 if found else 0
+        env = make(args.world)
         env.reset(options={"split": args.split})  # refuses an unknown split before anything is printed
     except ValueError as error:
         parser.error(str(error))

@@ -466,8 +466,8 @@ def test_what_an_environment_says_of_itself_is_used(tmp_path):
 
 def test_what_is_no_environment_of_text(tmp_path):
     name = guessing(tmp_path, MIMIC, "Picture")
-    with pytest.raises(TypeError, match="Picture shows list, not text"):
-        make(name).reset(seed=0)
+    with pytest.raises(ValueError, match="Picture shows list, not text"):
+        make(name)
     assert any("shows list, not text" in sentence for sentence in envs.check(name))
     with pytest.raises(ValueError, match="neither a World of envs.py nor has it reset and step"):
         make(guessing(tmp_path, MIMIC, "Nothing"))
