@@ -9,8 +9,8 @@ few answers lists them as what can be said, so there a random player guesses. Th
 set's own answer; sets without one have no expert. All of an answer counts, or if that is not right,
 its first line without markdown. The score is upstream's, as it is: some sets pay .01 for any text,
 many a part for an answer with the right one in it, `game_of_life_halting` takes whatever is not
-"True" for "False", and `word_ladder` draws from a set, so that its questions differ from process to process. Scorers may
-evaluate what a model wrote, so they run in a process of their own (see _judge.py).
+"True" for "False", and `word_ladder` draws from a set, so that its questions differ from process to
+process. Scorers may evaluate what a model wrote, so they run in a process of their own (_judge.py).
 """
 
 import ast
@@ -21,6 +21,7 @@ import hashlib
 import importlib.util
 import json
 import pickle
+import random
 
 import envs
 
@@ -41,12 +42,19 @@ def dataset(name, settings):
 
 def entry(name, settings, index):
     """A question of a set, as the set has it."""
+    import numpy
+    import reasoning_gym
+
+    # some draw from the random numbers that all share, or seed them: they are theirs for a moment
+    states = random.getstate(), numpy.random.get_state()
+    random.seed(index)
     try:
         return dataset(name, settings)[index]
     except IndexError:  # some generate all of their size at once
-        import reasoning_gym
-
         return reasoning_gym.create_dataset(name, seed=index, size=1, **json.loads(settings))[0]
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
 
 
 def verdict_function():
