@@ -935,6 +935,7 @@ def main():
     if args.kl and REFERRED & {*stages}:
         state.reference = common.frozen_copy(model)
     state.progress = run.resume(**parts(state)) or state.progress
+    run.step = state.progress["step"]
     counts = gather(state, files, bool(PAIRED & {*stages}))
     found, shown = state.progress["stages"], state.progress["shown"]
     if not found:
