@@ -962,7 +962,7 @@ TINY = dict(
     lr=3e-4, sft_lr=3e-4, micro_batch_size=16, rollout_batch_size=256, max_new_tokens=48,
     choice_tokens=64, eval_episodes=500, device="cpu", num_demos=40, candidates=2, sft_batch_size=3)
 QUICK = dict(
-    steps=3, batch_size=16, group_size=4, eval_episodes=16, eval_every=2, save_every=2, num_demos=4,
+    steps=3, batch_size=16, group_size=4, eval_episodes=7, eval_every=2, save_every=2, num_demos=4,
     examples=400)
 READ = "Repeat the task, and what the last action brought."  # practises reading
 FORESEE = "Say what each possible action would lead to."  # practises outlooks
