@@ -209,7 +209,7 @@ def cold_start(state):
 def judge_sft(state):
     """The judge imitates reference judgements."""
     args, lessons = state.args, []
-    for row in state.judge_score[judge_grpo_rows(args):]:
+    for row in state.judged[judge_grpo_rows(args):]:
         asked = judge_messages(state.world, args, said_in(row["messages"]))
         reply = judgement_text(row["think"], row["critique"], row["score"])
         lessons.append([[*asked, {"role": "assistant", "content": reply}]])
@@ -235,7 +235,7 @@ def supervised(state, name, learner, lessons, epochs):
 def judge_grpo(state):
     """GRPO of the judge, paid for how close its score comes to the reference's."""
     args, rrm = state.args, state.rrm
-    batches = groups(state.judge_score[:judge_grpo_rows(args)], args.batch_size // args.group_size)
+    batches = groups(state.judged[:judge_grpo_rows(args)], args.batch_size // args.group_size)
     for step in phase(state, "judge-grpo", args.judge_steps, args.lr, rrm):
         rows = batches[step - 1]
         prompts = [judge_prompt(state, said_in(row["messages"])) for row in rows]
@@ -1110,7 +1110,7 @@ def main():
         progress["judge"]["before"] = quality(state)
     if rrm and rrm.optimizer:
         judged = judged or run.collect("judged.jsonl", progress, functools.partial(judged_rows, state))
-        state.judge_score = judgeable(state, judged)
+        state.judged = judgeable(state, judged)
         judge_sft(state)
         judge_grpo(state)
     if learns:
