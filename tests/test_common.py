@@ -1005,6 +1005,12 @@ def test_a_thought_that_the_template_opens(qwen3):
     assert dialogues.ids[0][: len(prompt) + len(cut.ids[0])] == prompt + cut.ids[0]  # without a tag
     closed = chat.opened + chat.decode(chat.encode("Shall I?\n</think>\n\nAction: ok"))
     assert common.aloud(closed) == "Action: ok"
+    for text in "Action: go", "<think>Shall I?</think>Action: go", "Shall I?</think>Action: go":
+        told = chat.decode(chat.reply(text))  # a likelihood target closes the thought first
+        assert told.count("</think>") == 1 and "<think>" not in told
+        assert common.aloud(chat.opened + told) == "Action: go"
+    ids, mask = chat.dialogue_and_mask([*DIALOGUE[:2], {"role": "assistant", "content": "Action: go"}])
+    assert [id for id, m in zip(ids, mask) if m] == chat.reply("Action: go")
     begun = common.Dialogues(qwen3, chat, [prompt]).reply([0], prefill="Well,", **options)
     assert begun.texts[0].startswith("<think>Well,") and begun.texts[0].count("<think>") == 1
 
@@ -1948,6 +1954,24 @@ def test_defaults_of_a_tiny_model(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", "--lr", "3"])
     assert common.parse_args(Paper, TINY) == dataclasses.replace(SMALL, lr=3.0)
     assert common.parse_args(Paper) == Paper(lr=3.0)
+
+
+@dataclasses.dataclass
+class Sized(Paper):
+    quick: bool = common.flag(False, "small")
+
+
+def test_quick_never_enlarges_a_size():
+    def parse(line):
+        args = common.parse_args(Sized, None, line.split(), dict(steps=2, lr=0.5, room=16))
+        return args.steps, args.lr, args.room
+
+    assert parse("--quick") == (2, 1e-6, 16)  # no --room is the largest
+    assert parse("--quick --steps 1 --room 4") == (1, 1e-6, 4)
+    assert parse("--quick --steps 3 --lr 2 --room 17") == (2, 0.5, 16)
+    assert parse("--steps 3") == (3, 1e-6, None)
+    tiny = common.parse_args(Sized, dict(steps=7, room=8), ["--quick"], dict(steps=9, room=5))
+    assert (tiny.steps, tiny.room) == (7, 5)
 
 
 @pytest.mark.parametrize(

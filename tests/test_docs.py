@@ -635,7 +635,7 @@ def test_rationale_refuses_in_one_line(ask, acted, reflected, tmp_path, capsys, 
 def judged_episode(score, won, *names):
     """Of an attempt with these flaws, which the judge gives this score."""
     flaws = [envs.Flaw(name, envs.FLAWS[name][0], "", "") for name in names]
-    return reagent.Episode("test", 0, [["world", "Q"], ["act", "A"], ["judge", ""]], won=won, judged=score, flaws=flaws)
+    return reagent.Episode("test", 0, [["world", "Q"], ["act", "A"], ["judge", ""]], won=won, judge_score=score, flaws=flaws)
 
 
 def test_calibration_and_lucky_answers_by_hand():

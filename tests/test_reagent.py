@@ -223,8 +223,9 @@ def test_transcript_by_hand():
 def test_what_agent_and_judge_are_told(env, rubric, form):
     world = envs.make(env)
     system, user = ra.judge_messages(world, changed(env=env), SAID)
-    assert user["content"] == ("The task:\nWho? 8 turns left.\n\nThe transcript:\n" + SEEN
-                               + "\n\nNow write the three blocks.")
+    shown, _, form_of_reply = user["content"].partition("\n\nNow judge ")
+    assert shown == f"The task:\nWho? 8 turns left.\n\nThe transcript:\n{SEEN}"
+    assert re.findall(r"</?\w+>", form_of_reply) == TAGS  # last, where a small model still knows it
     assert rubric in system["content"] and system["content"].endswith(world.system)
     assert ra.dialogue(world, changed(env=env), SAID)[0]["content"] == f"{world.system}\n{form}"
     first = ra.Episode("train", 0, SAID, critique="Look {twice}.")
@@ -254,14 +255,20 @@ def test_worked_examples_are_random_play_and_know_no_outcome(env, monkeypatch):
     monkeypatch.setattr(type(envs.make(env)), "expert", None)
     ra.worked_examples.cache_clear()
     acted, judged = (ra.worked_examples(env, 3, False, of_judge) for of_judge in (False, True))
-    assert ra.worked_examples(env, 0, False) == [] and set(splits) == {"train"} and len(acted) == 6
+    assert ra.worked_examples(env, 0, False) == [] and set(splits) == {"train"}
     assert all(m.get("shot", m["role"] == "user") for m in acted + judged)
     world = envs.make(env)
-    for question, act, asked, judgement in zip(*(m[i::2] for m in (acted, judged) for i in (0, 1))):
-        assert question["content"] in asked["content"] and act["content"] in asked["content"]
-        said = ra.parse_judgement(judgement["content"])
-        assert said and not re.search(r"\b(win|won|not win)\b", asked["content"] + str(said))
-        assert ("<tool_call>" in act["content"]) == bool(world.tools)
+    plays = [ra.play(world, "train", seed, envs.random_player, random.Random(seed))
+             for seed in range(10**6, 10**6 + 30)]
+    told = {ra.case(e.said)["content"]: ra.reference(e.flaws) for e in plays}
+    assert [(q["content"], a["content"]) for q, a in zip(acted[::2], acted[1::2], strict=True)] == [
+        (e.said[0][1], e.said[1][1]) for e in plays[:3]]
+    assert all(("<tool_call>" in m["content"]) == bool(world.tools) for m in acted[1::2])
+    found = [told[m["content"]] for m in judged[::2]]
+    assert [m["content"] for m in judged[1::2]] == [ra.judgement_text(*each) for each in found]
+    scores, every = [score for *_, score in found], [score for *_, score in told.values()]
+    assert scores == sorted(scores) and [scores[0], scores[-1]] == [min(every), max(every)]
+    assert len(found) == 3 and not re.search(r"\b(win|won)\b", str(judged))
     shown = ra.judge_messages(world, changed(env=env, shots=3), SAID)
     assert shown[1:-1] == judged and shown[-1] == ra.case(SAID)
 
@@ -475,30 +482,34 @@ def test_flaws_are_of_what_was_said_aloud():
 
 def pool_of(*rows):
     """Episodes of (score of the rule, score of the judge[, left out])."""
-    return [ra.Episode("train", 0, [], score=rule, judged=judged, left_out=bool(out))
-            for rule, judged, *out in rows]
+    return [ra.Episode("train", 0, [], score=rule, judge_score=score, left_out=bool(out))
+            for rule, score, *out in rows]
+
+
+def advantages(pool, args=ARGS):
+    ra.pool_advantages(args, pool)
+    return [e.advantage for e in pool]
 
 
 def test_returns_and_advantages_of_a_pool_by_hand():
     first, second = pool_of((0, 0), (1, 0)), pool_of((1, 1), (0.4, 1))
-    assert ra.read_advantages(ARGS, first + second) is True
-    assert [e.earned for e in first + second] == pytest.approx([0, 1, 1.3, 0.7])  # no mix
     std = (((0.75**2 + 0.25**2 + 0.55**2 + 0.05**2) / 3) ** 0.5)
     by_hand = [d / std for d in (-0.75, 0.25, 0.55, -0.05)]
-    assert [e.advantage for e in first + second] == pytest.approx(by_hand, abs=1e-5)
-    alone = pool_of((0, 0), (1, 0))  # without the second attempts, others
-    assert ra.read_advantages(ARGS, alone) and alone[1].advantage == pytest.approx(0.5**0.5, abs=1e-5)
+    assert advantages(first + second) == pytest.approx(by_hand, abs=1e-5)
+    assert [e.earned for e in first + second] == pytest.approx([0, 1, 1.3, 0.7])  # no mix
+    alone = advantages(pool_of((0, 0), (1, 0)))  # without the second attempts, others
+    assert alone == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-5)
     rule = pool_of((0, 1), (1, 0))
-    assert ra.read_advantages(changed(score_weight=0.0), rule) and [e.earned for e in rule] == [0, 1]
+    assert advantages(rule, changed(score_weight=0.0)) == alone and [e.earned for e in rule] == [0, 1]
 
 
 def test_what_is_left_out_moves_nobodys_advantage():
-    pool, kept = pool_of((0, 0), (9, 9, True), (1, 0), (0, 0, True)), pool_of((0, 0), (1, 0))
-    assert ra.read_advantages(ARGS, pool) and ra.read_advantages(ARGS, kept)
-    assert [e.advantage for e in pool] == [kept[0].advantage, 0, kept[1].advantage, 0]
+    low, high = advantages(pool_of((0, 0), (1, 0)))
+    assert low < 0 < high
+    assert advantages(pool_of((0, 0), (9, 9, True), (1, 0), (0, 0, True))) == [low, 0, high, 0]
     for flat in (pool_of((0.1, 0.5), (0.1, 0.5), (9, 9, True)), pool_of((1, 1)), pool_of((1, 1, True)),
                  pool_of((0.3, 0), (0, 1))):  # equal returns
-        assert not ra.read_advantages(ARGS, flat) and {e.advantage for e in flat} == {0}
+        assert set(advantages(flat)) == {0}
 
 
 # ----------------------------------------------------------------------------------------- attempts
@@ -783,7 +794,7 @@ def test_a_supervised_phase_passes_over_its_rows(tiny, monkeypatch, rows, epochs
     seen = []
     monkeypatch.setattr(ra, "imitate", lambda *given: seen.append(given[-1]) or {})
     state = state_of(tiny, sft_batch_size=size, sft_lr=0.5)
-    ra.supervised(state, "cold-start", state.agent, list(range(rows)), epochs, lambda row: [row, -row])
+    ra.supervised(state, "cold-start", state.agent, [[row, -row] for row in range(rows)], epochs)
     assert [len(batch) for batch in seen] == [2 * size] * steps
     order = [row for batch in seen for row in batch[::2]]
     for epoch in range(len(order) // rows if rows else 0):  # each pass is over all of them
@@ -818,20 +829,25 @@ def test_judged_trajectories_are_of_players_and_of_the_agent(tiny, tmp_path):
     state = state_of(tiny, tmp_path, judged=8, judge_steps=1)
     players, own = ra.mixed_episodes(state, "train", range(70, 76), ("x",))
     assert [e.seed for e in players] == [70, 72, 74] and [e.seed for e in own] == [71, 73, 75]
-    rows = ra.judged_rows(state)
-    assert len(rows) == 10 == len(lines(tmp_path / "judged.jsonl"))
-    assert len({row["score"] for row in rows}) > 1
+    rows = list(ra.judged_rows(state, 0))
+    assert len(rows) == 10 and len({row["score"] for row in rows}) > 1
+    assert state.run.counted["episodes"] == 5 and state.run.counted["tokens"] > 50  # the agent's
     for row in rows:
         ra.check_row(row, True)
         assert set(row) == {"messages", "think", "critique", "score", "won"}
-    path = tmp_path / "judged.jsonl"
-    path.write_text(json.dumps(rows[0] | {"think": "read again"}) + "\n")
-    assert ra.judged_rows(state) == [rows[0] | {"think": "read again"}]  # by a run that is resumed
-    assert ra.judgeable(state, rows) == rows
+    assert list(ra.judged_rows(state, 4)) == rows[4:]  # a run that was cut goes on
+    state.progress["judged.jsonl"] = "its hash"
+    assert list(ra.judged_rows(state, 10)) == []
+    replies = [len(tiny[1].encode(ra.judgement_text(*list(row.values())[1:4]))) for row in rows]
+    state.args.judge_tokens = max(replies)  # no room for the end of the longest ones
+    assert len(ra.judgeable(state, rows)) == sum(length < max(replies) for length in replies)
+    state.args.judge_tokens += 1
+    mixed = ra.judgeable(state, rows)
+    assert mixed != rows and sorted(map(str, mixed)) == sorted(map(str, rows))
+    assert mixed == ra.judgeable(state, rows)
     prompts = sorted(len(ra.judge_prompt(state, ra.said_in(row["messages"]))) for row in rows)
     state.rrm.model.max_context = prompts[4] + ra.FORCED + state.args.judge_tokens
-    fit = ra.judgeable(state, rows)
-    assert len(fit) == sum(length <= prompts[4] for length in prompts) < 10
+    assert len(ra.judgeable(state, rows)) == sum(length <= prompts[4] for length in prompts) < 10
     state.rrm.model.max_context = prompts[0] - 1
     with pytest.raises(SystemExit):
         ra.judgeable(state, rows)
@@ -1034,7 +1050,7 @@ save_llama = partial(helpers.save_llama, text=[WORLD.system, ra.JUDGE, ra.AGAIN]
 
 def run_of(path):
     """(metrics, episodes, summary) of a run."""
-    return (lines(path / "metrics.jsonl"), lines(path / "rollouts.jsonl"),
+    return (lines(path / "metrics.jsonl"), helpers.trained_on(path),
             json.loads((path / "summary.json").read_text()))
 
 
@@ -1055,7 +1071,7 @@ def test_phases_come_in_order_and_metrics_follow_from_what_is_kept(whole, tiny):
     assert [row["phase"] for row in metrics] == STEPS
     assert [row["phase_step"] for row in metrics] == [1, 2, 1, 2, 1, 1, 2]
     assert [row["gradient_steps"] for row in metrics] == [1, 2, 3, 4, 6, 8, 10]
-    assert [row["episodes"] for row in metrics] == [0] * 5 + [16, 32]
+    assert [row["episodes"] for row in metrics] == [0] * 2 + [9] * 3 + [25, 41]  # 9 to judge
     for row in metrics[5:]:
         played = [e for e in rollouts if e["step"] == row["step"]]
         first, second = ([e for e in played if e["second"] == again] for again in (False, True))
@@ -1066,9 +1082,9 @@ def test_phases_come_in_order_and_metrics_follow_from_what_is_kept(whole, tiny):
             assert row[f"{name}flaws"] == common.mean(len(e["flaws"]) for e in some)
         spoken = [ra.parse_judgement(e["said"][-1][1]) for e in played]
         assert row["judge_readable"] == common.mean(found is not None for found in spoken)
-        assert [e["judged"] for e in played] == [found["score"] if found else 0 for found in spoken]
+        assert [e["judge_score"] for e in played] == [found["score"] if found else 0 for found in spoken]
         for e in played:
-            assert e["earned"] == pytest.approx(e["score"] + 0.3 * e["judged"])
+            assert e["earned"] == pytest.approx(e["score"] + 0.3 * e["judge_score"])
             assert not {"ids", "mask"} & set(e) and e["split"] == "train"
         assert row["return"] == pytest.approx(common.mean(e["earned"] for e in played))
         assert {"judge_auc", "leaks", "critiques", "not_judged", "cut_judge", "kl"} <= set(row)

@@ -27,7 +27,6 @@ DIFFERENT = {
     "side_by_side": "which parts speak in a turn",
     "take_turn": "what is written down of a turn",
     "nlac.update": "the loss",
-    "read_advantages": "what an episode earns",
     "end_step": "which phases there are",
     "parts": "what a checkpoint keeps the weights of",
     "check_row": "the form of the data",
