@@ -94,6 +94,11 @@ runs self-guide-dose-zero       "0 1 2" self_guide.py $dosed --trust zero
 runs self-guide-dose-grpo       "0 1 2" self_guide.py $dosed --guide off
 runs self-guide-dose-inference  "0" self_guide.py $dosed --guide inference
 
+# the same code with a real chat model on a laptop (SmolLM2-135M-Instruct): demonstrations first, then ten small steps from there
+smollm2="--shots 2 --prefill --show-actions --dtype mixed --max-new-tokens 24 --temperature 1 --eval-episodes 20"
+runs self-guide-smollm2-grpo    "0" self_guide.py --model "$results/act-smollm2-il-s0/model" $smollm2 --rate-tokens 40 --kl 0 --lr 1e-5 --steps 10 --batch-size 16 --group-size 4 --guide off
+runs self-guide-smollm2-full    "0" self_guide.py --model "$results/act-smollm2-il-s0/model" $smollm2 --rate-tokens 40 --kl 0 --lr 1e-5 --steps 10 --batch-size 16 --group-size 4
+
 # ACT: the pipelines at equal epochs, the baseline of another paper, and pairs that another size of model proposed
 for pipeline in act,il il,il il,rl act,il,rl; do runs "act-$pipeline" "0 1 2 3 4" act.py --pipeline "$pipeline"; done
 for pipeline in il act act,rl il,rl,rl; do runs "act-$pipeline" "0 1 2" act.py --pipeline "$pipeline"; done
@@ -106,6 +111,9 @@ for pipeline in act,il il,il; do # where could ACT help? each setting beside its
 done
 for pipeline in il sft-choice,il no-reasoning,il; do # is it the thought, or only that imitation overfits less?
     runs "act-few-demos-$pipeline" "0 1 2 3 4" docs/act_controls.py --num-demos 20 --epochs 10 --pipeline "$pipeline"
+done
+for pipeline in act,il il,il act,il,rl il,rl; do # a base whose thoughts say what either action would bring about
+    runs "act-dose-$pipeline" "0 1 2" act.py --dose 1 --pipeline "$pipeline"
 done
 runs act-k4             "0 1 2" act.py --candidates 4
 runs act-32x2           "0 1 2" act.py --model tiny:32x2
@@ -123,8 +131,12 @@ runs reagent-C             "0 1 2" reagent.py --variant C --rrm "$results/reagen
 for weight in 0 0.1 0.5; do
     runs "reagent-U-lambda$weight" "0 1 2" reagent.py --score-weight "$weight" --rrm "$results/reagent-U-s@/rrm"
 done
-runs reagent-U-separate    "0 1 2" reagent.py --pool separate --rrm "$results/reagent-U-s@/rrm"
 for judging in annotator shuffled; do # the two ends between which the trained judge stands
     runs "reagent-U-$judging" "0 1 2" docs/other_judge.py --judging "$judging" --rrm "$results/reagent-U-s@/rrm"
 done
+# the same with the premise that second attempts follow a critique
+runs reagent-dose-U        "0 1 2" reagent.py --dose 1
+runs reagent-dose-none     "0 1 2" reagent.py --dose 1 --variant none
+runs reagent-dose-R-2G     "0 1 2" reagent.py --dose 1 --variant R --batch-size 256 --group-size 16 --rrm "$results/reagent-dose-U-s@/rrm"
+runs reagent-dose-C        "0 1 2" reagent.py --dose 1 --variant C --rrm "$results/reagent-dose-U-s@/rrm"
 exit $failed

@@ -147,6 +147,7 @@ def add(directory, folder, name="", design=DESIGN):
         line = run_line(directory, name, design, metrics)
         curve = curve_rows(name, design, metrics)
         text = json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = text.replace(str(directory.parent), "runs")  # where it lies says nothing
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         refuse(f"{directory} cannot be read ({type(error).__name__}: {error})")
     if not re.fullmatch(rf"\S+-s{line['seed']}", name):
