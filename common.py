@@ -1448,7 +1448,8 @@ class Run:
             self.clock.lap("watching")
             record = {"step": self.step, **record, **self.totals, **self.clock.seconds()}
             speed = (self.totals["tokens"] - self._sampled) / sum(self.clock.laps.values())
-            self._bar.set_postfix({"success": f"{record.get('success', 0):.2f}", "tokens/s": f"{speed:.0f}"})
+            told = {name: f"{record[name]:.2f}" for name in ("success", "loss") if isinstance(record.get(name), float)}
+            self._bar.set_postfix(told | ({"tokens/s": f"{speed:.0f}"} if speed else {}))
         warn_cut(record, limits or {}, self._told)
         self._append("metrics.jsonl", [record])
         if self._track:
