@@ -11,7 +11,7 @@ expert's and one of your own; which is better? The model reasons freely, only it
     il     imitation of the expert's replies, whole demonstrations                               (3)
     rl     GRPO at the states s_i, asked for an action, the same R                               (4)
     advantage  A_i = (R_i - mean R) / std R, within a group of replies to one prompt             (5)
-    surrogate  min(rho A, clip(rho) A) over the tokens of the replies, thoughts included         (6)
+    surrogate  min(rho A, clip(rho) A) - kl KL over the tokens of replies, thoughts included     (6)
 
 --pipeline names the stages; each starts from the model of the one before and passes --epochs times
 over its data. Version 2 of the paper has act,il and act,il,rl, with the controls il; il,il; il,rl;
@@ -21,10 +21,12 @@ reasoning) is docs/act_controls.py; Early Experience, a rival, is docs/early_exp
 Departures from the paper, and why:
  1. The policy acts in one growing dialogue, so that every token is encoded once, and without a list
     of possible actions, as lists would pile up (--show-actions has them). A question about two
-    actions shows that dialogue and the list, once.
+    actions shows that dialogue and the list, once. While training, earlier turns are the expert's
+    bare actions; in evaluation they are the policy's own replies.
  2. A candidate without tags, or with nothing in them, makes no pair, and those that are alike make
     one; a question or a state that does not fit the context is left out, a demonstration cut short.
- 3. A choice may be named by its number, where the paper wants the action.
+ 3. A choice may be named by its number, where the paper wants the action. Where nothing lists what
+    is possible, the candidate counts as possible.
  4. A reply that the limit cut off before its tags has no part in its group's advantages: paid -0.5
     it would teach brevity, paid 0 it would teach never to end. Logs count it (`rows`, "cut").
  5. The last batch of a stage is filled up from one more pass: all gradient steps are of one size.
@@ -173,8 +175,8 @@ def question(world, args, pair, reasons=True):
     _, *said, last = dialogue(world, dataclasses.replace(args, shots=0), said)
     lines = [last["content"]]
     if pair["admissible"]:
-        lines += [LISTED, *pair["admissible"]]
-    one, two = in_order(pair)
+        lines += [LISTED, *map(envs.one_line, pair["admissible"])]
+    one, two = (envs.one_line(world.read(action)) for action in in_order(pair))
     lines += [PROPOSED, f"Action 1: {one}", f"Action 2: {two}", choose(reasons)]
     shots = worked_examples(args.env, args.shots, False, True, reasons)
     return [system(world, reasons), *shots, *said, user("\n".join(lines))]
@@ -347,16 +349,21 @@ def propose(state, states, done=0):
         for each, said in zip(some, groups(replies, count)):
             proposed = Counter(reply.row for reply in said)
             proposed["tokens"] = count_tokens(said)
-            yield {**each, "candidates": others(state.world, said), "proposed": proposed}
+            candidates = others(state.world, said, each["admissible"] or [])
+            yield {**each, "candidates": candidates, "proposed": proposed}
 
 
-def others(world, replies):
-    """The actions of replies that are not the expert's, each once."""
-    found = {}
+def others(world, replies, listed):
+    """The actions of replies that are not the expert's, each once, as they are `listed`.
+
+    A spelling of the policy's own would tell which of two actions is the expert's.
+    """
+    found, spelling = {}, {normal(world, action): action for action in listed}
     for reply in replies:
-        action = parse_action(reply.text)
-        if action and reply.row in ("possible", "impossible"):
-            found[normal(world, action)] = action
+        action = parse_action(reply.text) or ""
+        key = normal(world, action)
+        if key and reply.row in ("possible", "impossible"):
+            found[key] = spelling.get(key, action)
     return [*found.values()]
 
 
@@ -865,7 +872,10 @@ def check_args(args):
     common.check(not args.pairs or PAIRED & {*stages},
                  f"--pairs: no stage of --pipeline {args.pipeline} is about pairs")
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
-    common.check(args.demos or type(world).expert is not envs.World.expert,
+    listed = world.reset(seed=0)[1]["admissible"]
+    common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
+    expert = type(world).expert is not envs.World.expert
+    common.check(expert or args.demos or args.eval_only,
                  f"--env {args.env} has no expert: give --demos")
     return world, stages, read_files(world, args)
 
@@ -948,7 +958,7 @@ def main():
     ends = envs.ends(args.env, args.eval_episodes)
     run.complete(
         model, chat, "act", args.pipeline, found["before"], found[state.stage], ends,
-        shown=[shown["before"], shown[state.stage]],
+        shown=[shown["before"], shown[state.stage]], written=True,
         stages=found,
         expert_states=len(state.states),
         pairs=len(state.pairs),

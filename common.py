@@ -1470,13 +1470,13 @@ class Run:
                  "step": self.step}
         _write_atomic(self.checkpoint, lambda file: torch.save(saved, file))
 
-    def complete(self, model, chat, method, arm, before, after, ends, shown=(), **extra):
+    def complete(self, model, chat, method, arm, before, after, ends, shown=(), written=False, **extra):
         """The end of a run: model/, then summary.json, then, with nothing left to lose, words on the screen.
 
-        `shown`: an episode from before and one from after, as rollouts.jsonl keeps them.
+        `shown`: an episode from before and one from after, as rollouts.jsonl keeps them; `written`: it has them already.
         """
         found = summary(self.script, method, arm, self.settings, before, after, ends, self.totals, self.seconds)
-        for when, step, episode in zip(("before", "after"), (0, self.step), shown):
+        for when, step, episode in zip(("before", "after"), (0, self.step), () if written else shown):
             self.write_rollouts([{"step": step, "evaluation": when, **episode}])
         self.finish(found | extra, model, chat)
         for when, episode in zip(("before", "after"), shown):

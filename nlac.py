@@ -1112,7 +1112,8 @@ def warmup(world, args):
         first, last = first_sentence(t.state[0]), first_sentence(t.state[-1])
         read = call(READER, world, t.state, f"Next action: {envs.one_line(t.action)}")
         examples.append((read, "\n".join([first, last, envs.one_line(t.action)])))
-        examples += examples_of(world, args, t, possible, draw, rng).values()
+        made = examples_of(world, args, t, possible, draw, rng).values()
+        examples += [(messages, reply) for messages, reply in made if messages]
     facts = world.facts() if hasattr(world, "facts") else []
     for fact in facts * (4 * args.examples // max(1, len(facts))):
         examples.append(([{"role": "user", "content": " ".join(fact.split()[:-1])}], fact))

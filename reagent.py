@@ -1037,6 +1037,8 @@ def check_args(args):
                  "--judgements are for the training of a judge (--judged, without --rrm)")
     common.check(args.variant != "C" or not args.demos, "--variant C imitates nothing: no --demos")
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
+    listed = world.reset(seed=0)[1]["admissible"]
+    common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
     expert = type(world).expert is not envs.World.expert
     common.check(expert or args.demos or not args.cold_start or args.variant == "C" or args.eval_only,
                  f"--env {args.env} has no expert: give --demos, or --cold-start 0")

@@ -558,7 +558,10 @@ def check_args(args) -> envs.World:
     common.check(args.reward_scale > 0, f"--reward-scale must be above 0, not {args.reward_scale}")
     common.check(args.guide == "on" or args.trust == "schedule", "--trust belongs to --guide on")
     common.check(args.guide == "on" or not args.frozen_rater, "--frozen-rater belongs to --guide on")
-    return common.checked(envs.make, args.env, show_actions=args.show_actions)
+    world = common.checked(envs.make, args.env, show_actions=args.show_actions)
+    listed = world.reset(seed=0)[1]["admissible"]
+    common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
+    return world
 
 
 def check_room(args, chat, model, messages, room):
