@@ -198,6 +198,7 @@ def worked_examples(env, count, show_actions, choice=False, reasons=False):
             pair = {"messages": [asked], "admissible": info["admissible"], "expert": action,
                     "candidate": "sing a song", "expert_second": second}
             asked = question(world, Args(env=env, prefill=not reasons), pair)[-1]
+            reply = tagged(envs.one_line(action))
         if choice and reasons:
             good, bad = (2, 1) if second else (1, 2)
             reply = f"Action {good} can be done now, and action {bad} cannot. {reply}"
