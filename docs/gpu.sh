@@ -30,7 +30,7 @@ run() {
 }
 
 nvidia-smi > "$out/card.txt" 2>&1
-python tests/benchmark.py lines --budget $((total / 2)) --out "$out/benchmark.jsonl" << LINES
+awk '!seen[$0]++' << LINES | python tests/benchmark.py lines --budget $((total / 2)) --out "$out/benchmark.jsonl"
 step --shape $middle --arm full --rows 1 4 --length $length
 step --shape $large --arm lora-checkpointed --rows 1 4 --length $length
 decode --shape $small --rows 1 16 64 --new $new
