@@ -30,8 +30,8 @@ torch.set_num_threads(1)
 WORLD = envs.make("search")
 SMALL = (  # 2 updates of the cold start, 2 and 1 of the judge, 2 of learning
     "--model tiny:32x1 --examples 60 --steps 2 --batch-size 8 --micro-batch-size 4 --group-size 4 "
-    "--eval-episodes 2 --eval-every 1 --save-every 3 --judged 16 --judge-steps 1 --judge-epochs 1 "
-    "--cold-start 16 --cold-epochs 1 --max-new-tokens 12 --judge-tokens 32 --sft-batch-size 8 "
+    "--eval-episodes 2 --eval-every 1 --save-every 3 --judged 20 --judge-steps 1 --judge-epochs 1 "
+    "--cold-start 16 --cold-epochs 1 --max-new-tokens 12 --judge-tokens 64 --sft-batch-size 8 "
     "--kl 0.01"
 )
 STEPS = ["cold-start"] * 2 + ["judge-sft"] * 2 + ["judge-grpo"] + ["learn"] * 2
@@ -1071,7 +1071,7 @@ def test_phases_come_in_order_and_metrics_follow_from_what_is_kept(whole, tiny):
     assert [row["phase"] for row in metrics] == STEPS
     assert [row["phase_step"] for row in metrics] == [1, 2, 1, 2, 1, 1, 2]
     assert [row["gradient_steps"] for row in metrics] == [1, 2, 3, 4, 6, 8, 10]
-    assert [row["episodes"] for row in metrics] == [0] * 2 + [9] * 3 + [25, 41]  # 9 to judge
+    assert [row["episodes"] for row in metrics] == [0] * 2 + [11] * 3 + [27, 43]  # 11 to judge
     for row in metrics[5:]:
         played = [e for e in rollouts if e["step"] == row["step"]]
         first, second = ([e for e in played if e["second"] == again] for again in (False, True))
@@ -1095,7 +1095,7 @@ def test_phases_come_in_order_and_metrics_follow_from_what_is_kept(whole, tiny):
     assert set(summary["judge"]) == {"before", "judge-sft", "judge-grpo"} and summary["cold_start"] == 16
     assert set(summary["judge"]["before"]["players"]) >= {"judge_auc", "auc_process", "leaks"}
     assert set(summary["cold_started"]) == {"test", "ood"}
-    assert len(lines(whole / "judged.jsonl")) == 18
+    assert len(lines(whole / "judged.jsonl")) == 22
     trained, rrm = weights(whole / "model"), weights(whole / "rrm")
     for name, value in tiny[0].named_parameters():  # every parameter moved
         assert not torch.equal(value, trained[name]) and not torch.equal(value, rrm[name])
@@ -1206,7 +1206,7 @@ def test_any_world_with_an_outcome_runs(run_script, tmp_path, flags):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(summary["judge"]) == {"before", "judge-sft", "judge-grpo"}
     judged = lines(tmp_path / "run" / "judged.jsonl")
-    assert len(judged) == 18 and len({row["score"] for row in judged}) > 1
+    assert len(judged) == 22 and len({row["score"] for row in judged}) > 1
 
 
 # --------------------------------------------------------------- whole runs: a model from elsewhere
@@ -1253,7 +1253,7 @@ def test_a_context_that_fills_up_leaves_attempts_out(run_script, whole, tiny, tm
     first = max(len(tiny[1].dialogue(ra.dialogue(WORLD, ARGS, [["world", WORLD.reset(seed=seed)[0]]])))
                 for seed in range(20))
     judged = len(tiny[1].dialogue(ra.judge_messages(WORLD, ARGS, [["world", WORLD.reset(seed=0)[0]]])))
-    context = max(first + 12, judged + 32) + ra.FORCED + 40
+    context = max(first + 12, judged + 64) + ra.FORCED + 40
     result = run_script(f"{SMALL} --rrm {whole}/rrm --max-context {context} --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
     metrics, rollouts, _ = run_of(tmp_path / "run")
