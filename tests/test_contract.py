@@ -139,9 +139,9 @@ SCRIPTS = {
         env="search", steps=7, fewer="--steps 1", not_finite=7,
         # 2 updates of the cold start, 2 and 1 of the judge, 2 of learning; each phase ends in a checkpoint
         small="--model tiny:32x1 --examples 60 --steps 2 --batch-size 8 --micro-batch-size 4 "
-              "--group-size 4 --eval-episodes 2 --eval-every 1 --save-every 3 --judged 16 "
+              "--group-size 4 --eval-episodes 2 --eval-every 1 --save-every 3 --judged 20 "
               "--judge-steps 1 --judge-epochs 1 --cold-start 16 --cold-epochs 1 "
-              "--max-new-tokens 12 --judge-tokens 32 --sft-batch-size 8 --kl 0.01",
+              "--max-new-tokens 12 --judge-tokens 64 --sft-batch-size 8 --kl 0.01",
         kills=[(IN_EVALUATION, 0), (AFTER_LINE(step=4), 4),  # the judge's data are made once more
                (IN_CHECKPOINT, 4), (AFTER_LINE(step=6), 6), (AFTER_LINE(step=7), 7),
                (BEFORE_SUMMARY, 7)],
