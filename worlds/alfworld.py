@@ -14,7 +14,8 @@ with textworld and the planner fast-downward, which pip builds from source.
 - Admissible actions are the game's. "put X in Y" and "put X in/on Y", the words of older versions,
   are understood as "move X to Y".
 - `expert()` is upstream's handcoded one, which sees what the game knows about the player's hands.
-  It does not always succeed. `success_by_type` tells successes apart by the kind of chore.
+  It does not always succeed; here it is told "put" where it said "move", without which it thinks its
+  hands full after the first of two things. `success_by_type` tells successes apart by the kind of chore.
 """
 
 import copy
@@ -134,8 +135,9 @@ class Alfworld(World):
             self.planner, self.advice = handcoded(self.path, self.states[0]), ["look"]
         for turn in range(len(self.advice), len(self.states)):
             state = self.states[turn]
+            said = re.sub("^move ", "put ", self.said[turn - 1])  # else it thinks its hands full
             try:
-                action = self.planner.act(state, 0, state["won"], self.said[turn - 1])
+                action = self.planner.act(state, 0, state["won"], said)
             except NameError:  # upstream's way to say that it has failed or run out of turns
                 action = "look"
             offered = action in state["admissible_commands"]
