@@ -489,7 +489,7 @@ def test_adapters_and_checkpointing_through_every_line(run_script, own, script, 
     assert common.fingerprint(model) != json.loads((run / "args.json").read_text())["start"]
     state, _ = saved(run)
     names = {name for part in inside(state) if isinstance(part, dict) for name in part if str(name).endswith(".weight")}
-    assert names and (script == "reagent" or all(".lora_" in name for name in names))
+    assert names and all(".lora_" in name for name in names)
 
 
 def test_killed_again_and_again_and_resumed(run_script, own, same_run, small, tmp_path):
