@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import lines, trained_on
 
 import act
 import common
@@ -62,10 +63,6 @@ def flags_of(**settings):
 def python(cache, script, **settings):
     return subprocess.run([sys.executable, str(ROOT / "docs" / script), *flags_of(**settings)], capture_output=True, text=True, timeout=120,
                           cwd=cache, env=os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"})
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # --------------------------------------------------------------------------------------------------------------- the runs
@@ -772,7 +769,7 @@ def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypat
     other_judge.main()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    rollouts = lines(tmp_path / "run" / "rollouts.jsonl")
+    rollouts = trained_on(tmp_path / "run")
     sides = [[e for e in rollouts if e["second"] == again] for again in (False, True)]
     assert json.loads((tmp_path / "run" / "args.json").read_text())["args"]["judging"] == judging
     assert streams == ["quality"] * 2 + ["learn"] * 2 * (judging == "shuffled")
@@ -783,7 +780,7 @@ def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypat
             number = (i + 4) % 8  # of the other question
             text, score = ((reagent.judgement_text(*reference), reference[2]) if judging == "annotator"
                            else (f"Number {number}.", number / 100))
-            assert e["said"][-1] == ["judge", text] and e["judged"] == pytest.approx(score)
+            assert e["said"][-1] == ["judge", text] and e["judge_score"] == pytest.approx(score)
             assert e["critique"] == (reference[1] if judging == "annotator" else text)
             assert e["earned"] == pytest.approx(e["score"] + 0.3 * score)
 

@@ -61,6 +61,13 @@ def changed(**settings):
     return dataclasses.replace(ARGS, **settings)
 
 
+def other_answers(monkeypatch):
+    """From now on the right answer to every question is another."""
+    begin = envs.Search.begin
+    monkeypatch.setattr(envs.Search, "begin", lambda self, *given: [
+        begin(self, *given), vars(self).update(gold="Zyx Quux")][0])
+
+
 def blocks(score, think="t", critique="c"):
     return f"<think>{think}</think>\n<critique>{critique}</critique>\n<score>{score}</score>"
 
@@ -276,14 +283,6 @@ def test_worked_examples_are_random_play_and_know_no_outcome(env, monkeypatch):
 # ------------------------------------------------------------------------------------ set-up: parts
 
 
-@pytest.fixture(scope="module")
-def tiny(home):
-    """(model, chat): shared, so do not train it; copy it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(home))
-        return ra.load(WORLD, ARGS)
-
-
 class Run:
     """Stands where common.Run does: keeps what a phase leaves."""
 
@@ -307,7 +306,7 @@ class Run:
         pass
 
     def save_if_due(self, progress, **parts):
-        self.saved = sorted(parts)
+        pass
 
 
 def state_of(tiny, path=None, world=WORLD, **settings):
@@ -395,7 +394,9 @@ def test_what_is_too_long_or_was_not_played_is_not_judged(tiny, judge_says):
     assert [e.judge_score for e in episodes] == [0.5, 0, 0, 0.5]
     assert [e.critique for e in episodes] == ["Go on like this.", "", "", "Go on like this."]
     assert episodes[0].said[-1] == ["judge", GOOD] and [len(c.asked) for c in calls] == [2]
-    assert ra.watch_judgements(episodes, judgements)["not_judged"] == 0.5
+    episodes[0].won = True
+    counted = ra.watch_judgements(episodes, judgements)
+    assert (counted["not_judged"], counted["judge_auc"]) == (0.5, 0.5)  # of those that were judged
 
 
 def test_a_judgement_knows_what_was_sampled(tiny):
@@ -416,13 +417,6 @@ def test_a_judgement_knows_what_was_sampled(tiny):
     assert ra.judge_prompt(state, A) == prompts[0] + tiny[1].encode("<think>")
     [judgement] = ra.ask_judge(state, [ra.judge_prompt(state, A)], ("s",), 0.7)
     assert judgement.text.startswith("<think>")
-
-
-def test_judge_reward_by_hand():
-    readable = partial(ra.Judgement, readable=True)
-    assert ra.judge_reward(readable(score=0.3), 0.5) == pytest.approx(0.8)
-    assert ra.judge_reward(readable(score=0.5), 0.5) == 1 and ra.judge_reward(readable(score=1), 0) == 0
-    assert ra.judge_reward(ra.Judgement(score=0.5), 0.5) == 0
 
 
 # ---------------------------------------------------------------------------- process and reference
@@ -454,9 +448,8 @@ def test_references_know_neither_outcome_nor_answer(env, monkeypatch):
         return [ra.play(world, "train", seed, ra.players_of(world)[seed % 6], random.Random(seed))
                 for seed in range(60)]
 
-    found, begin = played(), envs.Search.begin
-    monkeypatch.setattr(envs.Search, "begin", lambda self, *given: [
-        begin(self, *given), vars(self).update(gold="Zyx Quux")][0])
+    found = played()
+    other_answers(monkeypatch)
     other = played()
     assert [e.flaws for e in found] == [e.flaws for e in other] and "Zyx" not in str(
         [(e.said, e.flaws) for e in other])
@@ -465,16 +458,6 @@ def test_references_know_neither_outcome_nor_answer(env, monkeypatch):
         ra.judge_messages(WORLD, ARGS, e.said) for e in other]
     assert len({flaw.name for e in found for flaw in e.flaws}) >= 5
     assert len({ra.reference(e.flaws)[1] for e in found}) > 20  # they quote evidence
-
-
-def test_flaws_are_of_what_was_said_aloud():
-    plain = ra.play(WORLD, "train", 3, envs.expert_player, random.Random(0))
-    thought = f"<think>or {envs.tool_call('answer', 'Nobody')}</think>\n"
-    WORLD.reset(seed=3, options={"split": "train"})
-    episode = ra.Episode("train", 3, [])
-    for action in plain.actions:
-        ra.take_turn(WORLD, episode, thought + action)
-    assert episode.won and ra.process_flaws(WORLD, episode) == [] == plain.flaws
 
 
 # ---------------------------------------------------------------------------- (4) and (5): the pool
@@ -683,26 +666,20 @@ def test_u_learns_from_first_and_second_attempts_in_one_pool(tiny, judge_says, u
         len(tiny[1].encode(text)) for text in spoken)
 
 
-@pytest.mark.parametrize("variant", ["R", "none"])
-def test_r_and_none_have_no_second_attempts(tiny, judge_says, updates, luck, variant):
-    calls = judge_says(GOOD)
+@pytest.mark.parametrize("variant, says, added", [
+    ("R", GOOD, 0.15), ("none", GOOD, 0), ("R", "garbage", 0)])  # fmt: skip
+def test_r_and_none_have_no_second_attempts_and_garbage_leaves_the_rule(
+    tiny, judge_says, updates, luck, variant, says, added
+):
+    calls = judge_says(says)
     state = state_of(tiny, steps=1, variant=variant)
     ra.learn(state)
-    [(_, batch, _)], [(_, how, first)] = updates, luck
-    assert how["before"] is None and batch == first and len(calls) == (variant == "R")
-    added = 0.15 if variant == "R" else 0
+    [(_, batch, _)], [(_, how, first)], [metrics] = updates, luck, state.run.logged
+    assert how["before"] is None and batch == first and bool(calls) == (variant == "R")
     assert [e.earned for e in batch] == pytest.approx([e.score + added for e in batch])
-    assert ("judge_readable" in state.run.logged[0]) == (variant == "R")
-    assert "second_success" not in state.run.logged[0] and batch[0].advantage != 0
-
-
-def test_a_judge_that_writes_garbage_leaves_the_rule(tiny, judge_says, updates, luck):
-    judge_says("garbage")
-    state = state_of(tiny, steps=1)
-    ra.learn(state)
-    [(_, batch, _)] = updates
-    assert all(e.critique == "" and e.earned == e.score for e in batch) and batch[0].advantage
-    assert not any(e.left_out for e in batch) and state.run.logged[0]["judge_readable"] == 0
+    assert metrics.get("judge_readable") == (None if variant == "none" else says == GOOD)
+    assert "second_success" not in metrics and batch[0].advantage != 0
+    assert not any(e.left_out for e in batch) and {bool(e.critique) for e in batch} == {added > 0}
 
 
 @pytest.mark.parametrize("env", ["search", "search-full"])
@@ -714,7 +691,7 @@ def test_no_prompt_depends_on_the_right_answer(
     seed = next(s for s in range(100) if (world.reset(seed=s)[0].startswith("How many years after")
                                           == (env == "search-full")))
     script = envs.run_episode(world, envs.expert_player, seed)["actions"]
-    read, said, begin, rollout = [], [], envs.Search.begin, ra.rollout
+    read, said, rollout = [], [], ra.rollout
 
     def say(seen, turn):
         read.append(seen)
@@ -724,15 +701,14 @@ def test_no_prompt_depends_on_the_right_answer(
     calls = judge_says(GOOD)
     monkeypatch.setattr(ra, "rollout", lambda model, chat, args, split, seeds, **how: rollout(
         model, chat, args, "train", [seed] * len(seeds), **how))
-    for gold in None, "Zyx Quux":
-        if gold:
-            monkeypatch.setattr(envs.Search, "begin", lambda self, *given: [
-                begin(self, *given), vars(self).update(gold="Zyx Quux")][0])
+    for same in True, False:
+        if not same:
+            other_answers(monkeypatch)
         state = state_of(tiny, world=world, env=env, steps=1, batch_size=8)
         ra.learn(state)
         metrics = state.run.logged[0]
-        assert metrics["success"] == metrics["second_success"] == (gold is None)
-        assert ra.evaluate(state, ["test"], again=True)[0]["test"]["success"] == (gold is None)
+        assert metrics["success"] == metrics["second_success"] == same
+        assert ra.evaluate(state, ["test"], again=True)[0]["test"]["success"] == same
         said.append(read + [prompt for call in calls for prompt in call.asked])
         read.clear(), calls.clear()
     assert said[0] == said[1] and len(said[0]) > 10
@@ -772,8 +748,8 @@ def test_what_the_supervised_phases_imitate(tiny, monkeypatch, tmp_path):
     e = ra.play(WORLD, "train", 3, envs.expert_player, random.Random(0), thinks=True)
     row = {"messages": ra.messages_of(e.said)[:-1], "earlier": ra.messages_of(A)[:-1],
            "think": "t", "critique": "c", "score": 0.4}  # fmt: skip
-    state = state_of(tiny, tmp_path, cold_again=True, sft_batch_size=1, judge_steps=0, cold_epochs=1)
-    state.demos = state.judged = [row]
+    state = state_of(tiny, tmp_path, cold_again=True, sft_batch_size=1, judge_steps=1, cold_epochs=1)
+    state.demos, state.judged = [row], ["of GRPO"] * 2 + [row]
     ra.cold_start(state)
     ra.judge_sft(state)
     assert [given[0] for given in seen] == [state.agent.model, state.rrm.model]
@@ -855,13 +831,8 @@ def test_judged_trajectories_are_of_players_and_of_the_agent(tiny, tmp_path):
 
 ROW = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
        "think": "t", "critique": "c", "score": 0.5}  # fmt: skip
-BAD_ROWS = [
-    {}, [], "row", None, ROW | {"messages": []}, ROW | {"messages": "QA"}, ROW | {"messages": None},
-    ROW | {"messages": ROW["messages"][:1]}, ROW | {"messages": ROW["messages"][::-1]},
-    ROW | {"messages": [{"role": "system", "content": "S"}, *ROW["messages"]]},
-    ROW | {"messages": [ROW["messages"][0], {"role": "assistant"}]},
-    ROW | {"messages": [ROW["messages"][0], {"role": "assistant", "content": 3}]},
-    ROW | {"messages": [ROW["messages"][0], {"role": "assistant", "content": "\ud800"}]},
+BAD_ROWS = [  # what messages may be is in test_common.py
+    {}, [], "row", None, ROW | {"messages": ROW["messages"][:1]}, ROW | {"messages": None},
     ROW | {"earlier": ROW["messages"][:1]}, ROW | {"earlier": "x"},
 ]  # fmt: skip
 BAD_JUDGED = [{key: value for key, value in ROW.items() if key != gone}
@@ -917,6 +888,7 @@ def test_quality_of_a_judge(tiny, judge_says, monkeypatch):
     flaw = envs.Flaw("wrong tool", 0.2, "f", "Go on like this.")
     episodes = [ra.Episode("test", i, list(A), won=i < 2, flaws=[flaw] * (i > 0), gold="on like")
                 for i in range(4)]  # fmt: skip
+    episodes.append(ra.Episode("test", 4, list(A[:1]), gold="on like"))  # left out
     count = itertools.count()
     judge_says(lambda prompt: blocks([0.9, 0.3, 0.3, 0.1][next(count) % 4], critique="Go on like this."))
     monkeypatch.setattr(ra, "mixed_episodes", lambda state, split, seeds, stream: (
@@ -926,7 +898,8 @@ def test_quality_of_a_judge(tiny, judge_says, monkeypatch):
     players = found["players"]
     assert players["judge_auc"] == 3.5 / 4 and players["auc_process"] == 1
     assert players["error"] == pytest.approx((0.1 + 0.5 + 0.5 + 0.7) / 4)
-    assert players["same_critique"] == 1 and players["critiques"] == 1 and players["leaks"] == 1
+    assert players["same_critique"] == 1 and players["critiques"] == 2 and players["leaks"] == 1
+    assert players["not_judged"] == 1 / 5
 
 
 def test_first_attempts_count_at_test_time_and_second_ones_in_c(tiny, judge_says, monkeypatch):
@@ -967,7 +940,7 @@ def test_the_warm_up_sees_no_expert_no_answer_and_train_alone(monkeypatch, dose)
     def asked(*_):
         raise AssertionError("the warm-up asked an expert")
 
-    splits, reset, begin = set(), envs.Search.reset, envs.Search.begin
+    splits, reset = set(), envs.Search.reset
     monkeypatch.setattr(envs.Search, "reset", lambda self, **how: splits.add(
         how["options"]["split"]) or reset(self, **how))
     for name in ("expert_player", "search_expert", "search_thought", "sloppy_player", "hasty_player",
@@ -993,8 +966,7 @@ def test_the_warm_up_sees_no_expert_no_answer_and_train_alone(monkeypatch, dose)
         question = e[1]["content"].split("\n")[0]
         [one] = [d for d in first if d[1]["content"] == question]
         assert f"Agent: {one[2]['content']}" in e[1]["content"]
-    monkeypatch.setattr(envs.Search, "begin", lambda self, *given: [
-        begin(self, *given), vars(self).update(gold="Zyx Quux")][0])
+    other_answers(monkeypatch)
     assert ra.warmup(envs.make("search"), args) == examples  # nor does it depend on right answers
 
 
