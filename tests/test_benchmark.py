@@ -121,6 +121,7 @@ def test_the_table_is_of_this_function():
     assert (ROOT / "docs" / "memory.md").read_text() == table.stdout
 
 
+@pytest.mark.slow
 def test_the_kit_walks_through_in_small(tmp_path, environment):
     """`environment` has a cache of its own: the runs build their tiny models."""
     done = subprocess.run(["bash", ROOT / "docs" / "gpu.sh", tmp_path / "out", "dry"], env=environment | {"PATH": (
