@@ -617,9 +617,10 @@ def nll(parts, pairs, weight) -> float:
 
     At the temperature of sampling: at any other one, learning from own samples would sharpen (or
     flatten) step by step. The mean spans all of `pairs` [(prompt ids, target ids)], so that the
-    gradient does not depend on the micro-batch.
+    gradient does not depend on the micro-batch. A target ends where the context does.
     """
-    args, total = parts.args, 0.0
+    args, total, room = parts.args, 0.0, parts.model.max_context
+    pairs = [(prompt, target[:room - len(prompt)]) for prompt, target in pairs if len(prompt) < room]
     tokens = sum(len(target) for _, target in pairs)
     pairs = sorted(pairs, key=lambda pair: len(pair[0]))  # neighbours need little padding
     for batch in groups(pairs, args.micro_batch_size):

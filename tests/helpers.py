@@ -124,7 +124,7 @@ WORDS = 5
 class Bigram(torch.nn.Module):
     """p(next | last) = softmax of a row: losses and gradients can be worked out by hand."""
 
-    device = torch.device("cpu")
+    device, max_context = torch.device("cpu"), 100
 
     def __init__(self, table):
         super().__init__()

@@ -52,14 +52,15 @@ common.Run.log, common.token_logprobs = counted, broken
 """
 SIZES = """
 decode, logprobs = common._decode, common.token_logprobs
-def note(*numbers):
-    with open("sizes", "a") as file:
-        print(*numbers, file=file)
+def note(model, *numbers):
+    if hasattr(model, "max_context"):  # what a load tries is not yet bounded
+        with open("sizes", "a") as file:
+            print(*numbers, file=file)
 def decoded(model, chat, cache, mask, last, limit, *given):
-    note("sampled", len(last), mask.shape[1] + 1 + limit)
+    note(model, "sampled", len(last), mask.shape[1] + 1 + limit)
     return decode(model, chat, cache, mask, last, limit, *given)
 def read(model, ids, mask, *given):
-    note("read", *ids.shape)
+    note(model, "read", *ids.shape)
     return logprobs(model, ids, mask, *given)
 common._decode, common.token_logprobs = decoded, read
 """
@@ -290,7 +291,7 @@ def test_a_model_from_elsewhere_runs_through_every_line(
     assert {name: last[name] for name in own.clueless} == own.clueless
     assert abs(last.get("logprob_gap", 0)) < 1e-4
     told = re.findall(r"of the replies of (\w+) were cut: raise --[\w-]+-tokens", result.stderr)
-    assert told and len(told) == len(set(told)) == result.stderr.count("warning: ")
+    assert told and len(told) == len(set(told)) == result.stderr.count("were cut: raise ")
     (start, _), (trained, chat) = (
         common.load(str(tmp_path / name)) for name in ("model", "run/model"))  # fmt: skip
     assert (common.fingerprint(start) != common.fingerprint(trained)) == own.learns

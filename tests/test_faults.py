@@ -477,8 +477,8 @@ def test_a_full_disk_keeps_what_was_there_and_is_one_line(tmp_path, capsys):
 
 
 def test_a_model_that_cannot_be_saved_leaves_the_old_one(tmp_path):
-    class Unable:
-        def save_pretrained(self, path):
+    class Unable(torch.nn.Module):
+        def save_pretrained(self, path, state_dict=None):
             (path / "half").write_text("")
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -491,6 +491,7 @@ def test_a_model_that_cannot_be_saved_leaves_the_old_one(tmp_path):
 
 @pytest.mark.parametrize("number", sorted(common.Run.STOPS))
 def test_signals_stop_a_run_after_its_step(number, tmp_path):
+    signal.signal(number, signal.SIG_DFL)  # also where the tests run below nohup
     run = started(tmp_path / "run")
     signal.raise_signal(number)
     assert run.stopping == 128 + number

@@ -594,7 +594,7 @@ def test_gradient_does_not_depend_on_the_micro_batch():
     torch.manual_seed(0)
     size = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=100, initializer_range=0.3, **size)).eval()
-    rng = random.Random(0)
+    rng, model.max_context = random.Random(0), 100
     pairs = [([rng.randrange(100) for _ in range(rng.randrange(1, 40))], [rng.randrange(100) for _ in range(rng.randrange(1, 9))])
              for _ in range(11)]  # fmt: skip
     total = sum(len(target) for _, target in pairs)
