@@ -1,5 +1,6 @@
 """Worlds that others wrote. Each part is skipped where its extra is not installed."""
 
+import gc
 import http.server
 import importlib.util
 import itertools
@@ -190,6 +191,31 @@ def test_sciworld_makes_the_gold_path_for_the_expert_only(science):
     first = env.expert()
     env.step("inventory")  # not on the path: the expert goes on where it was
     assert env.expert() == first
+
+
+@sciworld
+def test_sciworld_gives_memory_back(science):
+    """Whoever closes worlds and asks experts again and again does not fill Java up."""
+    env = science("sciworld:lifespan-longest-lived")
+    env.reset(seed=0)
+    java = sys.modules["worlds.sciworld"].JAVA.gateway.jvm.java.lang
+
+    def used():
+        java.System.gc()
+        return (java.Runtime.getRuntime().totalMemory() - java.Runtime.getRuntime().freeMemory()) / 2**20
+
+    start = used()
+    gc.disable()  # the collector of Python would hide it, sooner or later
+    try:
+        for seed in range(4):
+            env.reset(seed=seed)
+            env.expert()
+            other = science()
+            other.reset(seed=seed)
+            other.close()
+    finally:
+        gc.enable()
+    assert used() < start + 30  # one world takes 10
 
 
 @sciworld

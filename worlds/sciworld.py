@@ -56,7 +56,9 @@ class Java:
         self.users += 1
         return self.gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
 
-    def release(self):
+    def release(self, simulator):
+        """Gives a simulator back; the last one ends Java."""
+        self.gateway.detach(simulator)  # 10 MB, which Java else keeps until Python's collector comes
         self.users -= 1
         if self.users == 0:
             process = self.gateway.java_process
@@ -166,7 +168,7 @@ class ScienceWorld(World):
             simulation = JAVA.acquire()
             simulation.load(*self.episode, "easy", True)
             self.gold = list(simulation.getGoldActionSequence())
-            JAVA.release()
+            JAVA.release(simulation)
         followed = 0  # how much of the path was gone, whatever else was done
         for action in self.done:
             followed += self.gold[followed : followed + 1] == [action]
@@ -174,8 +176,8 @@ class ScienceWorld(World):
 
     def close(self):
         if self.game is not None:
+            JAVA.release(self.game)
             self.game = None
-            JAVA.release()
 
 
 def make(argument="", **settings):

