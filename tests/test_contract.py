@@ -147,7 +147,7 @@ SCRIPTS = {
                (IN_CHECKPOINT, 4), (AFTER_LINE(step=6), 6), (AFTER_LINE(step=7), 7),
                (BEFORE_SUMMARY, 7)],
         other="--variant R --score-weight 1",
-        llama="--steps 1 --max-new-tokens 6 --judge-tokens 8 --judged 4 --cold-start 2 "
+        llama="--steps 1 --max-new-tokens 6 --judge-tokens 250 --judged 4 --cold-start 2 "
               "--eval-episodes 1",
         clueless={"judge_readable": 0, "return": 0, "invalid": 1, "groups_flat": 2},
         data=("judged.jsonl",), models=("rrm",), world="--judged 0 --cold-start 2"),
