@@ -965,7 +965,7 @@ def leaks(episodes) -> float | None:
     """The share of critiques that contain the right answer, where there is one but yes and no."""
     found = []
     for episode in episodes:
-        gold = envs.plain_words(episode.gold)
+        gold = envs.plain_words(str(episode.gold or ""))
         if gold and gold not in (["yes"], ["no"]) and episode.critique:
             critique = " ".join(envs.plain_words(episode.critique))
             found.append(f" {' '.join(gold)} " in f" {critique} ")
