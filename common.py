@@ -34,7 +34,6 @@ try:
 except ImportError:  # a platform without locks
     fcntl = None
 
-import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -876,6 +875,8 @@ def _read(called, path, dtype, **where):
 
 def _hub_answers(name):
     """Whether the hub does, within seconds; where it does not, what was fetched before is to be used without asking again and again."""
+    import huggingface_hub  # what transformers itself downloads with
+
     try:
         huggingface_hub.model_info(name, timeout=10)
     except huggingface_hub.errors.HfHubHTTPError:  # an answer, too
