@@ -1,14 +1,14 @@
 """Self-Guide (Wang et al., arXiv 2604.03098): an agent rates its own steps, acts on it, earns it.
 
-One language model rates and acts. With h_t for the history, u for the share of the run that is done:
+One language model rates and acts. h_t is the history, u the share of the run that is done:
 
-    rate       z_t ~ pi(. | h_{t-1}, o_t)         a reason and a label for the step just taken     (1)
-    act        a_t ~ pi(. | h_{t-1}, o_t, z_t)    with the rating in view; the actor may think     (2)
-    return     R(tau; u) = R_env(tau) + lambda(u) sum_t g(z_t),  g: +0.1, 0, -0.1 by label         (3)
+    rate       z_t ~ pi(. | h_{t-1}, o_t)       a reason and a label for the step just taken     (1)
+    act        a_t ~ pi(. | h_{t-1}, o_t, z_t)  with the rating in view; the actor may think     (2)
+    return     R(tau; u) = R_env(tau) + lambda(u) sum_t g(z_t),  g: +0.1, 0, -0.1 by label       (3)
     trust      lambda(u) = 0 until 40% of the run (ratings steer and earn nothing), up to 1 at
-               50%, 1 until 70%, down to 0 at 80%: this shaping is not potential-based             (4)
-    advantage  A_i = (R_i - mean R) / std R, within a group of episodes of one task                (5)
-    surrogate  min(rho A, clip(rho) A) over the tokens of ratings *and* of actions                 (6)
+               50%, 1 until 70%, down to 0 at 80%, as this shaping is not potential-based        (4)
+    advantage  A_i = (R_i - mean R) / std R, within a group of episodes of one task              (5)
+    surrogate  min(rho A, clip(rho) A) over the tokens of ratings *and* of actions               (6)
 
 The equation numbers are this file's. R_env is the world's score, 0 or 1 in most worlds.
 Arms, one run each: --guide off is plain GRPO; --guide inference trains nothing and compares the
@@ -17,19 +17,22 @@ start policy without and with its ratings; --trust zero lets ratings steer but n
 Departures from the paper, and why:
  1. Rating and acting are turns of one growing dialogue; the paper gives each call a prompt of its
     own over the history, earlier ratings included. So a rollout encodes every token once, the model
-    sees its earlier thoughts too, and the labels are explained once. A full context ends the episode.
- 2. What is possible now is not listed, as lists would pile up in a dialogue; --show-actions does it,
+    sees its earlier thoughts too, and labels are explained once. A full context ends the episode,
+    with the score it has by then.
+ 2. What is possible now is not listed (lists would pile up in a dialogue); --show-actions does it,
     as the paper's prompts for ALFWorld and WebShop do (its SciWorld prompt does not).
  3. A rating without a label counts as neutral (the paper does not say), and is counted.
- 4. A label is of the step just taken, as the prompt of the paper's figure 7 has it, so that their sum
+ 4. A label is of the step just taken, as in the prompt of the paper's figure 7, so that their sum
     adds up steps: the first turn has no step to rate, and the last step is never rated.
+ 5. Turn limits are the worlds' own (household 12, household-full 30; paper: 50, 30 and 15).
 The paper leaves open: group size, learning rate and KL weight of its GRPO runs (here: those of its
-DAPO runs), the warm-up of the rate and AdamW's betas, how the loss is averaged over tokens, the
-scale of R_env (1 as written; a public script has 10), gradient steps per batch. Plain GRPO at equal
-tokens is --guide off with more --steps: metrics.jsonl counts `tokens`.
+DAPO runs); AdamW's betas, warm-up and gradient clipping (at 1); how the loss is averaged over
+tokens; the scale of R_env (1 as written; a public script has 10); gradient steps per batch; whether
+DAPO's sampling looks at R or at R_env (here: R, so where ratings earn few groups are replaced).
+Plain GRPO at equal tokens is --guide off with more --steps: metrics.jsonl counts `tokens`.
 
-    python self_guide.py                                         # household, tiny model: minutes
-    python self_guide.py --guide off --out-dir runs/grpo         # an arm wants its own directory
+    python self_guide.py                                   # household, tiny model (TINY): minutes
+    python self_guide.py --guide off --out-dir runs/grpo   # an arm wants its own directory
     python self_guide.py --model smollm2 --shots 2 --prefill --show-actions --guide inference \\
         --eval-episodes 20 --max-new-tokens 24 --rate-tokens 48  # a chat model on a laptop
     python self_guide.py --model Qwen/Qwen3-1.7B --env household-full
@@ -56,7 +59,7 @@ from common import flag
 
 @dataclass
 class Args:
-    """The paper's setting. "not in the paper" marks what it leaves open; TINY has a tiny model's."""
+    """The paper's setting. "not in the paper": what it leaves open; TINY has a tiny model's."""
 
     # shared by all scripts
     model: str = flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
@@ -116,19 +119,22 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------ prompts
-# Labels, their meanings and the two lines of a rating are the paper's; the wording is ours. A world's
-# own system prompt comes first: it states the game, these state the form of a reply.
+# Labels, their meanings and the two lines of a rating are the paper's; the wording is ours. A
+# world's own system prompt comes first: it states the game, these state the form of a reply.
 
 POLICY = "Think first if it helps. Then write Action: and your next action, on a line of its own."
-GUIDED = """You also rate your own steps. When you are asked to rate, judge the step you have just taken in the light
-of the whole episode so far. Reply with two lines. Reason: one sentence. Label: positive, neutral or negative.
+GUIDED = """You also rate your own steps. When you are asked to rate, judge the step you have just \
+taken in the light
+of the whole episode so far. Reply with two lines. Reason: one sentence. Label: positive, neutral \
+or negative.
 Positive: the step moved closer to the goal, or found what will be of use. Neutral: neither.
 Negative: it was wasted, a step back, a contradiction, or you are stuck.
-Your rating is a hint for your next action: go on after a positive one, try something else after a negative one."""
+Your rating is a hint for your next action: go on after a positive one, try something else after \
+a negative one."""
 RATE = "Rate your last step. Reason: one sentence. Label: positive, neutral or negative."
 ACT = "Now your next action."
 LABELS = ["negative", "neutral", "positive"]
-FORCED = 16  # tokens: room for what is never sampled, --prefill's words and the end put to a cut reply
+FORCED = 16  # tokens that a turn may add unsampled: --prefill's words, ends of cut replies
 
 
 def written(action):
@@ -164,7 +170,7 @@ def opening(world, args, guided):
 def worked_examples(env, count, show_actions, guided):
     """--shots: what a random player met and did on train; with guidance also how a step is rated.
 
-    Every other rated step cannot be done, so that both labels are seen.
+    By turns a possible step, shown as positive, and an impossible one: from two on both are seen.
     """
     world, messages = envs.make(env, show_actions=show_actions), []
     for seed in range(10**6, 10**6 + count):  # far from the seeds that are learnt from
@@ -204,7 +210,7 @@ class Episode:
     actions: list[str] = field(default_factory=list)  # as the world read them
     labels: list[int | None] = field(default_factory=list)  # of all steps but the last
     valid: list[bool] = field(default_factory=list)
-    cut: dict = field(default_factory=lambda: {"act": 0, "rate": 0})  # replies that the limit cut off
+    cut: dict = field(default_factory=lambda: {"act": 0, "rate": 0})  # replies cut by the limit
     won: bool = False
     score: float = 0.0
     over: bool = False
@@ -228,10 +234,11 @@ def rollout(model, chat, args, split, seeds, **how) -> list[Episode]:
 
 
 @torch.no_grad()
-def side_by_side(model, chat, args, split, seeds, first, *, guided, temperature, stream, rater=None):
+def side_by_side(
+        model, chat, args, split, seeds, first, *, guided, temperature, stream, rater=None):
     """Episodes that share a cache; their rows count from `first`.
 
-    `stream` names the randomness: a row's replies depend on (--seed, stream, row, turn, part) alone.
+    `stream` names the randomness: a reply depends on (--seed, stream, row, turn, part) alone.
     `rater`: other weights that rate (--frozen-rater); what they say is not trained.
     """
     worlds, episodes, prompts = [], [], []
@@ -242,41 +249,43 @@ def side_by_side(model, chat, args, split, seeds, first, *, guided, temperature,
         prompts.append(chat.dialogue(opening(worlds[-1], args, guided)))
     actors = common.Dialogues(model, chat, prompts)
     raters = actors.read_by(rater) if rater else actors  # the same dialogues, other weights
+    limits = {"rate": args.rate_tokens, "act": args.max_new_tokens}
 
-    def ask(part, speakers, limit, word):
-        seeds = [common.row_seed(args.seed, *stream, first + i, turn, part) for i in live]
-        replies = speakers.reply(live, max_new_tokens=limit, temperature=temperature,
-                                 seeds=seeds, prefill=word if args.prefill else "")
-        for i, ids, text, complete in zip(live, replies.ids, replies.texts, replies.complete):
-            episodes[i].said.append([part, text])
-            episodes[i].tokens += len(ids)
-            episodes[i].cut[part] += not complete
-        return replies.texts
+    def ask(part, dialogues, prefill):
+        seeds = [common.row_seed(args.seed, *stream, first + row, turn, part) for row in live]
+        replies = dialogues.reply(live, max_new_tokens=limits[part], temperature=temperature,
+                                  seeds=seeds, prefill=prefill if args.prefill else "")
+        for row, ids, text, complete in zip(live, replies.ids, replies.texts, replies.complete):
+            episodes[row].said.append([part, text])
+            episodes[row].tokens += len(ids)
+            episodes[row].cut[part] += not complete
+        return zip(live, replies.texts)
 
     for turn in itertools.count():
-        live = [i for i, episode in enumerate(episodes) if not episode.over]
-        rating = guided and turn > 0
-        if turn:
-            seen = [worlds[i].observation for i in live]
-            actors.extend(live, map(to_rate, seen) if guided else seen)
-        for i in live:  # a full context ends the episode; no turn is ever dropped
-            room = FORCED + args.max_new_tokens
+        live, rating = [], guided and turn > 0
+        for row, (world, episode) in enumerate(zip(worlds, episodes)):
+            if episode.over:
+                continue
+            seen, room = world.observation, FORCED + args.max_new_tokens
+            if turn:
+                actors.extend([row], [to_rate(seen) if guided else seen])
             if rating:
-                room += args.rate_tokens + len(chat.turn(to_act(worlds[i].observation)))
-            if len(actors.ids[i]) + room > model.max_context:
-                episodes[i].truncated = episodes[i].over = True
-        live = [i for i in live if not episodes[i].over]
+                room += args.rate_tokens + len(chat.turn(to_act(seen)))
+            if len(actors.ids[row]) + room <= model.max_context:
+                live.append(row)
+            else:  # a full context ends the episode; no turn is ever dropped
+                episode.truncated = episode.over = True
         if not live:
             break
         if rating:
-            for i, reply in zip(live, ask("rate", raters, args.rate_tokens, "Reason:")):  # (1)
-                episodes[i].labels.append(parse_rating(reply))
-            actors.extend(live, [to_act(worlds[i].observation) for i in live])
-        for i, reply in zip(live, ask("act", actors, args.max_new_tokens, "Action:")):  # (2)
-            take_turn(worlds[i], episodes[i], reply)
-    for i, episode in enumerate(episodes):
-        worlds[i].close()
-        episode.ids, episode.mask, episode.logprob = actors.sampled(i)
+            for row, reply in ask("rate", raters, "Reason:"):  # (1)
+                episodes[row].labels.append(parse_rating(reply))
+            actors.extend(live, [to_act(worlds[row].observation) for row in live])
+        for row, reply in ask("act", actors, "Action:"):  # (2)
+            take_turn(worlds[row], episodes[row], reply)
+    for row, episode in enumerate(episodes):
+        worlds[row].close()
+        episode.ids, episode.mask, episode.logprob = actors.sampled(row)
     return episodes
 
 
@@ -297,30 +306,33 @@ def sample_groups(model, chat, args, step, task, trust, **how):
     DAPO's dynamic sampling: groups without advantages are replaced by others, --resample times;
     what is left of them fills the batch up in the end. Writes `Episode.advantage`.
     """
-    batch, played, first = [], [], args.seed * 1_000_000_007 + task
-    tries = 1 + args.resample if args.estimator == "dapo" else 1
-    for attempt in range(tries):
-        start, missing = len(played), args.batch_size - len(batch)
+    kept, played, first = [], [], args.seed * 1_000_000_007 + task
+    last = args.resample if args.estimator == "dapo" else 0
+    for attempt in range(last + 1):
+        start, missing = len(played), args.batch_size - args.group_size * len(kept)
         seeds = [first + i // args.group_size for i in range(start, start + missing)]
         played += rollout(model, chat, args, "train", seeds, temperature=args.temperature,
                           stream=("train", step, attempt), **how)
         for group in groups(played[start:], args.group_size):
             guided_advantages(args, group, trust)
-            if attempt == tries - 1 or any(episode.advantage for episode in group):
-                batch += group
-        if len(batch) == args.batch_size:
+            if attempt == last or any(episode.advantage for episode in group):
+                kept.append(group)
+        if args.group_size * len(kept) == args.batch_size:
             break
-    return batch, played
+    if last:  # else the last of --updates gets all groups that have no advantages
+        random.Random(step).shuffle(kept)
+    return list(itertools.chain(*kept)), played
 
 
 # ------------------------------------------------------------------------------ returns, advantages
 
 TRUST = {  # lambda at the four --trust-points: a line between them, level before and after
-    "schedule": [0, 1, 1, 0], "zero": [0, 0, 0, 0], "immediate": [1, 1, 1, 1], "no-anneal": [0, 1, 1, 1]}
+    "schedule": [0, 1, 1, 0], "zero": [0, 0, 0, 0],  # the others are the paper's ablations
+    "immediate": [1, 1, 1, 1], "no-anneal": [0, 1, 1, 1]}
 
 
 def trust_schedule(args, share):
-    """(4) lambda(u) when `share` of the run is done, in [0, 1), or an arm of the ablation.
+    """(4) lambda(u) with u = (step - 1) / steps: what is done before a step.
 
     In a group whose R_env are all equal, (5) divides by the spread of the ratings alone: there they
     get full-size advantages whatever lambda > 0 or --reward-scale (metric groups_flat_env).
@@ -335,8 +347,8 @@ def environment_return(args, episode):
 
 def rating_return(args, episode):
     """sum_t g(z_t). Not divided by its length, as in the paper: long self-praise pays."""
-    total = args.rating_reward * sum(label or 0 for label in episode.labels)
-    return total / max(1, len(episode.labels)) if args.mean_rating else total
+    total = sum(label or 0 for label in episode.labels)  # departure 3: None counts as 0
+    return args.rating_reward * (total / max(1, len(episode.labels)) if args.mean_rating else total)
 
 
 def total_return(args, episode, trust):
@@ -367,8 +379,9 @@ def guided_advantages(args, group, trust):
 
     With --flat-groups False, ratings earn nothing where all R_env are equal.
     """
-    flat = without_spread([environment_return(args, episode) for episode in group], len(group))
-    trust = 0.0 if flat and not args.flat_groups else trust
+    environment = [environment_return(args, episode) for episode in group]
+    if not args.flat_groups and max(environment) == min(environment):
+        trust = 0.0
     returns = [total_return(args, episode, trust) for episode in group]
     for episode, earned, advantage in zip(group, returns, group_advantages(returns)):
         episode.earned, episode.advantage = earned, advantage
@@ -479,7 +492,8 @@ def watch(episodes):
     valid = [ok for episode in episodes for ok in episode.valid]
     labels = [label for episode in episodes for label in episode.labels]
     lost = [errors(episode) for episode in episodes if not episode.won]
-    found = {"success": common.mean(episode.won for episode in episodes),
+    success, se = common.mean_se(episode.won for episode in episodes)
+    found = {"success": success, "se": se,
              "score": common.mean(episode.score for episode in episodes),
              "turns": len(valid) / len(episodes),
              "invalid": valid.count(False) / max(1, len(valid)),
@@ -490,9 +504,8 @@ def watch(episodes):
     if labels:
         found["unrated_steps"] = len(valid) - len(labels)  # the last of each episode
         found["cut_rate"] = sum(episode.cut["rate"] for episode in episodes) / len(labels)
-        found["label_malformed"] = labels.count(None) / len(labels)
-        for i, name in enumerate(LABELS):
-            found[f"label_{name}"] = labels.count(i - 1) / len(labels)
+        for label, name in zip([None, -1, 0, 1], ["malformed", *LABELS]):
+            found[f"label_{name}"] = labels.count(label) / len(labels)
         found |= watch_outcomes([episode for episode in episodes if episode.labels])
     return found
 
@@ -509,11 +522,11 @@ def watch_outcomes(episodes):
 
 
 def errors(episode):
-    """The error patterns of the paper's appendix B that an episode shows (a shop's are left out); how
-    to tell them is ours.
+    """The error patterns of the paper's appendix B that an episode shows; how to tell them is ours.
 
-    looping: one action three times on one observation; redundant exploration: three observations met
-    again after a valid action; wrong object: what the world says. Turns left do not count.
+    looping: one action three times on one observation; redundant exploration: three observations
+    met again after a valid action; wrong object: what the world says. Turns left do not count. The
+    appendix has more of them, for shops.
     """
     seen = [re.sub(r"\d+ turns? left", "", text) for who, text in episode.said if who == "world"]
     done = Counter(zip(seen, episode.actions))
@@ -524,13 +537,12 @@ def errors(episode):
 
 
 def evaluate(model, chat, args, splits, count, guided, rater=None):
-    """The policy on `count` fixed episodes of each split -> ({split: metrics}, an episode of the last)."""
+    """`count` fixed episodes of each split -> ({split: metrics}, an episode of the last)."""
     found = {}
     for split in splits:
         played = rollout(model, chat, args, split, range(count), guided=guided, rater=rater,
                          temperature=args.eval_temperature, stream=("evaluate",))
-        _, se = common.mean_se([float(episode.won) for episode in played])
-        found[split] = watch(played) | {"se": se, "n": count}
+        found[split] = watch(played) | {"n": count}
         tqdm.write(common.result_line(split, found[split]))
     return found, record(played[0])
 
@@ -543,8 +555,8 @@ def record(episode):
 # --------------------------------------------------------------------------------------------- main
 
 LIMITS = {"act": "--max-new-tokens", "rate": "--rate-tokens"}
-AT_LEAST = {"updates": 1, "rate_tokens": 1, "examples": 1, "group_size": 2, "clip": 0, "clip_high": 0,
-            "kl": 0, "resample": 0, "invalid_penalty": 0}
+AT_LEAST = {"updates": 1, "rate_tokens": 1, "examples": 1, "group_size": 2, "clip": 0,
+            "clip_high": 0, "kl": 0, "resample": 0, "invalid_penalty": 0}
 
 
 def check_args(args) -> envs.World:
@@ -556,8 +568,10 @@ def check_args(args) -> envs.World:
     common.check(len(points) == 4 and 0 <= points[0] < points[1] < points[2] < points[3] <= 1,
                  f"--trust-points must be four growing shares of --steps, not {points}")
     common.check(args.reward_scale > 0, f"--reward-scale must be above 0, not {args.reward_scale}")
-    common.check(args.guide == "on" or args.trust == "schedule", "--trust belongs to --guide on")
-    common.check(args.guide == "on" or not args.frozen_rater, "--frozen-rater belongs to --guide on")
+    for name, value in (("trust", "schedule"), ("mean_rating", False), ("flat_groups", True),
+                        ("frozen_rater", False)):
+        common.check(args.guide == "on" or getattr(args, name) == value,
+                     f"--{name.replace('_', '-')} belongs to --guide on")
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
     listed = world.reset(seed=0)[1]["admissible"]
     common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
@@ -565,7 +579,7 @@ def check_args(args) -> envs.World:
 
 
 def check_room(args, chat, model, messages, room):
-    """Refuses a first prompt that leaves no room for `room` more tokens, and words before a thought."""
+    """Refuses a first prompt without room for `room` more tokens, and words before a thought."""
     length = len(chat.dialogue(messages))
     common.check(length + room <= model.max_context,
                  f"the first prompt has {length} tokens, replies may have {room}: "
@@ -587,11 +601,14 @@ def main():
     check_room(args, chat, model, opening(world, args, guided_after), room)
     splits = [split for split in ("test", "ood") if split in world.splits]
     if args.eval_only:
-        return evaluate(model, chat, args, splits, args.eval_episodes, guided_after)
+        for with_ratings in sorted({guided, guided_after}):  # inference compares both
+            evaluate(model, chat, args, splits, args.eval_episodes, with_ratings)
+        return
     run.start(model=model)
 
     steps = 0 if args.guide == "inference" else args.steps
-    reference = common.frozen_copy(model) if steps and (args.kl or args.frozen_rater) else None
+    needed = steps and (args.kl or args.frozen_rater)
+    reference = common.frozen_copy(model) if needed else None  # before resuming: the start policy
     rater = reference if args.frozen_rater else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
                                   fused=model.device.type == "cuda")  # no copies in the step
@@ -625,18 +642,21 @@ def main():
 
     after, last = evaluate(model, chat, args, splits, args.eval_episodes, guided_after, rater)
     arm = {"on": args.trust, "off": args.estimator}.get(args.guide, args.guide)
+    if guided and args.estimator == "dapo":
+        arm += "-dapo"
     run.complete(model, chat, "self-guide", arm, state["before"], after,
                  envs.ends(args.env, args.eval_episodes), shown=[state["episode"], last])
 
 
 # ---------------------------------------------------------------------------- only for --model tiny
-# What a model made from nothing is taught before it learns by itself, and the defaults that suit it.
+# What a model made from nothing is taught before it learns, and the defaults that suit it.
 
 TINY = dict(
-    lr=5e-4, batch_size=128, micro_batch_size=16, rollout_batch_size=256, max_new_tokens=16, rate_tokens=16, eval_episodes=500,
-    device="cpu", updates=4, kl=0.03, reward_scale=10.0)
+    lr=5e-4, batch_size=128, micro_batch_size=16, rollout_batch_size=256, device="cpu",
+    max_new_tokens=16, rate_tokens=16, eval_episodes=500, updates=4, kl=0.03, reward_scale=10.0)
 QUICK = dict(
-    steps=4, batch_size=16, group_size=4, updates=2, eval_episodes=16, eval_every=2, save_every=2, examples=600)
+    steps=4, batch_size=16, group_size=4, updates=2, eval_episodes=16, eval_every=2, save_every=2,
+    examples=600)
 HINTS = 2  # acts after each label that tells what to do, practised apart, of each episode
 READ = "Repeat the task, and what the last action brought."  # practises reading
 
@@ -648,22 +668,24 @@ def load(world, args):
     common.check(not args.dose or hasattr(world, "possibilities"),
                  f"--dose: --env {args.env} cannot say what a step was worth")
     if common.is_tiny(args.model) and args.device == "cpu":
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
-    constants = [f"{world.system}\n{POLICY}", f"{world.system}\n{POLICY}\n{GUIDED}", RATE, ACT, READ, "Action: ", "Reason: ",
-                 "\nLabel: ", *common.CHANGES_OF_SPEAKER]
-    return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device, dtype=args.dtype,
-                       thinking=args.thinking, max_context=args.max_context,
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more only wait for each other
+    plain = f"{world.system}\n{POLICY}"
+    constants = [plain, f"{plain}\n{GUIDED}", RATE, ACT, READ, "Action: ", "Reason: ", "\nLabel: ",
+                 *common.CHANGES_OF_SPEAKER]
+    return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants,
+                       device=args.device, dtype=args.dtype, thinking=args.thinking,
+                       max_context=args.max_context,
                        gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank)
 
 
 def warmup(world, args):
-    """The world's language, the form of a rating, and with --dose what a label means and how to take it.
+    """The world's language, the form of a rating; with --dose what labels mean and ask for.
 
-    Episodes come from a random player on the train split, unfiltered, and the policy imitates it. In
-    half of them it rates its steps as well, and tries something impossible once in a while: the
+    Episodes are a random player's on the train split, unfiltered; the policy imitates it. In half
+    of them it rates its steps as well, and tries something impossible once in a while: the
     reason is the end of what was observed last, the label is negative where nothing happened and
     random everywhere else. After a negative label the action is a possible one.
-    With probability --dose, a label says how a random player's chance to win has moved (`Prospects`),
+    With probability --dose, a label says how a random player's chance to win moved (`Prospects`),
     and the player takes the hint: it undoes its step after a negative label, and does not after a
     positive one; these acts are practised apart as well. No part sees an expert.
     """
@@ -677,7 +699,7 @@ def warmup(world, args):
         messages = opening(world, args, guided)
         each = 4 if guided else 2  # messages per turn, but for the first, which has no rating
         while not over:
-            possible = info["admissible"] or [""]  # as a random player, where a world has no list
+            possible = info["admissible"] or [envs.random_player(world, info, rng)]
             said = (said + possible)[-1000:]
             hinted = prospects and world.turns and rng.random() < args.dose
             if hinted:
@@ -691,16 +713,14 @@ def warmup(world, args):
                 prospects.before(world)
             observation, _, terminated, truncated, info = world.step(action)
             over = terminated or truncated
-            messages.append({"role": "user", "content": to_rate(observation) if guided else observation})
+            asked = to_rate(observation) if guided else observation
+            messages.append({"role": "user", "content": asked})
             if guided and not over:
                 label = rng.choice(LABELS) if info["valid"] else "negative"
                 if prospects and rng.random() < args.dose:
                     label = prospects.label(world, info["valid"])
-                reason = " ".join(event(observation).split()[-3:])
-                if prospects and label == "negative":
-                    undo = prospects.advised(world, label, info["admissible"])
-                    reason = f"better {undo[0]}" if undo else reason
-                messages.append({"role": "assistant", "content": f"Reason: {reason}\nLabel: {label}"})
+                rating = rating_text(world, prospects, label)
+                messages.append({"role": "assistant", "content": rating})
                 messages.append({"role": "user", "content": to_act(observation)})
         for some in hints["negative"], hints["positive"]:
             examples += rng.sample(some, min(HINTS, len(some)))
@@ -713,8 +733,21 @@ def warmup(world, args):
     return examples
 
 
+def rating_text(world, prospects, label):
+    """A rating of the step just taken, as a tiny model learns to write it.
+
+    Its reason: what would undo a negative step, where `prospects` knows of something; else the end
+    of what was observed.
+    """
+    undo = []
+    if prospects and label == "negative":
+        undo = prospects.advised(world, label, world.admissible())
+    reason = f"better {undo[0]}" if undo else " ".join(event(world.observation).split()[-3:])
+    return f"Reason: {reason}\nLabel: {label}"
+
+
 class Prospects:
-    """How likely a random player (who draws the verb first) is to win, exactly: by dynamic programming.
+    """How likely a random player (verb drawn first) is to win, exactly: by dynamic programming.
 
     Works in worlds with `snapshot`, `restore` and `possibilities`. What was never seen is averaged
     over, so nothing hidden decides a label.
@@ -770,7 +803,7 @@ class Prospects:
         return "positive" if moved > 0.15 else "neutral"
 
     def advised(self, world, label, actions) -> list[str]:
-        """Of the possible actions those that take the hint: undo a negative step, keep a positive one."""
+        """Of the actions those that take the hint: undo a negative step, keep a positive one."""
         now = world.snapshot()
         undo = [action for action in actions if self.result(now, action)[1] == self.state != now]
         if label == "negative":
@@ -779,7 +812,7 @@ class Prospects:
 
 
 def by_verb(actions):
-    """Lists of actions that share their first word. Drawn first among these, rare kinds of action are practised too."""
+    """Actions by their first word. Drawn first among these, rare kinds are practised too."""
     verbs = {}
     for action in actions:
         verbs.setdefault(action.partition(" ")[0], []).append(action)

@@ -23,6 +23,7 @@ import common
 import envs
 import nlac
 import reagent
+import self_guide
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
@@ -33,6 +34,7 @@ import early_experience  # noqa: E402
 import judge  # noqa: E402
 import nlql  # noqa: E402
 import other_judge  # noqa: E402
+import other_rater  # noqa: E402
 import ppo  # noqa: E402
 import rationale  # noqa: E402
 import second_attempts  # noqa: E402
@@ -783,6 +785,42 @@ def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypat
             assert e["said"][-1] == ["judge", text] and e["judge_score"] == pytest.approx(score)
             assert e["critique"] == (reference[1] if judging == "annotator" else text)
             assert e["earned"] == pytest.approx(e["score"] + 0.3 * score)
+
+
+@pytest.mark.parametrize("rating", ["exact", "shuffled"])
+def test_other_raters_are_right_or_of_another_task_and_never_trained(cache, tmp_path, monkeypatch, rating):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    for owner, name in ((self_guide, "Args"), (self_guide, "side_by_side"), (self_guide, "take_turn"), (common.Dialogues, "read_by")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # so that they are put back
+    batches, update = [], self_guide.update
+    monkeypatch.setattr(self_guide, "update", lambda *args, **how: batches.append(args[5]) or update(*args, **how))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    flags = flags_of(model="tiny:32x1", examples=60, max_new_tokens=12, rate_tokens=12, steps=1, batch_size=8, group_size=4, updates=1,
+                     micro_batch_size=4, eval_episodes=2, rating=rating, out_dir=tmp_path / "run")  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["other_rater.py", *flags])
+    other_rater.main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    [batch] = batches
+    right = [exact_ratings(episode) for episode in batch]
+    for row, episode in enumerate(batch):
+        rated = [text for who, text in episode.said if who == "rate"]
+        assert len(rated) == len(episode.actions) - 1 == len(episode.labels) and None not in episode.labels
+        given = right[row if rating == "exact" else (row + 4) % 8]  # the other group is another task
+        assert rated[:len(given) - 1] == given[:len(rated)]
+        assert sum(episode.mask) <= 12 * len(episode.actions)  # only what the policy sampled to act
+
+
+def exact_ratings(episode):
+    """The ratings of an episode's steps that a random player's chances make right, by a fresh replay."""
+    world = envs.make("household")
+    world.reset(seed=episode.seed, options={"split": episode.split})
+    prospects, found = self_guide.Prospects(world), []
+    for action in episode.actions:
+        prospects.before(world)
+        info = world.step(action)[4]
+        found.append(self_guide.rating_text(world, prospects, prospects.label(world, info["valid"])))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------------ refusals
