@@ -31,8 +31,11 @@ best() { "$python" docs/report.py --results "$kept" --design 2 best "$1" 2>/dev/
 
 # the claim: the learned language critic does it
 runs nlac               "0 1 2 3 4" nlac.py
-runs frozen-critic      "0 1 2 3 4" nlac.py --ablation frozen-critic
-runs blind-critic       "0 1 2 3 4" nlac.py --ablation blind-critic
+# the paper's setting as it is, and two floors: their critics never tell actions apart, so no gate would ever open
+runs nlac-paper         "0" nlac.py --k 1 --m 1 --distil all --frozen-parts False --anchor 0 --critic-gate 0 --even-turns False
+runs frozen-critic      "0 1 2" nlac.py --ablation frozen-critic --critic-gate 0
+runs blind-critic       "0 1 2" nlac.py --ablation blind-critic --critic-gate 0
+runs label-only         "0 1 2" nlac.py --ablation label-only # the same critic, its reasons cut away
 
 # the ceiling, and the ladder from there: one learned part at a time
 runs ceiling            "0 1 2" docs/ceiling.py --match "$results/nlac-s@"
@@ -40,7 +43,8 @@ runs ceiling-rules      "0 1 2" docs/ceiling.py --refiner rule --match "$results
 runs ceiling-evaluator  "0 1 2" docs/ceiling.py --verdicts model --match "$results/nlac-s@"
 
 # rivals at equal environment steps; PPO's learning rate and entropy bonus are searched on a seed of their own, and the best of the eight on
-# the test episodes is taken
+# the test episodes is taken; GRPO's 75 steps of 128 episodes are as many as nlac's 150 of 64
+runs nlac-grpo          "0 1 2" self_guide.py --env repair --guide off --steps 75
 for lr in 1e-4 3e-4 1e-3 3e-3; do
     runs "ppo-search-lr$lr"        "100" docs/ppo.py --lr "$lr" --entropy-coef 0 --match "$results/nlac-s0"
     runs "ppo-search-lr$lr-e0.01"  "100" docs/ppo.py --lr "$lr" --entropy-coef 0.01 --match "$results/nlac-s0"
@@ -51,12 +55,12 @@ runs self-distillation  "0 1 2" docs/self_distillation.py --eval-every 4 --match
 runs nlql               "0 1 2" docs/nlql.py --match "$results/nlac-s@"
 runs mc-backup          "0 1 2" nlac.py --ablation mc-backup
 
-# one axis at a time (k = 4 and frozen parts are nlac itself); the base model's corpus speaks of k futures and of up to m tries, so where
+# one axis at a time (k = 4, m = 1 and frozen parts are nlac itself); the base model's corpus speaks of k futures and of up to m tries, so where
 # these differ it is another base
 runs k1                 "0 1 2" nlac.py --k 1
-runs m1                 "0 1 2" nlac.py --m 1
-runs m4                 "0 1 2" nlac.py --m 4
+runs m2                 "0 1 2" nlac.py --m 2
 runs no-ema             "0 1 2" nlac.py --ema 0
+runs distil-all         "0 1 2" nlac.py --distil all
 runs unfrozen-parts     "0 1 2" nlac.py --frozen-parts False
 
 # twenty questions
@@ -93,6 +97,11 @@ runs self-guide-dose-full       "0 1 2" self_guide.py $dosed
 runs self-guide-dose-zero       "0 1 2" self_guide.py $dosed --trust zero
 runs self-guide-dose-grpo       "0 1 2" self_guide.py $dosed --guide off
 runs self-guide-dose-inference  "0" self_guide.py $dosed --guide inference
+runs self-guide-dose-grpo-long  "0" self_guide.py $dosed --guide off --steps 210 # as many sampled tokens as the full method
+# which link fails: ratings that are right by construction, those of another task, those of the start policy
+runs self-guide-dose-exact        "0" docs/other_rater.py --rating exact $dosed
+runs self-guide-dose-shuffled     "0" docs/other_rater.py --rating shuffled $dosed
+runs self-guide-dose-frozen-rater "0" self_guide.py $dosed --frozen-rater
 
 # the same code with a real chat model on a laptop (SmolLM2-135M-Instruct): demonstrations first, then ten small steps from there
 smollm2="--shots 2 --prefill --show-actions --dtype mixed --max-new-tokens 24 --temperature 1 --eval-episodes 20"
