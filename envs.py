@@ -44,7 +44,7 @@ import time
 import traceback
 from pathlib import Path
 
-# --------------------------------------------------------------------------------------------------------------- ground
+# ------------------------------------------------------------------------------------------- ground
 
 # longer actions are refused, so that a turn's time is bounded; the prose around one may be longer
 MAX_CHARACTERS = 4000
@@ -52,10 +52,12 @@ LISTING = "\nPossible actions:\n"  # before the list that `show_actions` puts in
 
 
 class World:
-    """The part that all worlds share: turns, splits, seeds, what is returned. A world writes `begin` and `act`.
+    """The part that all worlds share: turns, splits, seeds, what is returned.
 
-    Running out of turns is a rule of the game and stands in every observation, so it ends an episode as `terminated`;
-    `truncated` is left to the caller (a full context, say).
+    A world writes `begin` and `act`.
+
+    Running out of turns is a rule of the game and stands in every observation, so it ends an
+    episode as `terminated`; `truncated` is left to the caller (a full context, say).
     """
 
     name = ""  # as in WORLDS
@@ -105,7 +107,10 @@ class World:
         return float(self.won)
 
     def closing(self):
-        """What ends every observation: the turns left, or how it ended. Must not reveal the hidden answer."""
+        """What ends every observation: the turns left, or how it ended.
+
+        Must not reveal the hidden answer.
+        """
         left = self.max_turns - self.turns
         if self.won:
             return f"You win after {count(self.turns, 'turn')}."
@@ -116,11 +121,13 @@ class World:
     def reset(self, *, seed=None, options=None):
         split = (options or {}).get("split", "train")
         if split not in self.splits:
-            raise ValueError(f"world {self.name} has no split {split!r}; it has {', '.join(self.splits)}")
+            raise ValueError(
+                f"world {self.name} has no split {split!r}; it has {', '.join(self.splits)}")
         if seed is None:
             seed = random.SystemRandom().getrandbits(32)
         self.turns, self.won, self.over, self.action = 0, False, False, ""
-        # a string seed is hashed with SHA-512: the same episode in every process and on every machine
+        # a string seed is hashed with SHA-512: the same episode in every process and on every
+        # machine
         opening = self.begin(random.Random(f"{self.name} {split} {int(seed)}"), split)
         self.observation = self.observe(opening)
         return self.observation, self.info(valid=True)
@@ -146,7 +153,8 @@ class World:
         text = (words + " " + self.closing()).rstrip()
         if self.show_actions and not self.over and (actions := self.admissible()):
             text += LISTING + "\n".join(map(one_line, actions))
-        return text.encode(errors="replace").decode()  # half a character fits no tokenizer and no file
+        # half a character fits no tokenizer and no file
+        return text.encode(errors="replace").decode()
 
     def info(self, valid):
         return {
@@ -164,7 +172,8 @@ class World:
 
 
 def count(n, noun):
-    """count(1, "turn") -> "1 turn"; plain digits, so that a word-level tokenizer meets few forms."""
+    """count(1, "turn") -> "1 turn"; plain digits, so that a word-level tokenizer meets few forms.
+    """
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
@@ -179,7 +188,10 @@ def bare(observation):
 
 
 def replay(env, seed, actions, split="train"):
-    """Restores a state: a fresh episode, then `actions`. Returns what the last call would have as a step."""
+    """Restores a state: a fresh episode, then `actions`.
+
+    Returns what the last call would have as a step.
+    """
     observation, info = env.reset(seed=seed, options={"split": split})
     last = observation, 0.0, False, False, info
     for action in actions:
@@ -244,7 +256,7 @@ def settled(read, text):
     return text
 
 
-# -------------------------------------------------------------------------------------------------------------- players
+# ------------------------------------------------------------------------------------------ players
 # A player is a function (env, info, rng) -> action, with its own random.Random.
 
 
@@ -280,7 +292,9 @@ def run_episode(env, player, seed, split="train"):
 
 
 def mean_score(env, player, episodes, split="test", key="score"):
-    """(mean, standard error) over the seeds 0 .. episodes-1, of the score or, with key="won", of success."""
+    """(mean, standard error) over the seeds 0 .. episodes-1, of the score or, with key="won", of
+    success.
+    """
     played = [run_episode(env, player, seed, split) for seed in range(episodes)]
     return mean_and_error([float(episode[key]) for episode in played])
 
@@ -293,7 +307,10 @@ def mean_and_error(scores):
 
 
 def ends(name, episodes) -> dict:
-    """What bounds a result table on test: player -> (success, se). A world without an expert has no upper end."""
+    """What bounds a result table on test: player -> (success, se).
+
+    A world without an expert has no upper end.
+    """
     found = {}
     for player in (random_player, expert_player):
         env = make(name)
@@ -305,16 +322,18 @@ def ends(name, episodes) -> dict:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------- repair shop
+# -------------------------------------------------------------------------------------- repair shop
 
 
 class RepairShop(World):
-    """Diagnose, then repair: a test that fits the symptom shows the fault, and each fault has one repair.
+    """Diagnose, then repair: a test that fits the symptom shows the fault, and each fault has one
+    repair.
 
-    The smallest world in which acting early costs the episode: the first repair is the last. Whoever guesses from the symptom alone
-    is right one time in three, whoever tests first is always right, a random player wins one episode in six. No rule of it stands in
-    the prompt: a large model has common sense, a tiny one must find out. Customers and devices meet in `test` in combinations that
-    `train` never shows.
+    The smallest world in which acting early costs the episode: the first repair is the last.
+    Whoever guesses from the symptom alone is right one time in three, whoever tests first is always
+    right, a random player wins one episode in six. No rule of it stands in the prompt: a large
+    model has common sense, a tiny one must find out. Customers and devices meet in `test` in
+    combinations that `train` never shows.
     """
 
     name = "repair"
@@ -325,7 +344,8 @@ class RepairShop(World):
     # symptom: the test that tells, then what it may find, and the repair of that
     faults = {
         "does not start": ("check the power", {
-            "The battery is empty.": "charge the battery", "The cable is broken.": "solder the cable",
+            "The battery is empty.": "charge the battery",
+            "The cable is broken.": "solder the cable",
             "The fuse is burnt.": "swap the fuse"}),
         "is too loud": ("open the case", {
             "The gears are dusty.": "clean the gears", "A screw is loose.": "tighten the screw",
@@ -336,7 +356,8 @@ class RepairShop(World):
     task = "Repair the device."
     system = (
         "You run a repair shop. Every device that comes in has one fault.\n"
-        "Find the fault with a test, then repair it. The first repair is the last one: if it is wrong, the customer is lost.\n"
+        "Find the fault with a test, then repair it. The first repair is the last one: if it is "
+        "wrong, the customer is lost.\n"
         f"The tests: {', '.join(tests)}.\nThe repairs: {', '.join(repairs)}."
     )
 
@@ -351,7 +372,8 @@ class RepairShop(World):
 
     def begin(self, rng, split):
         while True:  # a fifth of the combinations is kept for the test split
-            customer, colour, device = rng.choice(self.customers), rng.choice(self.colours), rng.choice(self.devices)
+            customer, colour = rng.choice(self.customers), rng.choice(self.colours)
+            device = rng.choice(self.devices)
             held_out = hashlib.sha256(f"{customer} {colour} {device}".encode()).digest()[0] % 5 == 0
             if held_out == (split == "test"):
                 break
@@ -361,7 +383,9 @@ class RepairShop(World):
         return f"{customer} brings a {colour} {device} that {self.symptom}."
 
     def resample(self, rng):
-        """Puts another fault that fits the dialogue in place, for simulators that must not know the real one."""
+        """Puts another fault that fits the dialogue in place, for simulators that must not know the
+        real one.
+        """
         if not self.found:
             self.finding = rng.choice(list(self.faults[self.symptom][1]))
 
@@ -383,27 +407,37 @@ class RepairShop(World):
         return findings[self.finding] if self.found else test
 
 
-# ----------------------------------------------------------------------------------------------------------- household
+# ---------------------------------------------------------------------------------------- household
 
 # what belongs where, by kind; things start only where they belong
 ROOMS = {
     "kitchen": {
-        "countertop": "food dish tool", "diningtable": "food dish tool", "cabinet": "dish tool", "drawer": "tool", "shelf": "dish",
-        "sinkbasin": "dish tool", "garbagecan": "food", "fridge": "food dish", "microwave": "food dish"},
+        "countertop": "food dish tool", "diningtable": "food dish tool", "cabinet": "dish tool",
+        "drawer": "tool", "shelf": "dish",
+        "sinkbasin": "dish tool", "garbagecan": "food", "fridge": "food dish",
+        "microwave": "food dish"},
     "bathroom": {
-        "countertop": "wash bottle", "cabinet": "wash bottle", "drawer": "wash", "shelf": "wash bottle", "sinkbasin": "wash",
+        "countertop": "wash bottle", "cabinet": "wash bottle", "drawer": "wash",
+        "shelf": "wash bottle", "sinkbasin": "wash",
         "bathtub": "wash bottle", "toilet": "bottle", "garbagecan": "bottle"},
     "bedroom": {
-        "bed": "paper large", "desk": "paper small large lamp", "dresser": "small large lamp", "drawer": "paper small",
-        "sidetable": "paper small lamp", "shelf": "paper large", "safe": "small", "garbagecan": "paper"},
+        "bed": "paper large", "desk": "paper small large lamp", "dresser": "small large lamp",
+        "drawer": "paper small",
+        "sidetable": "paper small lamp", "shelf": "paper large", "safe": "small",
+        "garbagecan": "paper"},
     "living room": {
-        "sofa": "paper large", "armchair": "paper small", "coffeetable": "paper small large", "sidetable": "paper small lamp",
-        "tvstand": "small large lamp", "cabinet": "large", "drawer": "paper small", "safe": "small", "garbagecan": "paper"},
+        "sofa": "paper large", "armchair": "paper small", "coffeetable": "paper small large",
+        "sidetable": "paper small lamp",
+        "tvstand": "small large lamp", "cabinet": "large", "drawer": "paper small",
+        "safe": "small", "garbagecan": "paper"},
 }  # fmt: skip
 KINDS = {
-    "food": "apple potato tomato egg", "dish": "mug cup plate bowl", "tool": "fork spoon spatula ladle",
-    "wash": "brush sponge towel soapbar", "bottle": "soapbottle spraybottle candle toiletroll", "paper": "book newspaper pencil pen",
-    "small": "watch creditcard keychain cellphone", "large": "laptop pillow box statue", "lamp": "desklamp"}  # fmt: skip
+    "food": "apple potato tomato egg", "dish": "mug cup plate bowl",
+    "tool": "fork spoon spatula ladle",
+    "wash": "brush sponge towel soapbar", "bottle": "soapbottle spraybottle candle toiletroll",
+    "paper": "book newspaper pencil pen",
+    "small": "watch creditcard keychain cellphone", "large": "laptop pillow box statue",
+    "lamp": "desklamp"}  # fmt: skip
 KIND = {thing: kind for kind, things in KINDS.items() for thing in things.split()}
 MANY = "countertop cabinet drawer shelf sidetable".split()  # a room may have several of these
 CLOSED = "cabinet drawer fridge microwave safe".split()  # must be opened first
@@ -411,7 +445,8 @@ HOLLOW = [*CLOSED, "sinkbasin", "garbagecan", "bathtub"]  # things are in these,
 LAMP = "desklamp 1"
 TASKS = ("place", "clean", "heat", "cool", "light", "two")
 # verb: where, what it makes of a thing, for which kinds
-TREATMENTS = {"clean": ("sinkbasin", "clean", "food dish tool wash"), "heat": ("microwave", "hot", "food dish"),
+TREATMENTS = {"clean": ("sinkbasin", "clean", "food dish tool wash"),
+              "heat": ("microwave", "hot", "food dish"),
               "cool": ("fridge", "cool", "food dish")}  # fmt: skip
 
 
@@ -449,11 +484,14 @@ def share(text, parts):
 
 @functools.lru_cache
 def household_episodes(rooms, receptacles, copies, tasks):
-    """{(split, task): [(room, layout, object, target), ...]}: what an episode can be about, each at most once, in one split.
+    """{(split, task): [(room, layout, object, target), ...]}: what an episode can be about, each at
+    most once, in one split.
 
-    A layout is a room with its receptacles; each room has a pool of up to 96, fixed by its name and the sizes, and every fourth of it
-    is kept for ood. So is a quarter of the pairings of an object with a target: ood has the layouts *and* pairings that were kept,
-    train and test have the others, and what mixes the two is not played. Train and test share layouts and pairings, but no combination.
+    A layout is a room with its receptacles; each room has a pool of up to 96, fixed by its name and
+    the sizes, and every fourth of it is kept for ood. So is a quarter of the pairings of an object
+    with a target: ood has the layouts *and* pairings that were kept, train and test have the
+    others, and what mixes the two is not played. Train and test share layouts and pairings, but no
+    combination.
     """
     episodes = {(split, task): [] for split in Household.splits for task in tasks}
     for room in rooms:
@@ -461,9 +499,11 @@ def household_episodes(rooms, receptacles, copies, tasks):
         for place in ROOMS[room]:
             supply += [place] * (copies if place in MANY else 1)
         for _ in range(400):
-            layouts[tuple(numbered(rng.sample(supply, min(rng.randint(*receptacles), len(supply)))))] = None
+            layouts[tuple(numbered(rng.sample(supply,
+                                              min(rng.randint(*receptacles), len(supply)))))] = None
         targets = [*ROOMS[room], "desklamp"]
-        pairings = [pair for pair in itertools.product(KIND, targets) if pair[1] == "desklamp" or belongs(*pair, room)]
+        pairings = [pair for pair in itertools.product(KIND, targets) if pair[1] == "desklamp"
+                    or belongs(*pair, room)]
         kept = {pair for pair in pairings if share(" ".join(pair), 4) == 0}
         for i, layout in enumerate(list(layouts)[:96]):
             present = {word(place) for place in layout}
@@ -473,11 +513,13 @@ def household_episodes(rooms, receptacles, copies, tasks):
                     continue
                 if target not in present and not (target == "desklamp" and lit):
                     continue
-                if not any(belongs(thing, place, room) for place in present - {target}):  # it starts elsewhere
+                # it starts elsewhere
+                if not any(belongs(thing, place, room) for place in present - {target}):
                     continue
                 for task in dict.fromkeys(tasks):
                     appliance, _, kinds = TREATMENTS.get(task, (None, None, KIND[thing]))
-                    if (task == "light") != (target == "desklamp") or KIND[thing] not in kinds.split():
+                    light = target == "desklamp"
+                    if (task == "light") != light or KIND[thing] not in kinds.split():
                         continue
                     if appliance is None or appliance in present - {target}:
                         held_out = share(f"{task} {thing} {target} {room} {layout}", 5) == 0
@@ -487,11 +529,14 @@ def household_episodes(rooms, receptacles, copies, tasks):
 
 
 class Household(World):
-    """A chore in a room, with ALFWorld's verbs: find a thing, perhaps clean, heat or cool it, and bring it to its place or to a lamp.
+    """A chore in a room, with ALFWorld's verbs: find a thing, perhaps clean, heat or cool it, and
+    bring it to its place or to a lamp.
 
-    Where things are is hidden until a place has been seen inside. `test` plays chores that `train` lacks in the same rooms; `ood` has
-    sets of receptacles and pairings of object and target that neither has (see `household_episodes`), all in words that train covers.
-    This is the small world; `HouseholdFull` is the full one. What makes the size stands here and can be given to the constructor.
+    Where things are is hidden until a place has been seen inside. `test` plays chores that `train`
+    lacks in the same rooms; `ood` has sets of receptacles and pairings of object and target that
+    neither has (see `household_episodes`), all in words that train covers. This is the small world;
+    `HouseholdFull` is the full one. What makes the size stands here and can be given to the
+    constructor.
     """
 
     name = "household"
@@ -501,38 +546,48 @@ class Household(World):
     receptacles = (2, 3)  # fewest, most
     copies = 1  # most of a name, where a room may have several
     objects = (1, 2)  # fewest, most; a lamp comes on top where there is a place for it
-    tasks = ("place", "place", "light", "clean", "heat", "cool")  # drawn evenly; one listed twice comes twice as often
-    offered = ("go", "open", "take", "put", "clean", "heat", "cool", "use")  # verbs in `admissible`; all are understood
+    # drawn evenly; one listed twice comes twice as often
+    tasks = ("place", "place", "light", "clean", "heat", "cool")
+    # verbs in `admissible`; all are understood
+    offered = ("go", "open", "take", "put", "clean", "heat", "cool", "use")
     task = "Do a household chore."
     system = (
         "You are in a room of a house and have one task. Each turn takes one action. The actions,"
         " with O an object such as mug 1 and R a receptacle such as cabinet 2:\n"
-        "go to R, open R, close R, take O from R, put O in/on R, clean O with R, heat O with R, cool O with R, use desklamp 1,"
+        "go to R, open R, close R, take O from R, put O in/on R, clean O with R, heat O with R, "
+        "cool O with R, use desklamp 1,"
         " examine R, examine O, look, inventory.\n"
-        "You reach only what is where you are, you carry one object at a time, and what is closed must be opened. To clean, heat or cool"
-        " an object, hold it at a sinkbasin, a microwave or a fridge; to examine it with the desklamp, hold it where the lamp is and use"
+        "You reach only what is where you are, you carry one object at a time, and what is closed "
+        "must be opened. To clean, heat or cool an object, hold it at a sinkbasin, a microwave or "
+        "a fridge; to examine it with the desklamp, hold it where the lamp is and use"
         " the lamp."
     )
 
-    def __init__(self, rooms=None, receptacles=None, copies=None, objects=None, tasks=None, offered=None, max_turns=None):
-        given = {"rooms": rooms, "receptacles": receptacles, "copies": copies, "objects": objects, "tasks": tasks,
+    def __init__(self, rooms=None, receptacles=None, copies=None, objects=None, tasks=None,
+                 offered=None, max_turns=None):
+        given = {"rooms": rooms, "receptacles": receptacles, "copies": copies, "objects": objects,
+                 "tasks": tasks,
                  "offered": offered, "max_turns": max_turns}  # fmt: skip
         for name, value in given.items():
             if value is not None:
                 setattr(self, name, tuple(value) if isinstance(value, (list, tuple)) else value)
         verbs = HouseholdFull.offered
-        for what, chosen, known in ("room", self.rooms, ROOMS), ("task", self.tasks, TASKS), ("verb", self.offered, verbs):
+        for what, chosen, known in (("room", self.rooms, ROOMS), ("task", self.tasks, TASKS),
+                                    ("verb", self.offered, verbs)):
             unknown = [name for name in chosen if name not in known]
             if unknown or not chosen:
-                raise ValueError(f"no such {what} in the household: {unknown[0]!r}" if unknown else f"household needs a {what}")
+                raise ValueError(f"no such {what} in the household: {unknown[0]!r}" if unknown
+                                 else f"household needs a {what}")
         for name, low, high in ("receptacles", *self.receptacles), ("objects", *self.objects):
             if not 1 <= low <= high:
                 raise ValueError(f"{name} must be (fewest, most), at least 1, not {(low, high)}")
         if self.copies < 1 or self.max_turns < 1:
-            raise ValueError(f"copies and max_turns must be at least 1, not {self.copies} and {self.max_turns}")
+            raise ValueError(
+                f"copies and max_turns must be at least 1, not {self.copies} and {self.max_turns}")
         for (split, task), choices in self.episodes().items():
             if not choices:
-                raise ValueError(f"these rooms and sizes leave nothing to do for task {task!r} in split {split}")
+                raise ValueError(
+                    f"these rooms and sizes leave nothing to do for task {task!r} in split {split}")
 
     def episodes(self):
         return household_episodes(self.rooms, self.receptacles, self.copies, self.tasks)
@@ -541,39 +596,52 @@ class Household(World):
 
     def begin(self, rng, split):
         self.goal = rng.choice(self.tasks)
-        self.room, self.places, self.wanted, self.target = rng.choice(self.episodes()[split, self.goal])
+        self.room, self.places, self.wanted, self.target = rng.choice(
+            self.episodes()[split, self.goal])
         words = [self.wanted] * (2 if self.goal == "two" else 1)
-        others = [thing for thing in KIND if thing not in (self.wanted, "desklamp") and self.homes(thing)]
-        words += rng.sample(others, min(len(others), max(0, rng.randint(*self.objects) - len(words))))
+        others = [thing for thing in KIND if thing not in (self.wanted, "desklamp")
+                  and self.homes(thing)]
+        words += rng.sample(others,
+                            min(len(others), max(0, rng.randint(*self.objects) - len(words))))
         things = numbered(words + ["desklamp"] * bool(self.homes("desklamp")))
         self.at = {thing: rng.choice(self.homes(thing)) for thing in things}  # a place, or "hand"
-        self.here, self.seen, self.states = None, [], []  # seen: the places whose inside is known; states: ("mug 1", "hot")
+        # seen: the places whose inside is known; states: ("mug 1", "hot")
+        self.here, self.seen, self.states = None, [], []
         self.wrong_object = False  # whether a thing was taken that the chore does not ask for
         self.closed = [place for place in self.places if word(place) in CLOSED]
         state = TREATMENTS[self.goal][1] + " " if self.goal in TREATMENTS else ""
         where = f"{'in' if self.target in HOLLOW else 'on'} {self.target}"
         plural = self.wanted + ("es" if self.wanted[-1] in "oxsh" else "s")
-        self.task = {"two": f"put two {plural} {where}.", "light": f"examine the {self.wanted} with the desklamp."}.get(
+        self.task = {"two": f"put two {plural} {where}.",
+                     "light": f"examine the {self.wanted} with the desklamp."}.get(
             self.goal, f"put {with_article(state + self.wanted)} {where}."
         )
         return f"{self.describe_room()} Your task is to: {self.task}"
 
     def homes(self, thing):
-        """The places of this room where a thing of this name may start: what is asked for is not yet where it should go."""
+        """The places of this room where a thing of this name may start: what is asked for is not
+        yet where it should go.
+        """
         done = self.target if word(thing) == self.wanted else None
-        return [place for place in self.places if belongs(thing, place, self.room) and word(place) != done]
+        return [place for place in self.places if belongs(thing, place, self.room)
+                and word(place) != done]
 
     def resample(self, rng):
-        """Puts what was never seen elsewhere, uniformly: the dialogue would have been the same. For simulators."""
+        """Puts what was never seen elsewhere, uniformly: the dialogue would have been the same.
+
+        For simulators.
+        """
         for thing, place in self.at.items():
             if place != "hand" and place not in self.seen:
-                self.at[thing] = rng.choice([home for home in self.homes(thing) if home not in self.seen])
+                self.at[thing] = rng.choice([home for home in self.homes(thing)
+                                             if home not in self.seen])
 
     # -- for simulators: optional methods of a world, nothing of them stands in a prompt
 
     def snapshot(self):
         """What decides how the game goes on, turns apart: hashable."""
-        return self.here, tuple(self.at.items()), tuple(sorted(self.closed)), tuple(sorted(self.states))
+        closed, states = tuple(sorted(self.closed)), tuple(sorted(self.states))
+        return self.here, tuple(self.at.items()), closed, states
 
     def restore(self, snapshot):
         """Back to a `snapshot` of this episode; turns, and what was seen, stay."""
@@ -581,8 +649,11 @@ class Household(World):
         self.at, self.closed, self.states, self.won = dict(at), list(closed), list(states), False
 
     def possibilities(self):
-        """Every `snapshot` that fits what was seen: what was not may be at any of its homes, each alike."""
-        unseen = [thing for thing, place in self.at.items() if place != "hand" and place not in self.seen]
+        """Every `snapshot` that fits what was seen: what was not may be at any of its homes, each
+        alike.
+        """
+        unseen = [thing for thing, place in self.at.items() if place != "hand"
+                  and place not in self.seen]
         homes = [[home for home in self.homes(thing) if home not in self.seen] for thing in unseen]
         here, at, closed, states = self.snapshot()
         return [(here, tuple((dict(at) | dict(zip(unseen, places))).items()), closed, states)
@@ -600,7 +671,8 @@ class Household(World):
     def describe(self, place):
         if place in self.closed:
             return f"The {place} is closed."
-        return f"{'In' if word(place) in HOLLOW else 'On'} the {place}, you see {listed(self.inside(place))}."
+        preposition = "In" if word(place) in HOLLOW else "On"
+        return f"{preposition} the {place}, you see {listed(self.inside(place))}."
 
     def possible(self):
         """What can be done now: action -> (verb, object, place)."""
@@ -632,13 +704,15 @@ class Household(World):
 
     def admissible(self):
         """What can be done now, in alphabetical order; going nowhere is left out."""
-        offered = {action: meaning for action, meaning in self.possible().items() if meaning[0] in self.offered}
+        offered = {action: meaning for action, meaning in self.possible().items()
+                   if meaning[0] in self.offered}
         offered.pop(f"go to {self.here}", None)
         return sorted(offered)
 
     def act(self, text):
         words = [w for w in text.lower().strip("> \t\r\n.").split() if w not in ("a", "an", "the")]
-        action = re.sub(r"^(?:put|move) (.+) (?:in/on|on/in|in|on|to|into|onto) (.+)$", r"put \1 in/on \2", " ".join(words))
+        action = re.sub(r"^(?:put|move) (.+) (?:in/on|on/in|in|on|to|into|onto) (.+)$",
+                        r"put \1 in/on \2", " ".join(words))
         verb, thing, place = self.possible().get(action, (None, None, None))
         if verb is None:
             return "Nothing happens.", False
@@ -650,14 +724,16 @@ class Household(World):
             self.at[thing] = "hand" if verb == "take" else place
             self.wrong_object |= verb == "take" and word(thing) != self.wanted
         elif verb in TREATMENTS:  # what gets hot is no longer cool, and stays clean
-            kept = [(name, state) for name, state in self.states if name != thing or (state == "clean") != (verb == "clean")]
+            kept = [(name, state) for name, state in self.states if name != thing
+                    or (state == "clean") != (verb == "clean")]
             self.states = [*kept, (thing, TREATMENTS[verb][1])]
         if place and place not in self.closed and place not in self.seen:
             self.seen.append(place)
         if self.goal == "light":
             self.won = verb == "use" and word(self.held() or "no thing") == self.wanted
         else:
-            self.won = sum(self.finished(thing) for thing in self.at) == (2 if self.goal == "two" else 1)
+            wanted = 2 if self.goal == "two" else 1
+            self.won = sum(self.finished(thing) for thing in self.at) == wanted
         return self.reply(verb, thing, place), True
 
     def reply(self, verb, thing, place):
@@ -682,23 +758,32 @@ class Household(World):
 
     def ready(self, thing):
         """Whether it is what is asked for, in the state asked for, wherever it is."""
-        return word(thing) == self.wanted and (self.goal not in TREATMENTS or (thing, TREATMENTS[self.goal][1]) in self.states)
+        treated = self.goal not in TREATMENTS or (thing, TREATMENTS[self.goal][1]) in self.states
+        return word(thing) == self.wanted and treated
 
     def finished(self, thing):
         return self.ready(thing) and word(self.at[thing]) == self.target
 
     def expert(self):
-        """Looks for the thing where it belongs, open places first, until it is seen; then the shortest way to do the chore."""
+        """Looks for the thing where it belongs, open places first, until it is seen; then the
+        shortest way to do the chore.
+        """
         held = self.held()
         known = {thing: place for thing, place in self.at.items() if place in self.seen}
         if held and word(held) != self.wanted:  # out of the hand
             return self.reach([self.here], f"put {held} in/on {{}}")
         if held and self.goal == "light":
-            return self.reach([known[LAMP]], f"use {LAMP}") if LAMP in known else self.search("desklamp")
+            if LAMP not in known:
+                return self.search("desklamp")
+            return self.reach([known[LAMP]], f"use {LAMP}")
         if held:
-            verb, place = (None, self.target) if self.ready(held) else (self.goal, TREATMENTS[self.goal][0])
-            return self.reach(self.named(place), f"{verb} {held} with {{}}" if verb else f"put {held} in/on {{}}")
-        candidates = [thing for thing in known if word(thing) == self.wanted and not self.finished(thing)]
+            verb, place = None, self.target
+            if not self.ready(held):
+                verb, place = self.goal, TREATMENTS[self.goal][0]
+            return self.reach(self.named(place), f"{verb} {held} with {{}}" if verb
+                              else f"put {held} in/on {{}}")
+        candidates = [thing for thing in known if word(thing) == self.wanted
+                      and not self.finished(thing)]
         if not candidates:
             return self.search(self.wanted)
         thing = min(candidates, key=lambda thing: known[thing] != self.here)
@@ -708,17 +793,27 @@ class Household(World):
         return [place for place in self.places if word(place) == name]
 
     def reach(self, places, action):
-        """The next step to doing `action` at one of `places` ("{}"): go there, open it unless it is for heating and the like, do it."""
+        """The next step to doing `action` at one of `places` ("{}"): go there, open it unless it is
+        for heating and the like, do it.
+        """
         place = min(places, key=lambda place: (place != self.here, place in self.closed))
         if place != self.here:
             return f"go to {place}"
-        return f"open {place}" if place in self.closed and word(action) not in TREATMENTS else action.format(place)
+        if place in self.closed and word(action) not in TREATMENTS:
+            return f"open {place}"
+        return action.format(place)
 
     def search(self, thing):
-        """The next step to seeing one more place, first where the thing may be, then what is near, then what is open."""
-        homes, unseen = self.homes(thing), [place for place in self.places if place not in self.seen]
+        """The next step to seeing one more place, first where the thing may be, then what is near,
+        then what is open.
+        """
+        homes = self.homes(thing)
+        unseen = [place for place in self.places if place not in self.seen]
         unseen = unseen or self.places  # all is seen only after the end
-        return self.reach([min(unseen, key=lambda place: (place not in homes, place != self.here, place in self.closed))], "look")
+        def order(place):
+            return place not in homes, place != self.here, place in self.closed
+
+        return self.reach([min(unseen, key=order)], "look")
 
 
 class HouseholdFull(Household):
@@ -734,12 +829,15 @@ class HouseholdFull(Household):
     offered = (*Household.offered, "close", "examine", "look", "inventory")
 
 
-# --------------------------------------------------------------------------------------------- search: what is written
+# -------------------------------------------------------------------------- search: what is written
 
-# Names have two words: a given name and a root for people ("Mira Velden"), a root and a word of its kind for all else ("Velden Marsh").
-STARTS = "Vel Tor Bri Kas Lum Nor Pel Sar Dul Gan Hem Zol".split()  # a root is a start and an end: Velden, Velder, Torden
+# Names have two words: a given name and a root for people ("Mira Velden"), a root and a word of its
+# kind for all else ("Velden Marsh").
+# a root is a start and an end: Velden, Velder, Torden
+STARTS = "Vel Tor Bri Kas Lum Nor Pel Sar Dul Gan Hem Zol".split()
 ENDS = "den der mar mer lin lan sten tan".split()
-GIVEN = "Ada Oren Mira Sela Ivo Juno Karel Lida Nils Petra Rufus Tessa Anton Bela Cora Doro Enno Flora Gilda Hugo Irma Jorin".split()
+GIVEN = ("Ada Oren Mira Sela Ivo Juno Karel Lida Nils Petra Rufus Tessa Anton Bela Cora Doro Enno "
+         "Flora Gilda Hugo Irma Jorin").split()
 ARTICLES = {  # kind: its words, what its pages are about
     "person": (None, "a writer|a sailor|a potter|a painter"),
     "town": ("Marsh Mill Ford Cross Hill Gate", "a town"),
@@ -748,20 +846,31 @@ ARTICLES = {  # kind: its words, what its pages are about
     "company": ("Works Bank Press Yard Lines Stores", "a company"),
     "instrument": ("Horn Harp Flute Bell Fiddle Pipe", "an instrument"),
 }
-Relation = collections.namedtuple("Relation", "subject object sentence question noun")  # noun: as a part of longer questions
+# noun: as a part of longer questions
+Relation = collections.namedtuple("Relation", "subject object sentence question noun")
 RELATIONS = {
-    "author": Relation("book", "person", '"{x}" was written by "{y}".', "Who wrote {x}?", "the author of {x}"),
-    "birthplace": Relation("person", "town", '"{x}" was born in "{y}".', "In which town was {x} born?", "the birthplace of {x}"),
-    "river": Relation("town", "river", '"{x}" lies on "{y}".', "On which river does {x} lie?", "the river through {x}"),
+    "author": Relation("book", "person", '"{x}" was written by "{y}".', "Who wrote {x}?",
+                       "the author of {x}"),
+    "birthplace": Relation("person", "town", '"{x}" was born in "{y}".',
+                           "In which town was {x} born?", "the birthplace of {x}"),
+    "river": Relation("town", "river", '"{x}" lies on "{y}".', "On which river does {x} lie?",
+                      "the river through {x}"),
     "length": Relation("river", "km", '"{x}" flows for {y} km.', "How many km long is {x}?", None),
-    "rival": Relation("person", "person", 'The rival of "{x}" was "{y}".', "Who was the rival of {x}?", "the rival of {x}"),
-    "founder": Relation("company", "person", '"{x}" was started by "{y}".', "Who started {x}?", "the founder of {x}"),
-    "seat": Relation("company", "town", '"{x}" has its seat in "{y}".', "In which town does {x} have its seat?", "the seat of {x}"),
-    "inventor": Relation("instrument", "person", '"{x}" was devised by "{y}".', "Who devised {x}?", "the inventor of {x}"),
+    "rival": Relation("person", "person", 'The rival of "{x}" was "{y}".',
+                      "Who was the rival of {x}?", "the rival of {x}"),
+    "founder": Relation("company", "person", '"{x}" was started by "{y}".', "Who started {x}?",
+                        "the founder of {x}"),
+    "seat": Relation("company", "town", '"{x}" has its seat in "{y}".',
+                     "In which town does {x} have its seat?", "the seat of {x}"),
+    "inventor": Relation("instrument", "person", '"{x}" was devised by "{y}".', "Who devised {x}?",
+                         "the inventor of {x}"),
 }
-YEARS = {"founded": ("town", 1700), "born": ("person", 1750), "published": ("book", 1800), "opened": ("company", 1800),
-         "finished": ("instrument", 1800)}  # a century and a half: a town, who is born there, what they make  # fmt: skip
-RELATIONS |= {verb: Relation(kind, "year", f'"{{x}}" was {verb} in the year {{y}}.', f"In which year was {{x}} {verb}?", None)
+# a century and a half: a town, who is born there, what they make
+YEARS = {"founded": ("town", 1700), "born": ("person", 1750), "published": ("book", 1800),
+         "opened": ("company", 1800),
+         "finished": ("instrument", 1800)}
+RELATIONS |= {verb: Relation(kind, "year", f'"{{x}}" was {verb} in the year {{y}}.',
+                             f"In which year was {{x}} {verb}?", None)
               for verb, (kind, _) in YEARS.items()}  # fmt: skip
 PAIRS = {  # questions about two numbers a and b
     ("difference", "year"): "How many years after {a} was {one} was {b} {other}?",
@@ -773,17 +882,24 @@ PAIRS = {  # questions about two numbers a and b
 
 def pattern(template, **parts):
     """The regular expression that reads what `template.format` writes."""
-    return re.compile(re.sub(r"\\{(\w+)\\}", lambda field: f"(?P<{field[1]}>{parts.get(field[1], '.+')})", re.escape(template)))
+    return re.compile(re.sub(r"\\{(\w+)\\}",
+                             lambda field: f"(?P<{field[1]}>{parts.get(field[1], '.+')})",
+                             re.escape(template)))
 
 
 NAME = r"[A-Z]\w+ [A-Z]\w+"
-SENTENCE_PATTERNS = {key: pattern(relation.sentence, x=NAME, y=rf"{NAME}|\d+") for key, relation in RELATIONS.items()}
+SENTENCE_PATTERNS = {key: pattern(relation.sentence, x=NAME, y=rf"{NAME}|\d+")
+                     for key, relation in RELATIONS.items()}
 QUESTION_PATTERNS = {key: pattern(relation.question) for key, relation in RELATIONS.items()}
-PAIR_PATTERNS = {key: pattern(template, one=r"\w+", other=r"\w+") for key, template in PAIRS.items()}
+PAIR_PATTERNS = {key: pattern(template, one=r"\w+", other=r"\w+")
+                 for key, template in PAIRS.items()}
 
 
 def write_question(form, chains):
-    """chains: one or two of (name, (relation, ...)). ("chain", [("Velden Letters", ("author", "born"))]) -> "In which year was ..." """
+    """chains: one or two of (name, (relation, ...)).
+
+    ("chain", [("Velden Letters", ("author", "born"))]) -> "In which year was ..."
+    """
     phrases = []
     for name, relations in chains:
         phrase = f'"{name}"'
@@ -793,7 +909,8 @@ def write_question(form, chains):
     keys = [relations[-1] for _, relations in chains]
     if form == "chain":
         return RELATIONS[keys[0]].question.format(x=phrases[0])
-    return PAIRS[form, RELATIONS[keys[0]].object].format(a=phrases[0], b=phrases[1], one=keys[0], other=keys[1])
+    template = PAIRS[form, RELATIONS[keys[0]].object]
+    return template.format(a=phrases[0], b=phrases[1], one=keys[0], other=keys[1])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -814,7 +931,8 @@ def read_question(question):
     for (form, _), shape in PAIR_PATTERNS.items():
         if match := shape.fullmatch(question):
             found = {"one": "length", **match.groupdict()}
-            return form, (chain(found["a"], found["one"]), chain(found["b"], found.get("other", found["one"])))
+            return form, (chain(found["a"], found["one"]),
+                          chain(found["b"], found.get("other", found["one"])))
     for key, shape in QUESTION_PATTERNS.items():
         if match := shape.fullmatch(question):
             return "chain", (chain(match["x"], key),)
@@ -822,7 +940,9 @@ def read_question(question):
 
 
 def conclude(form, values):
-    """What the values at the ends of the chains answer, and the calculation for it, if it takes one."""
+    """What the values at the ends of the chains answer, and the calculation for it, if it takes
+    one.
+    """
     if form == "chain":
         return values[0], None
     a, b = map(int, values)
@@ -831,20 +951,27 @@ def conclude(form, values):
 
 @functools.lru_cache(maxsize=None)
 def search_names(kind, split, parts):
-    """All names of a kind in a split: a sixth each for test and ood, made of words that train has in other combinations."""
+    """All names of a kind in a split: a sixth each for test and ood, made of words that train has
+    in other combinations.
+    """
     starts, ends, given = parts
-    roots, (words, _) = [start + end for start in STARTS[:starts] for end in ENDS[:ends]], ARTICLES[kind]
-    pairs = itertools.product(roots, words.split()) if words else itertools.product(GIVEN[:given], roots)
+    roots = [start + end for start in STARTS[:starts] for end in ENDS[:ends]]
+    words = ARTICLES[kind][0]
+    rows = (roots, words.split()) if words else (GIVEN[:given], roots)
+    pairs = itertools.product(*rows)
     every = map(" ".join, pairs)
     return [name for name in every if {0: "test", 1: "ood"}.get(share(name, 6), "train") == split]
 
 
-# facts: {name: {relation: value}}, what some page says; where: {(name, relation): title}; pages: {title: (about, text)}
+# facts: {name: {relation: value}}, what some page says; where: {(name, relation): title}; pages:
+# {title: (about, text)}
 Encyclopedia = collections.namedtuple("Encyclopedia", "facts where pages index")
 
 
 def draw_names(rng, kinds, split, parts, namesakes):
-    """{kind: names}. Without `namesakes` no root and no given name comes twice; words such as Hill may."""
+    """{kind: names}. Without `namesakes` no root and no given name comes twice; words such as Hill
+    may.
+    """
     if namesakes:
         return {kind: rng.sample(search_names(kind, split, parts), n) for kind, n in kinds}
     names, used = {}, set()
@@ -859,19 +986,23 @@ def draw_names(rng, kinds, split, parts, namesakes):
                 names[kind].append(name)
                 used |= own
         if len(names[kind]) < n:
-            raise ValueError(f"there are not enough words for {n} names of the kind {kind!r} in split {split}")
+            raise ValueError(
+                f"there are not enough words for {n} names of the kind {kind!r} in split {split}")
     return names
 
 
 @functools.lru_cache(maxsize=256)
 def encyclopedia(split, number, kinds, relations, parts, namesakes=True, step=1):
-    """An eighth of the facts stands nowhere and an eighth on a page of its own, "Notes on NAME": there the plain page is a dead end."""
+    """An eighth of the facts stands nowhere and an eighth on a page of its own, "Notes on NAME":
+    there the plain page is a dead end.
+    """
     rng = random.Random(f"encyclopedia {split} {number}")
     names = draw_names(rng, kinds, split, parts, namesakes)
     book = Encyclopedia({}, {}, {}, {})
     for kind, name in ((its, name) for its in names for name in names[its]):
         about = rng.choice(ARTICLES[kind][1].split("|"))
-        texts = {name: [f'"{name}" is {about}.'], f"Notes on {name}": [f'These are notes on "{name}".']}
+        texts = {name: [f'"{name}" is {about}.'],
+                 f"Notes on {name}": [f'These are notes on "{name}".']}
         book.facts[name] = {}
         for key in relations:
             unit = RELATIONS[key].object
@@ -880,7 +1011,8 @@ def encyclopedia(split, number, kinds, relations, parts, namesakes=True, step=1)
             if unit in names:
                 value = rng.choice([other for other in names[unit] if other != name])
             else:
-                value = str(rng.randrange(20, 300, 10) if unit == "km" else YEARS[key][1] + rng.randrange(0, 50, step))
+                value = str(rng.randrange(20, 300, 10) if unit == "km"
+                            else YEARS[key][1] + rng.randrange(0, 50, step))
             place = rng.choice([None, f"Notes on {name}", *[name] * 6])
             if place:
                 texts[place].append(RELATIONS[key].sentence.format(x=name, y=value))
@@ -893,13 +1025,17 @@ def encyclopedia(split, number, kinds, relations, parts, namesakes=True, step=1)
     return book
 
 
-# ------------------------------------------------------------------------------------------- search: calls and rewards
+# ------------------------------------------------------------------------ search: calls and rewards
 
 TOOLS = {  # name: its only argument, what it is, what the tool does
-    "search": ("query", "the name to look for", "Lists the titles of pages that share words with the query."),
-    "open": ("title", "a title from the results of a search", "Shows a page that a search has listed."),
-    "calculate": ("expression", "an expression such as 1875 - 1820", "Calculates with + - * / // % ** and parentheses."),
-    "answer": ("answer", "a name, a number, yes or no", "Gives the final answer to the question and ends the game."),
+    "search": ("query", "the name to look for",
+               "Lists the titles of pages that share words with the query."),
+    "open": ("title", "a title from the results of a search",
+             "Shows a page that a search has listed."),
+    "calculate": ("expression", "an expression such as 1875 - 1820",
+                  "Calculates with + - * / // % ** and parentheses."),
+    "answer": ("answer", "a name, a number, yes or no",
+               "Gives the final answer to the question and ends the game."),
 }
 
 
@@ -979,13 +1115,18 @@ def read_call(text):
     return name, argument.strip(), None
 
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.UAdd: operator.pos,
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+             ast.UAdd: operator.pos,
              ast.USub: operator.neg}  # fmt: skip
 
 
 def calculate(expression):
-    """Arithmetic -> (reply, valid). Parsed, never executed; bounded in time and memory whatever the text."""
+    """Arithmetic -> (reply, valid).
+
+    Parsed, never executed; bounded in time and memory whatever the text.
+    """
     if len(expression) > 200 or expression.count("(") > 20:
         return "That expression is too long.", False
     if not re.fullmatch(r"[-+*/%().\deE ]+", expression, re.ASCII):
@@ -1025,11 +1166,15 @@ def plain_words(text):
 
 def numbers_in(text):
     """The numbers in a text, as floats; "1,820" is one."""
-    return [float(number) for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3}\b)", "", text))]
+    return [float(number)
+            for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?",
+                                     re.sub(r"(?<=\d),(?=\d{3}\b)", "", text))]
 
 
 def rule_reward(answer, gold):
-    """The rule reward of the Reagent paper: a number by value, yes or no by match, else 1 for the same words, else their F1 from 0.3 up."""
+    """The rule reward of the Reagent paper: a number by value, yes or no by match, else 1 for the
+    same words, else their F1 from 0.3 up.
+    """
     said, right = plain_words(answer), plain_words(gold)
     if re.fullmatch(r"-?\d[\d,]*(?:\.\d+)?", gold.strip()):
         return float(set(numbers_in(answer)) == set(numbers_in(gold)))
@@ -1037,32 +1182,38 @@ def rule_reward(answer, gold):
         return float({"yes", "no"}.intersection(said) == set(right))
     if said == right:
         return 1.0
-    f1 = 2 * sum((collections.Counter(said) & collections.Counter(right)).values()) / (len(said) + len(right))
+    shared = collections.Counter(said) & collections.Counter(right)
+    f1 = 2 * sum(shared.values()) / (len(said) + len(right))
     return f1 if f1 >= 0.3 else 0.0
 
 
-# ---------------------------------------------------------------------------------- search: what a dialogue has shown
+# ---------------------------------------------------------------- search: what a dialogue has shown
 
 Record = collections.namedtuple("Record", "calls listed opened facts results answer vain")
 
 
 def read_record(steps):
-    """From (action, observation, valid) of each turn: what was called, listed, opened, read, calculated and answered."""
-    record = Record([], [], [], {}, {}, [], [])  # vain: searches for an open page that list nothing new
+    """From (action, observation, valid) of each turn: what was called, listed, opened, read,
+    calculated and answered.
+    """
+    # vain: searches for an open page that list nothing new
+    record = Record([], [], [], {}, {}, [], [])
     for action, observation, valid in steps:
         tool, argument, _ = read_call(action) if valid else (None, None, None)
         if tool:
             record.calls.append((tool, argument.casefold()))
         if tool == "search":
             titles = re.findall(rf'"((?:Notes on )?{NAME})" \(', observation)
-            if argument.casefold() in map(str.casefold, record.opened) and set(titles) <= set(record.listed):
+            known = argument.casefold() in map(str.casefold, record.opened)
+            if known and set(titles) <= set(record.listed):
                 record.vain.append(argument)
             record.listed.extend(titles)
         elif tool == "open":
             notes, name = re.match(rf'(These are notes on )?"({NAME})"', observation).groups()
             record.opened.append(f"Notes on {name}" if notes else name)
             for key, shape in SENTENCE_PATTERNS.items():
-                record.facts.update({(match["x"], key): match["y"] for match in shape.finditer(observation)})
+                record.facts.update({(match["x"], key): match["y"]
+                                     for match in shape.finditer(observation)})
         elif tool == "calculate":
             record.results[argument] = re.search(r"result is (\S+)\.", observation)[1]
         elif tool == "answer":
@@ -1071,7 +1222,9 @@ def read_record(steps):
 
 
 def follow(chains, facts):
-    """Along the facts read: (the values at the ends, None), or (those so far, the (name, relation) that is not known yet)."""
+    """Along the facts read: (the values at the ends, None), or (those so far, the (name, relation)
+    that is not known yet).
+    """
     values = []
     for name, relations in chains:
         for key in relations:
@@ -1083,7 +1236,9 @@ def follow(chains, facts):
 
 
 def search_expert(question, steps):
-    """The next call, from nothing but the question and the dialogue: the shortest plan that finds what the question needs."""
+    """The next call, from nothing but the question and the dialogue: the shortest plan that finds
+    what the question needs.
+    """
     form, chains = read_question(question)
     record = read_record(steps)
     values, missing = follow(chains, record.facts)
@@ -1093,11 +1248,15 @@ def search_expert(question, steps):
                 return tool_call("open", title)
         return tool_call("search", missing[0])
     answer, expression = conclude(form, values)
-    return tool_call("calculate", expression) if expression and expression not in record.results else tool_call("answer", answer)
+    if expression and expression not in record.results:
+        return tool_call("calculate", expression)
+    return tool_call("answer", answer)
 
 
 def search_thought(question, steps):
-    """What the expert thinks before that call, in the words of the pages: the fact found last, and what is missing, as a blank."""
+    """What the expert thinks before that call, in the words of the pages: the fact found last, and
+    what is missing, as a blank.
+    """
     facts, found = read_record(steps).facts, []
     for name, relations in read_question(question)[1]:
         for key in relations:
@@ -1109,10 +1268,12 @@ def search_thought(question, steps):
     return found[-1]
 
 
-Flaw = collections.namedtuple("Flaw", "name cost found advice")  # of a process: a sentence about it, and one to the player
+# of a process: a sentence about it, and one to the player
+Flaw = collections.namedtuple("Flaw", "name cost found advice")
 FLAWS = {  # name: what it costs, and the two sentences, with a gap for the evidence
     "skipped lookup": (0.4, 'The page "{}" was not read.', 'Read the page "{}" before you answer.'),
-    "unsupported guess": (0.4, 'The answer "{}" does not come from what was read.', "Answer with what you have read."),
+    "unsupported guess": (0.4, 'The answer "{}" does not come from what was read.',
+                          "Answer with what you have read."),
     "wrong conclusion": (0.4, "{} Something else was asked.", "{} Something else was asked."),
     "repeated call": (0.2, "This call was made twice: {}.", "Do not repeat: {}."),
     "wrong tool": (0.2, "This call was of no use: {}.", "Do without: {}."),
@@ -1127,19 +1288,24 @@ def call_words(action):
 
 
 def search_evidence(question, steps) -> dict:
-    """What went wrong on the way: {name: what shows it}, from the public record: (action, observation, valid) of each turn.
+    """What went wrong on the way: {name: what shows it}, from the public record: (action,
+    observation, valid) of each turn.
 
-    skipped lookup: answered before all facts were read that the question asks for (the page that comes next); repeated call: the same
-    one twice (the call); unsupported guess: the answer was neither shown nor calculated, nor follows from what was read (the answer);
-    wrong conclusion: all was read, and something else follows (the sentence read); wrong tool: a call that was not valid, or a search
-    for an open page that lists nothing new (the call); no answer: none that the world accepted.
+    skipped lookup: answered before all facts were read that the question asks for (the page that
+    comes next); repeated call: the same one twice (the call); unsupported guess: the answer was
+    neither shown nor calculated, nor follows from what was read (the answer); wrong conclusion: all
+    was read, and something else follows (the sentence read); wrong tool: a call that was not valid,
+    or a search for an open page that lists nothing new (the call); no answer: none that the world
+    accepted.
     """
     form, chains = read_question(question)
     record, found = read_record(steps), {}
     made = [call_words(action) for action, _, valid in steps if valid]
-    if repeated := [call for call in made if [other.casefold() for other in made].count(call.casefold()) > 1]:
+    if repeated := [call for call in made
+                    if [other.casefold() for other in made].count(call.casefold()) > 1]:
         found["repeated call"] = repeated[0]
-    useless = [call_words(action) for action, _, valid in steps if not valid] + [f'search "{name}"' for name in record.vain]
+    useless = [call_words(action) for action, _, valid in steps if not valid]
+    useless += [f'search "{name}"' for name in record.vain]
     if useless:
         found["wrong tool"] = useless[0]
     if not record.answer:
@@ -1147,21 +1313,26 @@ def search_evidence(question, steps) -> dict:
     answer, (values, missing) = record.answer[0], follow(chains, record.facts)
     shown = [*record.facts.values(), *record.results.values(), *record.listed]
     if missing:
-        found["skipped lookup"] = f"Notes on {missing[0]}" if missing[0] in record.opened else missing[0]
+        notes = missing[0] in record.opened
+        found["skipped lookup"] = f"Notes on {missing[0]}" if notes else missing[0]
     else:
         shown.append(conclude(form, values)[0])
     if not any(rule_reward(answer, value) == 1 for value in shown):
         found["unsupported guess"] = answer
     elif not missing and rule_reward(answer, conclude(form, values)[0]) < 1:
-        read = [(name, key) for (name, key), value in record.facts.items()  # never a sentence about the right answer
+        # never a sentence about the right answer
+        read = [(name, key) for (name, key), value in record.facts.items()
                 if rule_reward(answer, value) == 1 and name != conclude(form, values)[0]]
-        said = [RELATIONS[key].sentence.format(x=name, y=record.facts[name, key]) for name, key in read]
+        said = [RELATIONS[key].sentence.format(x=name, y=record.facts[name, key])
+                for name, key in read]
         found["wrong conclusion"] = said[0] if said else f'You answered "{answer}".'
     return found
 
 
 def search_flaws(question, steps, won=None):
-    """The names of `search_evidence`, in order, and with the outcome "lucky answer": right, though unsupported or with a lookup skipped."""
+    """The names of `search_evidence`, in order, and with the outcome "lucky answer": right, though
+    unsupported or with a lookup skipped.
+    """
     flaws = set(search_evidence(question, steps))
     if won and flaws & {"skipped lookup", "unsupported guess"}:
         flaws.add("lucky answer")
@@ -1169,12 +1340,15 @@ def search_flaws(question, steps, won=None):
 
 
 class Search(World):
-    """A question about an invented encyclopedia, answered with tool calls: search, open, calculate, answer. 1 for the right answer.
+    """A question about an invented encyclopedia, answered with tool calls: search, open, calculate,
+    answer. 1 for the right answer.
 
-    A page tells little, so that a question takes one to three pages, each of which must be searched for by a name from the last. Many
-    names look alike, and some pages lack what one opens them for: the fact then stands in the notes that the same search lists. Each
-    split has encyclopedias of its own; no name of one is in another, though all are made of the words that train has, and `ood` asks
-    for more hops. This is the small world; `SearchFull` is the full one. What makes the size can be given to the constructor.
+    A page tells little, so that a question takes one to three pages, each of which must be searched
+    for by a name from the last. Many names look alike, and some pages lack what one opens them for:
+    the fact then stands in the notes that the same search lists. Each split has encyclopedias of
+    its own; no name of one is in another, though all are made of the words that train has, and
+    `ood` asks for more hops. This is the small world; `SearchFull` is the full one. What makes the
+    size can be given to the constructor.
     """
 
     name = "search"
@@ -1183,7 +1357,8 @@ class Search(World):
     kinds = {"person": 8, "town": 8, "river": 5, "book": 8}
     relations = ("author", "birthplace", "river", "born", "founded", "published")
     parts = (8, 5, 12)  # starts and ends of roots, given names
-    namesakes = False  # whether names may share their root, so that a word alone does not tell them apart
+    # whether names may share their root, so that a word alone does not tell them apart
+    namesakes = False
     year_step = 5  # years are multiples of it
     forms = ("chain",)  # of questions with two hops or more
     hops = {"train": (1, 2), "test": (1, 2), "ood": (3,)}
@@ -1191,37 +1366,47 @@ class Search(World):
     results = 3  # titles in an answer to a search
     tools = [
         {"type": "function", "function": {"name": name, "description": what, "parameters": {
-            "type": "object", "properties": {argument: {"type": "string", "description": meaning}}, "required": [argument]}}}
+            "type": "object", "properties": {argument: {"type": "string", "description": meaning}},
+            "required": [argument]}}}
         for name, (argument, meaning, what) in TOOLS.items()
     ]  # fmt: skip
     system = (
         "Answer the question from the pages of an encyclopedia."
         " Each turn takes one tool call, such as\n"
         '<tool_call>\n{"name": "search", "arguments": {"query": "Mira Velden"}}\n</tool_call>\n'
-        "The tools:\n" + "\n".join(f"{name}, with {argument} ({meaning}): {what}" for name, (argument, meaning, what) in TOOLS.items())
+        "The tools:\n" + "\n".join(f"{name}, with {argument} ({meaning}): {what}"
+                                   for name, (argument, meaning, what) in TOOLS.items())
     )  # fmt: skip
 
-    def __init__(self, kinds=None, relations=None, parts=None, forms=None, hops=None, encyclopedias=None, results=None, max_turns=None):
-        given = {"kinds": kinds, "relations": relations, "parts": parts, "forms": forms, "hops": hops, "encyclopedias": encyclopedias,
+    def __init__(self, kinds=None, relations=None, parts=None, forms=None, hops=None,
+                 encyclopedias=None, results=None, max_turns=None):
+        given = {"kinds": kinds, "relations": relations, "parts": parts, "forms": forms,
+                 "hops": hops, "encyclopedias": encyclopedias,
                  "results": results, "max_turns": max_turns}  # fmt: skip
         for name, value in given.items():
             if value is not None:
                 setattr(self, name, tuple(value) if isinstance(value, (list, tuple)) else value)
         forms = ("chain", "difference", "comparison")
-        for what, chosen, known in ("kind", self.kinds, ARTICLES), ("relation", self.relations, RELATIONS), ("form", self.forms, forms):
+        for what, chosen, known in (("kind", self.kinds, ARTICLES),
+                                    ("relation", self.relations, RELATIONS),
+                                    ("form", self.forms, forms)):
             if unknown := [name for name in chosen if name not in known]:
                 raise ValueError(f"search has no {what} {unknown[0]!r}")
         needed = 2 * max(hop for hops in self.hops.values() for hop in hops) + 2
         if self.max_turns < needed or self.results < 2:
-            raise ValueError(f"search needs max_turns of at least {needed} and at least 2 results, not {self.max_turns} and {self.results}")
+            raise ValueError(
+                f"search needs max_turns of at least {needed} and at least 2 results, not "
+                f"{self.max_turns} and {self.results}")
         for split in self.splits:
             self.begin(random.Random(0), split)  # sizes that leave nothing to ask are refused here
 
     def begin(self, rng, split):
         number = rng.randrange(self.encyclopedias[split])
-        self.book = encyclopedia(split, number, tuple(self.kinds.items()), self.relations, self.parts, self.namesakes,
+        self.book = encyclopedia(split, number, tuple(self.kinds.items()), self.relations,
+                                 self.parts, self.namesakes,
                                  self.year_step)
-        self.reward, self.listed, self.seen, self.calculated = 0.0, [], [], []  # seen: values on pages opened
+        # seen: values on pages opened
+        self.reward, self.listed, self.seen, self.calculated = 0.0, [], [], []
         self.record = []  # (action, reply, valid) of each turn
         hops = rng.choice(self.hops[split])
         form = rng.choice(self.forms) if hops > 1 else "chain"
@@ -1232,7 +1417,8 @@ class Search(World):
         raise ValueError(f"these sizes leave nothing to ask in split {split}")
 
     def draw(self, rng, form, hops):
-        """(question, answer), or None where a random walk over the facts does not make a good one."""
+        """(question, answer), or None where a random walk over the facts does not make a good one.
+        """
         first = hops if form == "chain" else rng.randrange(1, hops)
         chains, values, visited = [], [], []
         turns = 2 * hops + 1 + (form == "difference")
@@ -1244,7 +1430,8 @@ class Search(World):
                     return None
                 visited.append(value)
                 relations.append(rng.choice(list(self.book.facts[value])))
-                turns += self.book.where[value, relations[-1]] != value  # the notes, after a dead end
+                # the notes, after a dead end
+                turns += self.book.where[value, relations[-1]] != value
                 value = self.book.facts[value][relations[-1]]
             chains.append((start, tuple(relations)))
             values.append(value)
@@ -1253,7 +1440,8 @@ class Search(World):
         if form != "chain":
             one, other = chains[0][1][-1], chains[1][1][-1]
             unit = RELATIONS[one].object
-            if (form, unit) not in PAIRS or unit != RELATIONS[other].object or (form == "comparison" and one != other):
+            mixed = form == "comparison" and one != other
+            if (form, unit) not in PAIRS or unit != RELATIONS[other].object or mixed:
                 return None
             if form == "difference" and int(values[0]) > int(values[1]):
                 chains, values = chains[::-1], values[::-1]
@@ -1268,7 +1456,9 @@ class Search(World):
         names = [name for name, _ in chains] + [value for value in self.seen if not value.isdigit()]
         numbers = sorted({int(value) for value in self.seen if value.isdigit()})
         answers = ["yes", "no"] if form == "comparison" else self.seen + self.calculated
-        calls = [("search", name) for name in names] + [("open", title) for title in self.listed] + [("answer", value) for value in answers]
+        calls = [("search", name) for name in names]
+        calls += [("open", title) for title in self.listed]
+        calls += [("answer", value) for value in answers]
         calls += [("calculate", f"{b} - {a}") for a, b in itertools.combinations(numbers, 2)]
         return sorted({tool_call(*call) for call in calls})
 
@@ -1283,18 +1473,22 @@ class Search(World):
         return reply, valid
 
     def call_search(self, query):
-        shared = collections.Counter(title for word in set(plain_words(query)) for title in self.book.index.get(word, ()))
-        titles = sorted(shared, key=lambda title: (-shared[title], len(title), title))[: self.results]
+        shared = collections.Counter(title for word in set(plain_words(query))
+                                     for title in self.book.index.get(word, ()))
+        titles = sorted(shared,
+                        key=lambda title: (-shared[title], len(title), title))[: self.results]
         self.listed += [title for title in titles if title not in self.listed]
         listing = "; ".join(f'"{title}" ({self.book.pages[title][0]})' for title in titles)
         return (f"Results: {listing}." if titles else "No page matches that."), True
 
     def call_open(self, title):
-        title = next((known for known in self.listed if plain_words(known) == plain_words(title)), None)
+        title = next((known for known in self.listed if plain_words(known) == plain_words(title)),
+                     None)
         if title is None:
             return "No search has listed a page with that title.", False
         text = self.book.pages[title][1]
-        self.seen += [match["y"] for shape in SENTENCE_PATTERNS.values() for match in shape.finditer(text) if match["y"] not in self.seen]
+        self.seen += [match["y"] for shape in SENTENCE_PATTERNS.values()
+                      for match in shape.finditer(text) if match["y"] not in self.seen]
         return text, True
 
     def call_calculate(self, expression):
@@ -1316,19 +1510,27 @@ class Search(World):
         return search_thought(self.task, self.record)
 
     def flaws(self):
-        """[Flaw] of the way so far, from what the player could know. None says what the right answer is."""
+        """[Flaw] of the way so far, from what the player could know.
+
+        None says what the right answer is.
+        """
         evidence = search_evidence(self.task, self.record)
         return [Flaw(name, cost, *(text.replace("{}", evidence[name]) for text in told))
                 for name, (cost, *told) in FLAWS.items() if name in evidence]
 
     def heeding(self, advice):
-        """The calls of `admissible` that follow the advice of `flaws`: first what it says to read, never what it says not to repeat."""
+        """The calls of `admissible` that follow the advice of `flaws`: first what it says to read,
+        never what it says not to repeat.
+        """
         made = [call_words(action) for action, *_ in self.record]
-        again = [call for call in re.findall(r'Do not repeat: (\w+ "[^"]+")', advice) if call in made]
+        again = [call for call in re.findall(r'Do not repeat: (\w+ "[^"]+")', advice)
+                 if call in made]
         never = re.findall(r'Do without: (\w+ "[^"]+")', advice)
         calls = [call for call in self.admissible() if call_words(call) not in again + never]
-        pages = [title for title in re.findall(r'Read the page "([^"]+)"', advice) if title not in read_record(self.record).opened]
-        ways = [f'open "{title}"' for title in pages] + [f'search "{title.removeprefix("Notes on ")}"' for title in pages]
+        pages = [title for title in re.findall(r'Read the page "([^"]+)"', advice)
+                 if title not in read_record(self.record).opened]
+        ways = [f'open "{title}"' for title in pages]
+        ways += [f'search "{title.removeprefix("Notes on ")}"' for title in pages]
         for way in ways:
             if way in map(call_words, calls) and way not in made:
                 return [call for call in calls if call_words(call) == way]
@@ -1357,27 +1559,37 @@ def thinking_player(env, info, rng):
 
 
 def guess_player(env, info, rng):
-    """Search only: answers at once, with a value of the right kind from the encyclopedia, which it could not know: the floor."""
+    """Search only: answers at once, with a value of the right kind from the encyclopedia, which it
+    could not know: the floor.
+    """
     form, chains = read_question(env.task)
-    picks = [rng.choice([facts[relations[-1]] for facts in env.book.facts.values() if relations[-1] in facts]) for _, relations in chains]
+    picks = [rng.choice([facts[relations[-1]] for facts in env.book.facts.values()
+                         if relations[-1] in facts]) for _, relations in chains]
     if form == "comparison":
         return tool_call("answer", rng.choice(["yes", "no"]))
-    return tool_call("answer", picks[0] if form == "chain" else str(abs(int(picks[0]) - int(picks[1]))))
+    return tool_call("answer", picks[0] if form == "chain"
+                     else str(abs(int(picks[0]) - int(picks[1]))))
 
 
 def hasty_player(env, info, rng):
-    """Search only: the expert, but from the first value seen on it answers, with the last one, every other time."""
+    """Search only: the expert, but from the first value seen on it answers, with the last one,
+    every other time.
+    """
     return tool_call("answer", env.seen[-1]) if env.seen and rng.random() < 0.5 else env.expert()
 
 
 def sloppy_player(env, info, rng):
-    """Search only: the expert with flaws: one call in three is a repetition, a wrong tool, an early answer or a guess."""
+    """Search only: the expert with flaws: one call in three is a repetition, a wrong tool, an early
+    answer or a guess.
+    """
     opened = read_record(env.record).opened
     flaw = rng.randrange(12)
     if flaw == 0 and env.record:
         return env.record[-1][0]
     if flaw == 1:
-        return tool_call("search", rng.choice(opened)) if opened else tool_call("open", read_question(env.task)[1][0][0])
+        if opened:
+            return tool_call("search", rng.choice(opened))
+        return tool_call("open", read_question(env.task)[1][0][0])
     if flaw == 2 and env.seen:
         return tool_call("answer", rng.choice(env.seen))
     return guess_player(env, info, rng) if flaw == 3 else env.expert()
@@ -1386,13 +1598,15 @@ def sloppy_player(env, info, rng):
 def muddled_player(env, info, rng):
     """Search only: the expert, but the answer is anything that was read."""
     action = env.expert()
-    return tool_call("answer", rng.choice(env.seen)) if read_call(action)[0] == "answer" and env.seen else action
+    if read_call(action)[0] == "answer" and env.seen:
+        return tool_call("answer", rng.choice(env.seen))
+    return action
 
 
 Search.players = sloppy_player, hasty_player, muddled_player, guess_player
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 WORLDS = {"repair": RepairShop, "household": Household, "household-full": HouseholdFull,
           "search": Search, "search-full": SearchFull}  # fmt: skip
@@ -1441,8 +1655,10 @@ TRIED = set()  # classes of one's own that have been played once
 
 
 def try_out(world):
-    """Plays an episode of each split by a random player and by the expert: a bug in a world of one's own
-    shows now, not after hours. ValueError with the place in its file, or with what breaks the contract."""
+    """Plays an episode of each split by a random player and by the expert: a bug in a world of
+    one's own shows now, not after hours. ValueError with the place in its file, or with what breaks
+    the contract.
+    """
     for split, player in itertools.product(("train", "test"), (random_player, expert_player)):
         try:
             played = run_episode(world, player, 0, split)
@@ -1450,7 +1666,8 @@ def try_out(world):
             if player is expert_player and type(error) is NotImplementedError:
                 continue  # it has none
             file = sys.modules[type(getattr(world, "inner", world)).__module__].__file__
-            own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+            own = [frame for frame in traceback.extract_tb(error.__traceback__)
+                   if frame.filename == file]
             place = f"{own[-1].name}, line {own[-1].lineno}: " if own else ""
             raise ValueError(f"{place}{in_words(error, kind=True)}") from error
         said = [world.system, world.task, *played["observations"], *played["actions"]]
@@ -1513,18 +1730,18 @@ def in_words(error, kind=False):
     return text if enough else f"{type(error).__name__}: {text}"
 
 
-# -------------------------------------------------------------------------- worlds as others write them
+# ---------------------------------------------------------------------- worlds as others write them
 
 
 class Adapted(World):
     """An environment with Gymnasium's signature, text in and text out, as a world.
 
-    It needs `reset(seed=, options=)` and `step(action)`; nothing of Gymnasium is imported here. What
-    it may say about itself is used: `system`, `task`, `tools`, `max_turns` (or its spec's limit),
-    `expert()`; in `info` `won` or `is_success` or `success`, `task`, `valid`, and one of LISTS. An
-    action is its text, or a number where the action space is `Discrete`. The score is the sum of
-    rewards in [0, 1]; without a word on it, an episode is won with a score of 1. Seeds of train are
-    even, of test odd: whether episodes differ as well is up to the environment.
+    It needs `reset(seed=, options=)` and `step(action)`; nothing of Gymnasium is imported here.
+    What it may say about itself is used: `system`, `task`, `tools`, `max_turns` (or its spec's
+    limit), `expert()`; in `info` `won` or `is_success` or `success`, `task`, `valid`, and one of
+    LISTS. An action is its text, or a number where the action space is `Discrete`. The score is the
+    sum of rewards in [0, 1]; without a word on it, an episode is won with a score of 1. Seeds of
+    train are even, of test odd: whether episodes differ as well is up to the environment.
     """
 
     LISTS = ("admissible", "admissible_commands", "admissible_actions", "available_actions",
@@ -1602,7 +1819,7 @@ def adapt(inner, name):
     return kind(inner, name.rpartition(":")[2])
 
 
-# ----------------------------------------------------------------------------------------- list and play
+# ------------------------------------------------------------------------------------ list and play
 
 
 def check(name, episodes=30):
@@ -1661,9 +1878,14 @@ def list_worlds(episodes=200, seconds=1.0):
 
 
 def play(env, split, seed, lines):
-    """A person plays; `lines` is where the actions come from (standard input). Its end leaves the game."""
+    """A person plays; `lines` is where the actions come from (standard input).
+
+    Its end leaves the game.
+    """
     observation, info = env.reset(seed=seed, options={"split": split})
-    print(f"{env.system}\n(A line with ? alone lists what can be said; end of input ends the game.)\n\n{observation}")
+    print(
+        f"{env.system}\n(A line with ? alone lists what can be said; end of input ends the game.)"
+        f"\n\n{observation}")
     print("> ", end="", flush=True)
     for line in lines:
         if line.strip() == "?" and info["admissible"]:
@@ -1707,7 +1929,8 @@ def main(argv=None):
             print(args.world + end)
             return 1 if found else 0
         env = make(args.world)
-        env.reset(options={"split": args.split})  # refuses an unknown split before anything is printed
+        # refuses an unknown split before anything is printed
+        env.reset(options={"split": args.split})
     except ValueError as error:
         parser.error(str(error))
     sys.stdin.reconfigure(errors="replace")  # any bytes are a legal action
