@@ -1,14 +1,14 @@
-"""common.py against full forwards, `model.generate`, the templates' own rendering, and a killed process."""
+"""common.py against full forwards, `model.generate`, the templates' own rendering, and a killed
+process.
+"""
 
 import copy
 import dataclasses
 import datetime
-import functools
 import gc
 import importlib.machinery
 import importlib.util
 import json
-import logging
 import math
 import os
 import re
@@ -49,12 +49,16 @@ import common
 
 torch.set_num_threads(1)
 
-TEXTS = ["user\nassistant\n", "system\nYou are a player.", "the lamp is on the table .", "you see nothing here"]
+TEXTS = ["user\nassistant\n", "system\nYou are a player.", "the lamp is on the table .",
+         "you see nothing here"]
 TOKENIZER = common.tiny_tokenizer(TEXTS, ["A constant line. It is one token."])
 SIZES = dict(
-    vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None,
-    pad_token_id=0, tie_word_embeddings=False,  # tied ones make a random model repeat its last token
+    vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, bos_token_id=None,
+    eos_token_id=None,
+    # tied ones make a random model repeat its last token
+    pad_token_id=0, tie_word_embeddings=False,
     initializer_range=0.4,  # large: attention must matter, or a wrong mask would not show
 )  # fmt: skip
 WINDOW = 8  # far shorter than the dialogues below
@@ -99,7 +103,8 @@ def qwen3():
 @pytest.fixture
 def chat():
     chat = common.Chat(TOKENIZER)
-    chat.eos += list(range(0, 40))  # a random model hits one of them now and then, so rows end at different times
+    # a random model hits one of them now and then, so rows end at different times
+    chat.eos += list(range(0, 40))
     return chat
 
 
@@ -118,7 +123,9 @@ def forward_logprobs(model, ids, temperature=1.0):
 
 
 def assert_same_choice(model, prompt, ours, theirs):
-    """Equal ids; where they first differ, a full forward must call it a tie (float noise decides those)."""
+    """Equal ids; where they first differ, a full forward must call it a tie (float noise decides
+    those).
+    """
     split = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
     if split is None:
         assert ours == theirs
@@ -128,7 +135,7 @@ def assert_same_choice(model, prompt, ours, theirs):
     assert max(logits) - min(logits[ours[split]], logits[theirs[split]]) < 1e-4
 
 
-# ------------------------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------------------- words
 
 SPOKEN = {
     "Action: go north": "Action: go north",
@@ -330,20 +337,22 @@ def test_warn_cut(capsys):
     assert "100%" in second and "--judge-tokens" in second and told == {"actor", "judge"}
 
 
-# -------------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 
 
 def test_greedy_equals_model_generate(model, chat):
     prompts = ragged(9)
-    replies = common.generate(model, chat, prompts, max_new_tokens=20, temperature=0, seeds=[0] * len(prompts), rows=4)
-    ids = common.pad_rows(prompts, chat.pad, "left")
-    mask = common.pad_rows([[1] * len(row) for row in prompts], 0, "left")
+    replies = common.generate(model, chat, prompts, max_new_tokens=20, temperature=0,
+                              seeds=[0] * len(prompts), rows=4)
+    ids = common.pad_rows([row[::-1] for row in prompts], chat.pad).flip(1)
+    mask = common.pad_rows([[1] * len(row) for row in prompts], 0).flip(1)
     full = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=20, do_sample=False,
         eos_token_id=chat.eos, pad_token_id=chat.pad,
     )  # fmt: skip
     full = full[:, ids.shape[1] :].tolist()
-    for prompt, theirs, ours, complete in zip(prompts, full, replies.ids, replies.complete, strict=True):
+    for prompt, theirs, ours, complete in zip(prompts, full, replies.ids, replies.complete,
+                                              strict=True):
         end = next((i + 1 for i, token in enumerate(theirs) if token in chat.eos), len(theirs))
         assert_same_choice(model, prompt, ours, theirs[:end])
         assert complete == (ours[-1] in chat.eos) and (complete or len(ours) == 20)
@@ -353,30 +362,36 @@ def test_greedy_equals_model_generate(model, chat):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_of_replies_equal_a_full_forward(model, chat, temperature):
     prompts = ragged(7)
-    replies = common.generate(model, chat, prompts, max_new_tokens=12, temperature=temperature, seeds=list(range(7)), rows=3)
+    replies = common.generate(model, chat, prompts, max_new_tokens=12, temperature=temperature,
+                              seeds=list(range(7)), rows=3)
     for prompt, ids, logprobs in zip(prompts, replies.ids, replies.logprobs, strict=True):
         expected = forward_logprobs(model, prompt + ids, temperature)[len(prompt) - 1 :]
         torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.filterwarnings("error")  # a warning would stand among what a run prints
 def test_sampling_does_not_depend_on_batching(qwen3, chat):
     prompts, seeds = ragged(10), [common.row_seed(0, i) for i in range(10)]
     options = dict(max_new_tokens=12, temperature=1.0)
     reference = common.generate(qwen3, chat, prompts, seeds=seeds, **options)
     for rows in (1, 3, 10):
-        assert common.generate(qwen3, chat, prompts, seeds=seeds, rows=rows, **options).ids == reference.ids
+        assert common.generate(qwen3, chat, prompts, seeds=seeds, rows=rows,
+                               **options).ids == reference.ids
     backward = common.generate(qwen3, chat, prompts[::-1], seeds=seeds[::-1], rows=4, **options)
     assert backward.ids[::-1] == reference.ids
-    assert common.generate(qwen3, chat, prompts, seeds=[s + 1 for s in seeds], **options).ids != reference.ids
+    assert common.generate(qwen3, chat, prompts, seeds=[s + 1 for s in seeds],
+                           **options).ids != reference.ids
 
 
 @pytest.mark.parametrize("rows", [3, 64])
 def test_a_common_beginning_is_encoded_once(model, chat, rows):
-    """Longer than the sliding window, with ends of all lengths: as if each prompt had been alone."""
+    """Longer than the sliding window, with ends of all lengths: as if each prompt had been alone.
+    """
     beginning = ragged(2, seed=5)[0] * 3 + list(range(41, 41 + 2 * common.SHARED))
     prompts, seeds = [beginning + end for end in ragged(6, seed=6)], list(range(6))
     options = dict(max_new_tokens=8, temperature=1.0)
-    alone = [common.generate(model, chat, [p], seeds=[s], **options) for p, s in zip(prompts, seeds)]
+    alone = [common.generate(model, chat, [p], seeds=[s], **options)
+             for p, s in zip(prompts, seeds)]
     lengths, advance = [], common._advance
 
     def counting(model, cache, mask, new):
@@ -416,31 +431,17 @@ def test_samples_equal_repeated_prompts(qwen3, chat, rows):
     assert len(set(map(tuple, once.ids))) > 8  # the samples of a prompt differ
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_samples_follow_the_softmax(qwen3, chat, temperature):
-    count, prompt = 6000, ragged(1 + 1)[0]
-    seeds = [common.row_seed(0, i) for i in range(count)]
-    replies = common.generate(qwen3, chat, [prompt], max_new_tokens=1, temperature=temperature, seeds=seeds, samples=count, rows=2000)
-    with torch.no_grad():
-        logits = qwen3(input_ids=torch.tensor([prompt])).logits[0, -1]
-    expected = count * torch.softmax(logits / temperature, -1)
-    observed = torch.bincount(torch.tensor([row[0] for row in replies.ids]), minlength=len(expected)).float()
-    often = expected >= 5
-    assert often.sum() > 20  # the test would be empty on a peaked distribution
-    observed, expected = (torch.cat([x[often], x[~often].sum()[None]]) for x in (observed, expected))
-    statistic, freedom = ((observed - expected) ** 2 / expected).sum(), len(expected) - 1
-    assert abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)
-
-
 def test_tokens_are_the_inverse_cdf_of_their_uniforms(model, chat):
     prompts, seeds = ragged(4), [11, 12, 13, 14]
     replies = common.generate(model, chat, prompts, max_new_tokens=10, temperature=0.8, seeds=seeds)
-    for prompt, ids, noise in zip(prompts, replies.ids, common.uniforms(seeds, 10).double(), strict=True):
+    for prompt, ids, noise in zip(prompts, replies.ids, common.uniforms(seeds, 10).double(),
+                                  strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         cdf = torch.softmax(logits.double() / 0.8, -1).cumsum(-1)
         at = torch.tensor(ids)[:, None]
-        below, above = (cdf - cdf.diff(dim=-1, prepend=cdf[:, :1] * 0)).gather(1, at), cdf.gather(1, at)
+        above = cdf.gather(1, at)
+        below = above - cdf.diff(dim=-1, prepend=cdf[:, :1] * 0).gather(1, at)
         noise = noise[: len(ids), None]
         assert (below - 1e-4 < noise).all() and (noise < above + 1e-4).all()
 
@@ -461,20 +462,21 @@ def test_row_seed(elsewhere):
     assert common.row_seed(0, 1, "a") != common.row_seed(0, "1", "a") != common.row_seed(0, 1, "b")
     assert len({common.row_seed(0, i, j) for i in range(50) for j in range(50)}) == 2500
     assert elsewhere.row_seed == common.row_seed(3, "train", 5)
-    with pytest.raises(TypeError):
-        common.row_seed(0, 0.5)
 
 
-def test_generate_rejects_wrong_calls(qwen3, chat):
-    for prompts, seeds in [([[1]], []), ([[1], []], [0, 0])]:
-        with pytest.raises(ValueError):
-            common.generate(qwen3, chat, prompts, max_new_tokens=1, temperature=1.0, seeds=seeds)
+def test_generate_wants_a_seed_for_each_reply(qwen3, chat):
+    options = dict(max_new_tokens=1, temperature=1.0)
+    assert common.generate(qwen3, chat, [], seeds=[], **options) == common.Replies([], [], [], [])
+    with pytest.raises(ValueError):
+        common.generate(qwen3, chat, [[1]], seeds=[0], samples=2, **options)
 
 
-# --------------------------------------------------------------------------------------------------------- dialogues
+# ---------------------------------------------------------------------------------------- dialogues
 
-SCHEDULE = [[0, 1, 2, 3, 4], [0, 2, 3, 4], [4, 2], [2, 4], [2, 3], [3]]  # rows drop out, come back, change order
-OBSERVATIONS = ["the lamp is on the table .", "", "you see nothing here " * 4, "ok", "a much longer line, of bytes"]
+# rows drop out, come back, change order
+SCHEDULE = [[0, 1, 2, 3, 4], [0, 2, 3, 4], [4, 2], [2, 4], [2, 3], [3]]
+OBSERVATIONS = ["the lamp is on the table .", "", "you see nothing here " * 4, "ok",
+                "a much longer line, of bytes"]
 
 
 @pytest.mark.parametrize("temperature, prefill", [(0, ""), (1.0, ""), (1.0, "the lamp: ")])
@@ -511,7 +513,8 @@ def test_dialogues_equal_full_forwards(model, chat, temperature, prefill):
         if turn + 1 < len(SCHEDULE):
             dialogues.extend(rows, [OBSERVATIONS[(row + turn) % 5] for row in rows])
     assert forced > 0
-    for ids, mask, logprobs, sampled in zip(dialogues.ids, dialogues.mask, dialogues.logprobs, spoken, strict=True):
+    for ids, mask, logprobs, sampled in zip(dialogues.ids, dialogues.mask, dialogues.logprobs,
+                                            spoken, strict=True):
         assert len(ids) == len(mask) == len(logprobs)
         assert [i for i, m in zip(ids, mask, strict=True) if m] == sampled
         expected = forward_logprobs(model, ids, temperature or 1.0) * torch.tensor(mask[1:])
@@ -519,34 +522,30 @@ def test_dialogues_equal_full_forwards(model, chat, temperature, prefill):
     assert max(map(len, dialogues.ids)) > 10 * WINDOW
 
 
-def test_dialogues_without_rows_or_with_wrong_ones(qwen3, chat):
-    dialogues = common.Dialogues(qwen3, chat, ragged(3))
-    options = dict(max_new_tokens=2, temperature=1.0)
-    assert dialogues.reply([], seeds=[], **options) == common.Replies([], [], [], [])
-    with pytest.raises(ValueError):
-        dialogues.reply([0, 0], seeds=[1, 2], **options)
-    with pytest.raises(ValueError):
-        dialogues.reply([0, 1], seeds=[1], **options)
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_one_copy_of_the_cache_in_the_dtype_of_the_computation(kind, chat, mixed, monkeypatch):
-    """All that lives of keys and values while a reply is decoded: one buffer each per layer, little larger than they are."""
+    """All that lives of keys and values while a reply is decoded: one buffer each per layer, little
+    larger than they are.
+    """
     model = build(kind)
     model.compute_dtype = torch.bfloat16 if mixed else None
     heads, width = (4, 8) if model.config.model_type == "gpt2" else (2, 8)
     decode, found = common._decode, []
 
     gc.collect()
-    others = {id(each): each for each in gc.get_objects() if type(each) is torch.Tensor}  # what other tests left
+    # what other tests left
+    others = {id(each): each for each in gc.get_objects() if type(each) is torch.Tensor}
 
     def watched(*given):
         replies = decode(*given)
         gc.collect()
-        alive = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.shape[1:2] + each.shape[3:] == (heads, width)]
-        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in alive if id(tensor) not in others}
-        found.append([(len(tensor), tensor.dtype, tensor.untyped_storage().nbytes()) for tensor in storages.values()])
+        alive = [each for each in gc.get_objects() if type(each) is torch.Tensor
+                 and each.shape[1:2] + each.shape[3:] == (heads, width)]
+        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in alive
+                    if id(tensor) not in others}
+        found.append([(len(tensor), tensor.dtype, tensor.untyped_storage().nbytes())
+                      for tensor in storages.values()])
         return replies
 
     monkeypatch.setattr(common, "_decode", watched)
@@ -558,21 +557,22 @@ def test_one_copy_of_the_cache_in_the_dtype_of_the_computation(kind, chat, mixed
         length = max(map(len, dialogues.ids)) - 1
         whole = [each for each in found[-1] if each[0] == 5]
         assert len(whole) == 2 * model.config.num_hidden_layers
-        assert len(found[-1]) in (len(whole), 2 * len(whole))  # those of the rows that went on to the end
+        # those of the rows that went on to the end
+        assert len(found[-1]) in (len(whole), 2 * len(whole))
         for _, dtype, size in whole:
             assert dtype == (torch.bfloat16 if mixed else torch.float32)
-            assert size <= 5 * heads * width * dtype.itemsize * (1.25 * length + 2 * common._Layer.ROOM)
+            assert size <= 5 * heads * width * dtype.itemsize * (
+                1.25 * length + 2 * common._Layer.ROOM)
         dialogues.extend(range(5), [OBSERVATIONS[turn]] * 5)
 
 
-# --------------------------------------------------------------------------------------------------------- log-probs
+# ---------------------------------------------------------------------------------------- log-probs
 
 
 def test_pad_rows():
     assert common.pad_rows([[1, 2], [], [3]], 9).tolist() == [[1, 2], [9, 9], [3, 9]]
-    assert common.pad_rows([[1, 2], [], [3]], 9, "left").tolist() == [[1, 2], [9, 9], [9, 3]]
-    assert common.pad_rows([[], []], 9).shape == (2, 0) and common.pad_rows([], 9).shape == (0, 0)
-    assert common.pad_rows([[], []], 9).dtype == torch.long
+    empty = common.pad_rows([[], []], 9)
+    assert empty.shape == (2, 0) and empty.dtype == torch.long
 
 
 def padded(rows):
@@ -612,7 +612,7 @@ def test_token_logprobs_equal_full_logits_and_their_gradient(kind):
 
 def test_token_logprobs_where_nothing_counts(qwen3):
     ids = common.pad_rows(ragged(3), 0)
-    for tensor in (ids, ids[:, :1], ids[:0]):
+    for tensor in (ids, ids[:, :1]):
         logprobs = common.token_logprobs(qwen3, tensor, torch.zeros_like(tensor))
         assert logprobs.shape == (len(tensor), tensor.shape[1] - 1) and not logprobs.any()
         (logprobs.exp().sum() * 2).backward()
@@ -662,7 +662,8 @@ def test_gradient_checkpointing_changes_memory_alone(kind, mixed, rank, chat):
     said, kept, gradients = common.generate(model, chat, ragged(5), **options), [], []
     for _ in range(2):
         kept.append(kept_bytes(model, ids, mask))
-        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()
+                          if weight.requires_grad})
         model.zero_grad()
         assert common.generate(model, chat, ragged(5), **options) == said
         assert not any(module.training for module in model.modules())
@@ -672,7 +673,7 @@ def test_gradient_checkpointing_changes_memory_alone(kind, mixed, rank, chat):
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-# ---------------------------------------------------------------------------------------------- adapters and copies
+# ------------------------------------------------------------------------------ adapters and copies
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -686,7 +687,8 @@ def test_adapters(kind, mixed, chat, tmp_path):
     base = {id(weight): weight.detach().clone() for weight in model.parameters()}
     common.add_adapters(model, 4)
     added = [weight for weight in model.parameters() if id(weight) not in base]
-    assert [weight for weight in model.parameters() if weight.requires_grad] == added and len(added) > 10
+    assert [weight for weight in model.parameters() if weight.requires_grad] == added
+    assert len(added) > 10
     assert {weight.dtype for weight in added} == {torch.float32}
     assert torch.equal(common.token_logprobs(model, ids, mask), before)
     frozen, moving = common.frozen_copy(model), common.copy_of(model)
@@ -697,7 +699,8 @@ def test_adapters(kind, mixed, chat, tmp_path):
     for _ in range(3):
         common.token_logprobs(model, ids, mask).sum().backward()
         common.gradient_step(model, optimizer, 0.0, [])
-    assert all(torch.equal(weight, base[id(weight)]) for weight in model.parameters() if id(weight) in base)
+    assert all(torch.equal(weight, base[id(weight)]) for weight in model.parameters()
+               if id(weight) in base)
     assert len(optimizer.state) == len(added)
     after = common.token_logprobs(model, ids, mask).detach()
     assert (after - before).abs().max() > 0.1
@@ -705,34 +708,41 @@ def test_adapters(kind, mixed, chat, tmp_path):
         assert torch.equal(common.token_logprobs(copied, ids, mask), before)
     common.ema_update(moving, model, 0.0)
     assert torch.equal(common.token_logprobs(moving, ids, mask), after)
-    assert all(torch.equal(weight, base[id(weight)]) for weight in moving.parameters() if id(weight) in base)
+    assert all(torch.equal(weight, base[id(weight)]) for weight in moving.parameters()
+               if id(weight) in base)
 
     common.save_model(tmp_path / "model", model, chat)
     again, _ = common.load(str(tmp_path / "model"))  # refuses names that it does not know
     if not mixed:  # in bfloat16 the sums are rounded elsewhere
-        torch.testing.assert_close(common.token_logprobs(again, ids, mask), after, atol=1e-4, rtol=0)
+        torch.testing.assert_close(common.token_logprobs(again, ids, mask), after, atol=1e-4,
+                                   rtol=0)
     module = next(module for module in model.modules() if hasattr(module, "get_delta_weight"))
     moved = module.base_layer.weight.float() + module.get_delta_weight("default")
-    assert any(weight.shape == moved.shape and torch.equal(weight, moved) for weight in again.parameters())
+    assert any(weight.shape == moved.shape and torch.equal(weight, moved)
+               for weight in again.parameters())
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_frozen_copy_computes_the_same(kind, chat):
     """In bfloat16, with most weights kept in it; without, as the copy that it is."""
     model, (ids, mask) = build(kind), padded(ragged(5))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), common.frozen_copy(model).parameters(), strict=True))
+    assert common.fingerprint(common.frozen_copy(model)) == common.fingerprint(model)
     model.compute_dtype = torch.bfloat16
     frozen = common.frozen_copy(model)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     if kind != "gpt2":  # its layers are of another class
-        assert sum(weight.nbytes for weight in frozen.parameters()) < 0.75 * sum(weight.nbytes for weight in model.parameters())
-    assert torch.equal(common.token_logprobs(frozen, ids, mask), common.token_logprobs(model, ids, mask))
+        small, large = (sum(w.nbytes for w in each.parameters()) for each in (frozen, model))
+        assert small < 0.75 * large
+    assert torch.equal(common.token_logprobs(frozen, ids, mask),
+                       common.token_logprobs(model, ids, mask))
     options = dict(max_new_tokens=9, temperature=1.0, seeds=range(5))
-    assert common.generate(frozen, chat, ragged(5), **options) == common.generate(model, chat, ragged(5), **options)
+    assert common.generate(frozen, chat, ragged(5),
+                           **options) == common.generate(model, chat, ragged(5), **options)
     with torch.no_grad():
         model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(1))
     frozen.load_state_dict(model.state_dict())  # as at the start of a stage
-    assert torch.equal(common.token_logprobs(frozen, ids, mask), common.token_logprobs(model, ids, mask))
+    assert torch.equal(common.token_logprobs(frozen, ids, mask),
+                       common.token_logprobs(model, ids, mask))
 
 
 def test_a_checkpoint_of_adapters_holds_nothing_else(tmp_path, no_locks):
@@ -744,7 +754,8 @@ def test_a_checkpoint_of_adapters_holds_nothing_else(tmp_path, no_locks):
         common.add_adapters(model, 2)
         run = common.Run("toy", Args(**settings), tmp_path / "run")
         run.start(model=model)
-        parts = {"model": model, "target": common.copy_of(model), "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2)}
+        parts = {"model": model, "target": common.copy_of(model),
+                 "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2)}
         return run, parts
 
     def learn(parts):
@@ -780,9 +791,6 @@ def test_target_logprobs(model, chat):
         assert not (line * (1 - counts)).any()
         expected = forward_logprobs(model, prompt + target, 0.8)[start:]
         torch.testing.assert_close(line[start:end], expected, atol=1e-4, rtol=0)
-    for wrong in ([[1], []], [[2], [3]]), ([[1]], [[]]):
-        with pytest.raises(ValueError):
-            common.target_logprobs(model, chat, *wrong)
 
 
 class Line(torch.nn.Module):
@@ -825,11 +833,12 @@ def test_no_step_on_what_is_not_finite(loss, gradient):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# -------------------------------------------------------------------------------------------------------------- chat
+# --------------------------------------------------------------------------------------------- chat
 
 TEMPLATES = {
     "chatml": (common.CHATML, "<|im_end|>", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]),
-    "qwen3": (  # a thought of an earlier turn is dropped; without thinking the prompt ends in an empty thought
+    # a thought of an earlier turn is dropped; without thinking the prompt ends in an empty thought
+    "qwen3": (
         "{%- for message in messages %}{%- set content = message.content %}"
         "{%- if message.role == 'assistant' and '</think>' in content %}"
         "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
@@ -843,10 +852,12 @@ TEMPLATES = {
     "llama3": (
         "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
         "'<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' %}"
-        "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+        "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+        "{{ content }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
         "<|eot_id|>",
-        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"],
+        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+         "<|end_of_text|>"],
     ),
     "gemma": (
         "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
@@ -854,23 +865,27 @@ TEMPLATES = {
         "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
         "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
-        "{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
+        "{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}"
+        "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
         "<end_of_turn>",
         ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"],
     ),
-    "mistral": (  # spaces around the text although the text itself is stripped; no end token after a user turn
+    # spaces around the text although the text itself is stripped; no end token after a user turn
+    "mistral": (
         "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-        "{{ '[INST] ' + message['content'] | trim + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
-        "{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% else %}{{ raise_exception('no') }}{% endif %}"
-        "{% endfor %}",
+        "{{ '[INST] ' + message['content'] | trim + ' [/INST]' }}"
+        "{% elif message['role'] == 'assistant' %}"
+        "{{ ' ' + message['content'] | trim + ' ' + eos_token }}"
+        "{% else %}{{ raise_exception('no') }}{% endif %}{% endfor %}",
         "</s>",
         ["<s>", "</s>", "[INST]", "[/INST]"],
     ),
 }
 THOUGHTFUL = common.CHATML.replace("assistant\n", "assistant\n<think>\n")  # opens a thought itself
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
-EOS = {"llama3": "<|end_of_text|>", "gemma": "<eos>", "qwen3": "<|endoftext|>"}  # not what ends a turn
+# not what ends a turn
+EOS = {"llama3": "<|end_of_text|>", "gemma": "<eos>", "qwen3": "<|endoftext|>"}
 DIALOGUE = [
     {"role": "system", "content": "You are a player."},
     {"role": "user", "content": "the lamp is on the table ."},
@@ -882,7 +897,8 @@ DIALOGUE = [
 
 
 def template_chat(kind, special=True, special_tags=False):
-    """`special`: are turn markers special tokens (not so DeepSeek's); `special_tags`: is <think>."""
+    """`special`: are turn markers special tokens (not so DeepSeek's); `special_tags`: is <think>.
+    """
     template, end, specials = TEMPLATES[kind]
     tokenizer = common.tiny_tokenizer(TEXTS)
     tokenizer.chat_template = template
@@ -891,7 +907,8 @@ def template_chat(kind, special=True, special_tags=False):
     tokenizer.add_tokens(["<|reserved|>"], special_tokens=True)  # in no dialogue
     if kind == "gemma":
         tokenizer.add_tokens(["\n", "\n\n", "<h1>", "</h1>"])  # as Gemma's has them
-    tokenizer.bos_token = next((s for s in specials if s in ("<s>", "<bos>", "<|begin_of_text|>")), None)
+    tokenizer.bos_token = next((s for s in specials if s in ("<s>", "<bos>", "<|begin_of_text|>")),
+                               None)
     tokenizer.eos_token = EOS.get(kind, end)
     return common.Chat(tokenizer)
 
@@ -907,7 +924,8 @@ def test_turn_is_what_the_template_renders(kind, text):
     rendered = chat.prompt(messages)
     turn = [end, *chat.turn(text)]
     assert rendered[-len(turn) :] == turn
-    assert chat.encode("you see")[-1] in rendered[-len(turn) - 2 : -len(turn)]  # the reply stands right before it
+    # the reply stands right before it
+    assert chat.encode("you see")[-1] in rendered[-len(turn) - 2 : -len(turn)]
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -915,17 +933,21 @@ def test_prompt_and_dialogue(kind):
     chat = template_chat(kind)
     show = lambda ids: chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # noqa: E731
     prompt = show(chat.prompt(DIALOGUE[:2]))
-    assert prompt.count("You are a player.") == 1 and prompt.count("the lamp is on the table .") == 1
+    assert prompt.count("You are a player.") == 1
+    assert prompt.count("the lamp is on the table .") == 1
     folded = kind in ("gemma", "mistral")
     assert folded == ("You are a player.\n\nthe lamp" in prompt) and DIALOGUE[0]["role"] == "system"
     dialogue = show(chat.dialogue(DIALOGUE))
     whole = show(chat.prompt(DIALOGUE))
-    if kind == "qwen3":  # the rollout's ids keep the empty thoughts that the template drops from earlier turns
+    # the rollout's ids keep the empty thoughts that the template drops from earlier turns
+    if kind == "qwen3":
         assert dialogue.count("<think>\n\n</think>\n\n") == 3
         assert whole.count("<think>") == 1
         head = "<|im_start|>assistant\n"
-        whole = whole.replace(head + "<think>\n\n</think>\n\n", head).replace(head, head + "<think>\n\n</think>\n\n")
-    if kind == "mistral":  # its spaces around a reply are the template's; a rollout has what was sampled
+        thought = "<think>\n\n</think>\n\n"
+        whole = whole.replace(head + thought, head).replace(head, head + thought)
+    # its spaces around a reply are the template's; a rollout has what was sampled
+    if kind == "mistral":
         whole, dialogue = whole.replace(" ", ""), dialogue.replace(" ", "")
     assert dialogue == whole
 
@@ -1009,7 +1031,8 @@ def test_a_thought_that_the_template_opens(qwen3):
         told = chat.decode(chat.reply(text))  # a likelihood target closes the thought first
         assert told.count("</think>") == 1 and "<think>" not in told
         assert common.aloud(chat.opened + told) == "Action: go"
-    ids, mask = chat.dialogue_and_mask([*DIALOGUE[:2], {"role": "assistant", "content": "Action: go"}])
+    ids, mask = chat.dialogue_and_mask([*DIALOGUE[:2],
+                                        {"role": "assistant", "content": "Action: go"}])
     assert [id for id, m in zip(ids, mask) if m] == chat.reply("Action: go")
     begun = common.Dialogues(qwen3, chat, [prompt]).reply([0], prefill="Well,", **options)
     assert begun.texts[0].startswith("<think>Well,") and begun.texts[0].count("<think>") == 1
@@ -1054,9 +1077,8 @@ def test_twins_that_end_a_reply_are_no_tags():
 def test_prefill_and_shots():
     chat = common.Chat(TOKENIZER)
     begun = chat.encode("Action: ")
-    assert chat.prompt(DIALOGUE[:2], "Action: ") == chat.prompt(DIALOGUE[:2]) + begun
     assert chat.dialogue(DIALOGUE, prefill="Action: ") == chat.dialogue(DIALOGUE) + begun
-    assert chat.prompt(DIALOGUE[:2], "<|im_end|>")[-1] != chat.eos[0]
+    assert chat.dialogue(DIALOGUE[:2], "<|im_end|>")[-1] != chat.eos[0]
     shots = [message | {"shot": i < 4} for i, message in enumerate(DIALOGUE)]
     ids, mask = chat.dialogue_and_mask(DIALOGUE)
     assert chat.dialogue_and_mask(shots)[0] == ids  # a worked example is read as any turn is
@@ -1085,34 +1107,11 @@ def test_dialogue_with_prefill_equals_a_rollout(kind):
     assert logprob == pytest.approx(sum(dialogues.logprobs[0]))
 
 
-def test_dialogue_equals_the_ids_of_a_rollout(qwen3):
-    chat = common.Chat(TOKENIZER)
-    dialogues = common.Dialogues(qwen3, chat, [chat.prompt(DIALOGUE[:2])])
-    chat.eos += chat.encode("the")  # so that the reply below is complete without being chosen by the model
-    dialogues.reply([0], max_new_tokens=4, temperature=1.0, seeds=[5])
-    ids = dialogues.ids[0][len(chat.prompt(DIALOGUE[:2])) :]
-    dialogues.extend([0], ["nothing here"])
-    assert dialogues.ids[0] == chat.prompt(DIALOGUE[:2]) + ids + chat.turn("nothing here")
-    dialogues = common.Dialogues(qwen3, chat, [chat.prompt(DIALOGUE[:2])])
-    for i in (2, 4):
-        dialogues._append(0, chat.reply(DIALOGUE[i]["content"]), 1)
-        dialogues.extend([0], [DIALOGUE[i + 1]["content"]])
-    assert dialogues.ids[0] == chat.dialogue(DIALOGUE)
-    assert chat.reply("you see") == [*chat.encode("you see"), chat.eos[0]]
-    with pytest.raises(ValueError):
-        chat.dialogue(DIALOGUE[:2] + DIALOGUE[3:4])
-
-
-def test_chat_without_template_is_refused(capsys):
-    tokenizer = common.tiny_tokenizer(TEXTS)
-    tokenizer.chat_template = None
-    refused(capsys, lambda: common.Chat(tokenizer), "no chat template")
-
-
-# --------------------------------------------------------------------------------------------------- tiny tokenizer
+# ----------------------------------------------------------------------------------- tiny tokenizer
 
 RULES = ["A constant line. It is one token.", "A constant line.", "-> answer: yes", "x[1]*"]
-CORPUS = ["the lamp is on the table .", "  It's 1,200 metres — naïve 東京\n\tdone", "household hold house", RULES[0]]
+CORPUS = ["the lamp is on the table .", "  It's 1,200 metres — naïve 東京\n\tdone",
+          "household hold house", RULES[0]]
 
 
 @pytest.fixture(scope="module")
@@ -1120,38 +1119,45 @@ def tiny_chat(tmp_path_factory):
     """As a run meets it: saved and loaded again."""
     path = tmp_path_factory.mktemp("tokenizer")
     common.tiny_tokenizer(CORPUS, RULES).save_pretrained(path)
-    Qwen3Config(vocab_size=2000).save_pretrained(path)  # AutoTokenizer looks at the architecture, too
+    # AutoTokenizer looks at the architecture, too
+    Qwen3Config(vocab_size=2000).save_pretrained(path)
     return common.Chat(AutoTokenizer.from_pretrained(path))
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(st.characters(codec="utf-8")) | st.text("the lampx[1]*\n 's→A") | st.sampled_from(RULES + CORPUS))
+@given(
+    st.text(st.characters(codec="utf-8")) | st.text("the lampx[1]*\n 's→A") | st.sampled_from(
+        RULES + CORPUS))
 def test_tokenizer_is_lossless(tiny_chat, text):
-    assert tiny_chat.decode(tiny_chat.encode(text)) == tiny_chat._inert(text)  # itself, but for control tokens
+    # itself, but for control tokens
+    assert tiny_chat.decode(tiny_chat.encode(text)) == tiny_chat._inert(text)
 
 
 def test_tokenizer_words_and_constants(tiny_chat):
     count = lambda text: len(tiny_chat.encode(text))  # noqa: E731
     assert count("the lamp is on the table .") == 7
-    assert [count(word) for word in ("household", " hold", " house", " 東京", " metres", "the")] == [1] * 6
+    assert [count(word)
+            for word in ("household", " hold", " house", " 東京", " metres", "the")] == [1] * 6
     assert [count(rule) for rule in RULES] == [1] * 4
-    assert count("the lamp" + RULES[0] + " is") == 4  # the longest constant wins, inside a text as well
+    # the longest constant wins, inside a text as well
+    assert count("the lamp" + RULES[0] + " is") == 4
     assert tiny_chat.encode("A constant line. It is") != tiny_chat.encode(RULES[0])
     assert count("zebra") == 5
     assert tiny_chat.decode([*tiny_chat.encode("the"), tiny_chat.eos[0], tiny_chat.pad]) == "the"
 
 
-# -------------------------------------------------------------------------------------------------------- tiny model
+# --------------------------------------------------------------------------------------- tiny model
 
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black"}
 
 
 def corpus():
     system = {"role": "system", "content": RULES[0]}
-    asked = [([system, {"role": "user", "content": f"colour of {k} ?"}], f"it is {v}") for k, v in COLOURS.items()]
-    longer = [
-        ([*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": "sure ?"}], "yes") for messages, reply in asked
-    ]
+    asked = [([system, {"role": "user", "content": f"colour of {thing} ?"}], f"it is {colour}")
+             for thing, colour in COLOURS.items()]
+    more = [{"role": "assistant", "content": ""}, {"role": "user", "content": "sure ?"}]
+    longer = [([*messages, more[0] | {"content": reply}, more[1]], "yes")
+              for messages, reply in asked]
     return (asked * 3 + longer) * 400
 
 
@@ -1169,13 +1175,16 @@ def test_tiny_model_learns_and_is_cached(cache, monkeypatch):
     before = torch.get_rng_state()
     model, chat = load_tiny(cache)
     assert torch.equal(before, torch.get_rng_state())
-    assert model.config.architectures == ["Qwen3ForCausalLM"] and common.count_parameters(model) < 50_000
+    assert model.config.architectures == ["Qwen3ForCausalLM"]
+    assert common.count_parameters(model) < 50_000
     assert not model.training and model.dtype == torch.float32 and model.compute_dtype is None
     assert load_tiny(cache, dtype="mixed")[0].compute_dtype == torch.bfloat16
     messages = corpus()[:4]
-    replies = common.generate(model, chat, [chat.prompt(m) for m, _ in messages], max_new_tokens=6, temperature=0, seeds=[0] * 4)
+    replies = common.generate(model, chat, [chat.prompt(m) for m, _ in messages], max_new_tokens=6,
+                              temperature=0, seeds=[0] * 4)
     assert replies.texts == [reply for _, reply in messages] and all(replies.complete)
-    assert sum(p.name.startswith("tiny-") for p in cache.iterdir()) == 1  # and no temporary directory is left
+    # and no temporary directory is left
+    assert sum(p.name.startswith("tiny-") for p in cache.iterdir()) == 1
     with monkeypatch.context() as patch:
         patch.setattr(common, "build_tiny", lambda *_: pytest.fail("built again"))
         again, _ = load_tiny(cache)
@@ -1183,34 +1192,25 @@ def test_tiny_model_learns_and_is_cached(cache, monkeypatch):
             load_tiny(cache, lambda: corpus()[:-1])
         with pytest.raises(pytest.fail.Exception):
             load_tiny(cache, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert common.fingerprint(model) == common.fingerprint(again)
 
 
 def test_tiny_model_is_seeded(tmp_path):
     few = lambda: corpus()[:512]  # noqa: E731
-    models = [load_tiny(tmp_path / name, few, seed=seed)[0] for name, seed in (("a", 0), ("b", 0), ("c", 1))]
-    same, other = ([torch.equal(a, b) for a, b in zip(models[0].parameters(), model.parameters(), strict=True)] for model in models[1:])
-    assert all(same) and not all(other)
+    models = [load_tiny(tmp_path / name, few, seed=int(name == "c"))[0] for name in "abc"]
+    first, same, other = map(common.fingerprint, models)
+    assert first == same != other
 
 
-def test_load_refuses(tmp_path, capsys, cache, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_load_refuses(tmp_path, capsys, cache):
     for name in ("tiny:0x1", "tiny:33x1", "tiny:64", "tiny:axb"):
-        refused(capsys, lambda name=name: common.load(name, corpus=corpus, cache_dir=tmp_path), name)
-    refused(capsys, lambda: common.load(str(tmp_path / "missing")), "config.json")
-    refused(capsys, lambda: common.load("nobody/no-such-model"), "cannot be loaded")
-    model, chat = load_tiny(cache)
-    broken = tmp_path / "broken"
-    model.save_pretrained(broken)
-    chat.tokenizer.save_pretrained(broken)
-    assert common.load(str(broken))[1].eos == chat.eos
-    (broken / "chat_template.jinja").unlink()
-    refused(capsys, lambda: common.load(str(broken)), "no chat template")
-    for file, content in ("model.safetensors", "x"), ("config.json", "{"), ("config.json", "[]"):
-        (broken / file).write_text(content)
-        refused(capsys, lambda: common.load(str(broken)), "cannot be loaded", str(broken))
-    refused(capsys, lambda: common.load(str(tmp_path / "missing"), option="--judge"), "--judge /")
+        refused(capsys, lambda name=name: common.load(name, corpus=corpus, cache_dir=tmp_path),
+                name)
+    refused(capsys, lambda: common.load(str(tmp_path / "missing"), option="--judge"), "--judge /",
+            "config.json")
+    path = save_llama(tmp_path / "model", text=TEXTS)
+    (path / "chat_template.jinja").unlink()
+    refused(capsys, lambda: common.load(str(path)), "no chat template")
 
 
 def change_weights(path, change):
@@ -1219,100 +1219,82 @@ def change_weights(path, change):
     save_file(dict(filter(None, weights)), path / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_weights_that_would_be_random_are_refused(tmp_path, capsys):
-    """In one line: transformers itself only warns, in a table."""
-    changes = {
-        "prefixed": lambda name, tensor: ("module." + name, tensor),  # as DDP leaves them
-        "headless": lambda name, tensor: None if name == "lm_head.weight" else (name, tensor),
-        "short": lambda name, tensor: (name, tensor[1:] if name == "model.norm.weight" else tensor),
-        "sound": lambda name, tensor: (name, tensor * 2),
-    }
-    for name, change in changes.items():
-        change_weights(save_llama(tmp_path / name, text=TEXTS), change)
-    told, logger = [], logging.getLogger("transformers")
-    handler, verbosity = logging.Handler(), logger.level
-    handler.emit = told.append
-    logger.addHandler(handler)
-    random = "they would be random"
-    prefixed = "no weights for lm_head.weight, model.embed_tokens.weight, model.layers.0"
-    refused(capsys, lambda: common.load(str(tmp_path / "prefixed")), prefixed, random)
-    refused(capsys, lambda: common.load(str(tmp_path / "headless")), "lm_head.weight: " + random)
-    refused(capsys, lambda: common.load(str(tmp_path / "short")), "model.norm.weight: " + random)
-    before = common.load(str(save_llama(tmp_path / "as it was", text=TEXTS)))[0]
-    doubled = common.load(str(tmp_path / "sound"))[0]
-    assert torch.equal(doubled.lm_head.weight, 2 * before.lm_head.weight)
-    logger.removeHandler(handler)
-    assert not told and logger.level == verbosity
+RANDOM = "they would be random"
+CHANGES = {  # of each weight, and what is said of it
+    "prefixed": (lambda name, tensor: ("module." + name, tensor),
+                 "no weights for lm_head.weight, model.embed_tokens.weight, model.layers.0"),
+    "headless": (lambda name, tensor: None if name == "lm_head.weight" else (name, tensor),
+                 f"lm_head.weight: {RANDOM}"),
+    "short": (lambda name, tensor: (name, tensor[1:] if name == "model.norm.weight" else tensor),
+              f"model.norm.weight: {RANDOM}"),
+    "not finite": (lambda name, tensor: (name, tensor / 0 if "norm" in name else tensor),
+                   "nothing finite (log-probs differ by nan)"),
+}
 
 
-def test_weights_without_a_place_and_adapters_are_refused(tmp_path, capsys):
-    path = save_llama(tmp_path / "judge", text=TEXTS)
-    weights = load_file(path / "model.safetensors")
-    save_file(weights | {"score.weight": torch.zeros(1, 32)}, path / "model.safetensors", metadata={"format": "pt"})
-    refused(capsys, lambda: common.load(str(path)), "no place for: score.weight")
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_that_are_refused(change, tmp_path, capsys):
+    """In one line: transformers itself only warns, in a table, of what would be random."""
+    path = save_llama(tmp_path / "model", text=TEXTS)
+    change_weights(path, CHANGES[change][0])
+    refused(capsys, lambda: common.load(str(path)), CHANGES[change][1])
+
+
+def test_an_adapter_beside_weights_is_refused(tmp_path, capsys):
     path = save_llama(tmp_path / "adapter", text=TEXTS)
     (path / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
     refused(capsys, lambda: common.load(str(path)), "peft", "merge_and_unload")  # not ignored
-    (path / "model.safetensors").unlink()
-    refused(capsys, lambda: common.load(str(path)), "peft")
-    path = save_llama(tmp_path / "nan", text=TEXTS)
-    change_weights(path, lambda name, tensor: (name, tensor / 0 if "norm" in name else tensor))
-    refused(capsys, lambda: common.load(str(path)), "not finite: model.layers.0.input_layernorm.weight")
 
 
 def test_code_in_a_directory_is_not_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
     path = save_llama(tmp_path / "model", text=TEXTS)
     config = json.loads((path / "config.json").read_text())
-    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    own = {"model_type": "own",
+           "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
     (path / "config.json").write_text(json.dumps(config | own))
     (path / "own.py").write_text("raise SystemExit(77)")
     refused(capsys, lambda: common.load(str(path)), "cannot be loaded")
 
 
-def test_a_token_beyond_the_embeddings(tmp_path, capsys):
-    """Gemma 3 has one that stands for an image: it cannot occur in a text. An ordinary word could."""
-    for special, name in (True, "image"), (False, "word"):
-        path = save_llama(tmp_path / name, text=TEXTS)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        tokenizer.add_tokens(["<image_soft_token>"], special_tokens=special)
-        tokenizer.save_pretrained(path)
-    model, chat = common.load(str(tmp_path / "image"))
+def test_a_token_beyond_the_embeddings(tmp_path):
+    """Gemma 3 has one that stands for an image: it cannot occur in a text."""
+    path = save_llama(tmp_path / "image", text=TEXTS)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    tokenizer.save_pretrained(path)
+    model, chat = common.load(str(path))
     room = model.get_input_embeddings().num_embeddings
     assert len(chat.tokenizer) == room + 1 and max(chat.turn("an <image_soft_token>!")) < room
-    refused(capsys, lambda: common.load(str(tmp_path / "word")), f"embeddings for {room}")
 
 
 def test_templates_that_fail(tmp_path, capsys):
     path = save_llama(tmp_path / "model", text=TEXTS)
     template = path / "chat_template.jinja"
-    for text in "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{% if %}", "{{ messages[0].nothing.more }}", "always the same":
+    for text in "{{ raise_exception('no') }}", "{% if %}", "always the same":
         template.write_text(text)
         refused(capsys, lambda: common.load(str(path)), "the chat template")
     template.unlink()
     (path / "additional_chat_templates").mkdir()
-    (path / "additional_chat_templates" / "tool_use.jinja").write_text(common.CHATML)  # named, and none is the default
+    # named, and none is the default
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text(common.CHATML)
     refused(capsys, lambda: common.load(str(path)), "chat template")
 
 
-def test_a_reply_that_begins_with_a_channel_is_refused_and_an_empty_thought_is_fine(tmp_path, capsys):
+def test_a_reply_that_begins_with_a_channel_is_refused(tmp_path, capsys):
+    """An empty thought is fine."""
     path = save_llama(tmp_path / "model", text=TEXTS)
-    for more, accepted in ("<|channel|>final<|message|>", False), ("<think></think>\n", True), ("", True):
+    for more in "<|channel|>final<|message|>", "<think></think>\n", "":
         (path / "chat_template.jinja").write_text(
             "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
-            "{% if m.role == 'assistant' %}" + more + "{% endif %}{{ m.content }}<|eot_id|>{% endfor %}"
-            "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}")
-        if accepted:
+            "{% if m.role == 'assistant' %}" + more + "{% endif %}{{ m.content }}<|eot_id|>"
+            "{% endfor %}{% if add_generation_prompt %}"
+            "<|start_header_id|>assistant<|end_header_id|>{% endif %}")
+        if "channel" not in more:
             assert common.load(str(path))[1].eos[0] == 4
         else:
-            refused(capsys, lambda: common.load(str(path)), "before a reply", "<|channel|>final<|message|>")
-
-
-def test_templates_are_told_the_day_of_the_run(monkeypatch):
-    tokenizer = common.tiny_tokenizer(TEXTS)
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + common.CHATML
-    monkeypatch.setattr(common.Chat, "today", datetime.datetime(2024, 2, 29))
-    assert tokenizer.decode(common.Chat(tokenizer).prompt(DIALOGUE[:2])).startswith("29 Feb 2024")
+            refused(capsys, lambda: common.load(str(path)), "before a reply",
+                    "<|channel|>final<|message|>")
 
 
 def test_max_context(tmp_path, cache):
@@ -1448,7 +1430,7 @@ def test_ema_update():
         torch.testing.assert_close(new, old + 0.1)
 
 
-# -------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 @dataclasses.dataclass
@@ -1460,17 +1442,23 @@ class Args:
     lr: float = 1e-3
     batch_size: int = 8
     micro_batch_size: int = 4
+    rollout_batch_size: int = 8
     max_new_tokens: int = 8
+    max_context: int | None = None
     temperature: float = 1.0
     eval_temperature: float = 0.0
     eval_episodes: int = 4
     eval_every: int = 5
     save_every: int = 5
+    eval_only: bool = False
     rate: float | None = None
+    lora_rank: int = 0
+    shots: int = 0
     out_dir: str = "runs/x"
     resume: bool = False
     device: str = "cpu"
     dtype: str = "auto"
+    track: str = "none"
 
 
 def refused(capsys, call, *words):
@@ -1517,7 +1505,9 @@ def test_run_creates_nothing_before_start(tmp_path, capsys):
     run.start({"note": "x"})
     record = json.loads((path / "args.json").read_text())
     assert record["script"] == "toy" and record["args"]["lr"] == 1e-3 and record["note"] == "x"
-    assert record["versions"]["torch"] == torch.__version__ and record["device"] == "cpu" and "git_commit" in record
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["device"] == "cpu"
+    assert "git_commit" in record
     refused(capsys, lambda: common.Run("toy", Args(), path), "--resume", "--out-dir")
     late = common.Run("toy", Args(), tmp_path / "late")
     started(tmp_path / "late")
@@ -1527,7 +1517,10 @@ def test_run_creates_nothing_before_start(tmp_path, capsys):
 
 def test_resume_refuses(tmp_path, capsys, no_locks):
     path = tmp_path / "run"
-    resume = lambda script="toy", **changes: common.Run(script, Args(resume=True, **changes), path)  # noqa: E731
+
+    def resume(script="toy", **changes):
+        return common.Run(script, Args(resume=True, **changes), path)
+
     refused(capsys, resume, "no run")
     started(path)
     refused(capsys, lambda: resume(lr=2e-3), "lr was 0.001 and is 0.002")
@@ -1537,21 +1530,10 @@ def test_resume_refuses(tmp_path, capsys, no_locks):
     run.start()
     assert json.loads((path / "args.json").read_text())["args"]["steps"] == 9
     run.log({"step": 1})
-    run.save({"step": 1})
-    assert resume().resume() == {"step": 1}
-    content = (path / "metrics.jsonl").read_text()
-    (path / "metrics.jsonl").write_text("")
+    run.save_if_due({"done": 1})
+    assert resume().resume() == {"done": 1}
+    (path / "metrics.jsonl").write_text("")  # what a power cut may leave
     refused(capsys, resume, "metrics.jsonl")
-    (path / "metrics.jsonl").write_text(content)
-    state = path / "checkpoint" / "state.pt"
-    whole = state.read_bytes()
-    for damage in (whole[: len(whole) // 2], b"", b"junk" * 100):
-        state.write_bytes(damage)
-        refused(capsys, resume, "state.pt", "damaged")
-    state.write_bytes(whole)
-    assert resume().resume() == {"step": 1}
-    (path / "args.json").write_text('{"script": ')
-    refused(capsys, resume, "args.json", "damaged")
 
 
 def test_a_directory_belongs_to_one_process(tmp_path, capsys):
@@ -1561,19 +1543,17 @@ def test_a_directory_belongs_to_one_process(tmp_path, capsys):
     common.Run("toy", Args(resume=True), run.dir).release()
 
 
-def test_edited_files_refuse_a_resume(tmp_path, capsys, no_locks, monkeypatch):
+def test_an_edited_world_refuses_a_resume(tmp_path, capsys, no_locks, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "world.py").write_text("a = 1")
-    (tmp_path / "repair").mkdir()  # a name is no file
-    settings = {"env": "world.py:World", "rate": None}
-    started(tmp_path / "run", **settings)
-    kept = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert list(kept["files"]) == ["env"]
-    assert common.Run("toy", Args(resume=True, **settings), tmp_path / "run").resume() is None
-    (tmp_path / "world.py").write_text("a = 2")
-    refused(capsys, lambda: common.Run("toy", Args(resume=True, **settings), tmp_path / "run"), "--env", "changed")
-    (tmp_path / "world.py").unlink()
-    refused(capsys, lambda: common.Run("toy", Args(resume=True, **settings), tmp_path / "run"), "--env", "changed")
+    Path("world.py").write_text("a = 1")
+    started(tmp_path / "run", env="world.py:World")
+    assert list(json.loads((tmp_path / "run" / "args.json").read_text())["files"]) == ["env"]
+    again = Args(resume=True, env="world.py:World")
+    assert common.Run("toy", again, tmp_path / "run").resume() is None
+    Path("world.py").write_text("a = 2")
+    refused(capsys, lambda: common.Run("toy", again, tmp_path / "run"), "--env", "changed")
+    Path("world.py").unlink()
+    refused(capsys, lambda: common.Run("toy", again, tmp_path / "run"), "--env", "changed")
 
 
 def test_content_hash(tmp_path):
@@ -1595,7 +1575,7 @@ def test_the_day_of_a_run_is_kept(tmp_path, monkeypatch, no_locks):
     assert common.Chat.today == began
 
 
-@pytest.mark.parametrize("directory", ["x" * 300, "/".join(["x" * 200] * 20), "file/run", "link/run"])
+@pytest.mark.parametrize("directory", ["x" * 300, "file/run", "link/run"])
 def test_directories_that_cannot_be_made(tmp_path, capsys, monkeypatch, directory):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
@@ -1609,12 +1589,6 @@ def test_read_jsonl(tmp_path, capsys):
     path = odd / "demos.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": "\xe2\x80\xa8"}\r\n\r\n[1]\r2\n   \n"x"')
     assert common.read_jsonl(path, "--demos") == [(1, {"a": "\u2028"}), (3, [1]), (4, 2), (6, "x")]
-    path.write_bytes(b'1\n"\xff"\n')
-    refused(capsys, lambda: common.read_jsonl(path, "--demos"), "--demos", "line 2")
-    path.write_bytes(b"1\n\n{\n")
-    refused(capsys, lambda: common.read_jsonl(path, "--demos"), "line 3")
-    path.write_text("[" * 100_000)
-    refused(capsys, lambda: common.read_jsonl(path, "--demos"), "line 1")
     refused(capsys, lambda: common.read_jsonl(tmp_path, "--demos"), "--demos")
     refused(capsys, lambda: common.read_jsonl(tmp_path / "none", "--demos"), "--demos")
 
@@ -1626,12 +1600,15 @@ def test_rows_are_checked_by_line(tmp_path, capsys):
     def good(row):
         return 1 / row["a"] if row["a"] else [][0]
 
-    refused(capsys, lambda: common.read_rows("--demos", str(path), good), "--demos", "line 3", "IndexError")
-    refused(capsys, lambda: common.read_rows("--x", str(path), lambda row: row["a"]), "--x", "line 4", "KeyError: 'a'")
+    refused(capsys, lambda: common.read_rows("--demos", str(path), good), "--demos", "line 3",
+            "IndexError")
+    refused(capsys, lambda: common.read_rows("--x", str(path), lambda row: row["a"]), "--x",
+            "line 4", "KeyError: 'a'")
     assert common.read_rows("--x", str(path), lambda row: None) == [{"a": 1}, {"a": 0}, {"b": 1}]
     path.write_text("\n")
     refused(capsys, lambda: common.read_rows("--x", str(path), good), "--x", "is empty")
-    refused(capsys, lambda: common.read_rows("--x", str(tmp_path / "none.parquet"), good), "--x", "cannot be read")
+    refused(capsys, lambda: common.read_rows("--x", str(tmp_path / "none.parquet"), good), "--x",
+            "cannot be read")
 
 
 def spoken(*roles):
@@ -1639,19 +1616,21 @@ def spoken(*roles):
 
 
 def test_messages_and_texts_of_rows():
-    for last, roles in ("user", ("user", "assistant", "user")), ("assistant", ("user", "assistant")), ("user", ("user",)):
+    for *roles, last in ["user", "user"], ["user", "assistant", "user",
+                                           "user"], ["user", "assistant", "assistant"]:
         common.check_messages(spoken(*roles), last)
-    for last, roles in ("user", ("user", "assistant")), ("assistant", ("user",)), ("assistant", ()), ("assistant", ("assistant", "user")), (
-            "user", ("system", "user", "assistant", "user")):  # fmt: skip
+    for *roles, last in (["user", "assistant", "user"], ["user", "assistant"], ["assistant"],
+                         ["assistant", "user", "assistant"], ["system", "user", "user"]):
         with pytest.raises(ValueError):
             common.check_messages(spoken(*roles), last)
-    for messages in [{"role": "user"}], [{"content": "Hm."}], ["Hm."], 3, [{"role": "user", "content": None}]:
+    for messages in ([{"role": "user"}], [{"content": "Hm."}], ["Hm."], 3,
+                     [{"role": "user", "content": None}]):
         with pytest.raises((KeyError, TypeError)):
             common.check_messages(messages, "user")
     common.check_texts([])
     common.check_texts(["a", "\u00e9"])
-    for texts, kind in ("look", TypeError), (None, TypeError), (["a", 1], TypeError), (["\ud800"], ValueError):
-        with pytest.raises(kind):
+    for texts in "look", None, ["a", 1], ["\ud800"]:
+        with pytest.raises((TypeError, ValueError)):
             common.check_texts(texts)
 
 
@@ -1666,12 +1645,14 @@ def test_rows_are_collected_as_they_come(tmp_path, capsys):
 
     path = run.dir / "rows.jsonl"
     rows = [{"number": number, "text": "\u2028\n"} for number in range(4)]
-    assert run.collect("rows.jsonl", progress, make) == rows == [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    assert made == [0, 1, 2, 3] and run.collect("rows.jsonl", progress, make) == rows and len(made) == 4
+    assert run.collect("rows.jsonl", progress, make) == rows
+    assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == rows
+    assert run.collect("rows.jsonl", progress, make) == rows and made == [0, 1, 2, 3]
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])  # killed in the last line
     refused(capsys, lambda: run.collect("rows.jsonl", progress, make), "rows.jsonl has changed")
-    assert run.collect("rows.jsonl", {}, make) == rows and path.read_bytes() == whole and made[4:] == [3]
+    assert run.collect("rows.jsonl", {}, make) == rows
+    assert path.read_bytes() == whole and made[4:] == [3]
 
 
 def test_checkpoint_and_logs(tmp_path, no_locks):
@@ -1679,7 +1660,7 @@ def test_checkpoint_and_logs(tmp_path, no_locks):
     run.log({"step": 0, "loss": float("nan"), "text": "naïve 東京\n"})
     run.write_rollouts([{"turns": ["a", "b"]}, {"turns": []}])
     tensor = torch.randn(3)
-    run.save({"step": 1, "tensor": tensor, "nested": [{"a": (1, None)}]})
+    run.save_if_due({"tensor": tensor, "nested": [{"a": (1, None)}]})
     run.log({"step": 1})
     run.write_rollouts([{"turns": ["late"]}])
     again = common.Run("toy", Args(resume=True), run.dir)
@@ -1697,7 +1678,7 @@ class Writer:
     made = []
 
     def __init__(self, directory="", **settings):
-        self.settings, self.said = {"directory": directory, **settings}, []
+        self.directory, self.said = directory or settings["dir"], []
         self.made.append(self)
 
     def add_scalar(self, name, value, step):
@@ -1710,77 +1691,45 @@ class Writer:
         self.said.append("flushed")
 
 
-@dataclasses.dataclass
-class Tracked(Args):
-    track: str = "none"
+RECORDS = [{"step": 3, "success": 0.5, "auc": None, "stage": "rl"}, {"step": 4, "kl": 1}]
+SENT = [(3, "step", 3), (3, "success", 0.5), (4, "step", 4), (4, "kl", 1)]
 
 
-RECORDS = [{"step": 3, "success": 0.5, "rows": {"right": 0.25, "name": "x"}, "loss": math.nan, "auc": None, "stage": "rl"},
-           {"step": 4, "kl": 1}]  # fmt: skip
-SENT = [(3, "step", 3), (3, "success", 0.5), (3, "rows/right", 0.25), (4, "step", 4), (4, "kl", 1)]
-
-
-@pytest.mark.parametrize("name", common.TRACKERS)
-def test_metrics_go_to_a_tracker_by_step(tmp_path, monkeypatch, name, no_locks):
+@pytest.mark.parametrize("name, module",
+                         {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}.items())
+def test_metrics_go_to_a_tracker_by_step(tmp_path, capsys, monkeypatch, name, module, no_locks):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused(capsys, lambda: common.Run("toy", Args(track=name), tmp_path / "run"),
+            f"pip install {name}")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(Writer, "made", [])
-    monkeypatch.setitem(sys.modules, common.TRACKERS[name], SimpleNamespace(SummaryWriter=Writer, init=Writer))
-    run = common.Run("toy", Tracked(track=name), tmp_path / "run")
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(SummaryWriter=Writer, init=Writer))
+    run = common.Run("toy", Args(track=name), tmp_path / "run")
     assert not any(tmp_path.iterdir()) and not Writer.made
     run.start()
     for record in RECORDS:
         run.log(record)
     [writer] = Writer.made
-    assert [said for said in writer.said if said != "flushed"] == SENT and len(lines(run.dir / "metrics.jsonl")) == 2
-    assert (writer.said[-1] == "flushed") == (name == "tensorboard")  # after each line: a killed run loses none
-    assert str(run.dir) in map(str, (writer.settings["directory"], Path(writer.settings["directory"]).parent, writer.settings.get("dir")))
-    again = common.Run("toy", Tracked(track="none", resume=True), run.dir)  # it may go on without
+    assert [said for said in writer.said if said != "flushed"] == SENT
+    # after each line: a killed run loses none
+    assert (writer.said[-1] == "flushed") == (name == "tensorboard")
+    assert writer.directory.startswith(str(run.dir))
+    again = common.Run("toy", Args(resume=True), run.dir)  # it may go on without
     again.start()
     again.log(RECORDS[1])
-    assert len(Writer.made) == 1
+    assert len(Writer.made) == 1 and len(lines(run.dir / "metrics.jsonl")) == 3
 
 
 def test_tensorboard_reads_what_was_sent(tmp_path, no_locks):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = common.Run("toy", Tracked(track="tensorboard"), tmp_path / "run")
+    run = common.Run("toy", Args(track="tensorboard"), tmp_path / "run")
     run.start()
     for record in RECORDS:
         run.log(record)
     found = reader.EventAccumulator(str(run.dir / "tensorboard")).Reload()
-    assert [(event.step, name, event.value) for name in found.Tags()["scalars"] for event in found.Scalars(name)] == [
-        (3, "step", 3), (4, "step", 4), (3, "success", 0.5), (3, "rows/right", 0.25), (4, "kl", 1)]  # fmt: skip
-
-
-def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch, capsys):
-    for name, module in common.TRACKERS.items():
-        monkeypatch.setitem(sys.modules, module, None)
-        args = Tracked(track=name)
-        refused(capsys, functools.partial(common.Run, "toy", args, tmp_path / "run"), f"pip install {name}")
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch, no_locks):
-    run = started(tmp_path / "run")
-    run.save({"step": 1})
-
-    def fail(saved, file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError):
-        run.save({"step": 2})
-    assert common.Run("toy", Args(resume=True), run.dir).resume() == {"step": 1}
-
-
-def test_finish(tmp_path, cache):
-    model, chat = load_tiny(cache)
-    run = started(tmp_path / "run")
-    for success in (0.25, 0.5):  # a second time: a finished run resumed with more steps
-        run.finish({"after": {"success": success, "se": float("nan")}}, model, chat)
-        assert json.loads((run.dir / "summary.json").read_text())["after"] == {"success": success, "se": None}
-    again, chat_again = common.load(str(run.dir / "model"))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert chat_again.prompt(DIALOGUE[:2]) == chat.prompt(DIALOGUE[:2])
+    sent = [(event.step, name, event.value) for name in found.Tags()["scalars"]
+            for event in found.Scalars(name)]
+    assert sorted(sent) == sorted(SENT)
 
 
 TOY = """
@@ -1865,14 +1814,16 @@ def test_killed_and_resumed_equals_uninterrupted(elsewhere, toy, capsys):
     path = elsewhere.path
     assert elsewhere.statuses == {"early": -9, "middle": -9, "asked": 143, "diverged": 1}
     assert [line["step"] for line in lines(path / "asked" / "rollouts.jsonl")] == [1, 2, 3]
-    assert re.search(r"[1-3]/6 \[\d\d:\d\d<\d\d:\d\d.*tokens/s=\d", (path / "asked.err").read_text())  # "<": what is left
+    # "<": what is left
+    assert re.search(r"[1-3]/6 \[\d\d:\d\d<\d\d:\d\d", (path / "asked.err").read_text())
     assert torch.load(path / "asked" / "checkpoint" / "state.pt")["state"]["progress"]["done"] == 3
     run, model = toy.main(path / "whole")
     whole = [[without_seconds(line) for line in lines(run.dir / file)] for file in run.LOGS]
     assert [line["step"] for line in whole[0]] == [1, 2, 3, 4, 5, 6]
     assert [line["tokens"] for line in whole[0]] == [1, 3, 6, 10, 15, 21]
     assert "seconds_playing" in lines(run.dir / "metrics.jsonl")[0]
-    assert {"note": "x", "parameters": 4}.items() <= json.loads((run.dir / "args.json").read_text()).items()
+    kept = json.loads((run.dir / "args.json").read_text())
+    assert kept["note"] == "x" and kept["parameters"] == 4
     assert "toy, toy: 4 parameters on cpu" in capsys.readouterr().out
     for name in FAULTS:
         again, other = toy.main(path / name, resume=True)
@@ -1907,15 +1858,7 @@ def test_other_exceptions_keep_their_traceback(tmp_path, capsys):
     assert "Traceback" in told and "of mine" in told and not (run.dir / "not_finite.pt").exists()
 
 
-def test_interrupt_sets_stopping(tmp_path, capsys):
-    run = started(tmp_path / "run")
-    assert not run.stopping
-    signal.raise_signal(signal.SIGINT)
-    assert run.stopping == 130 and "once more" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the second kills
-
-
-# ------------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def test_parse_args():
@@ -1974,10 +1917,11 @@ def test_quick_never_enlarges_a_size():
     assert (tiny.steps, tiny.room) == (7, 5)
 
 
-@pytest.mark.parametrize(
-    "line", ["--model", "--model --steps 3", "--model tiny --non", "--mode tiny", "--distil most"]
-)
-def test_mistakes_beside_the_model_are_one_line(line, capsys):
+@pytest.mark.parametrize("line", [
+    "--model", "--model --steps 3", "--model tiny --non", "--mode tiny", "--distil most", "--lr",
+    "--lr fast", "--lr -x", "--steps 1.5", "--nonsense 3", "stray", "--thinking maybe", "--room ''",
+])  # fmt: skip
+def test_mistakes_on_the_command_line_are_one_line(line, capsys):
     refused(capsys, lambda: common.parse_args(Paper, TINY, line.split()))
 
 
@@ -1992,11 +1936,6 @@ def test_help_tells_the_defaults_of_the_model(capsys):
         assert "passes (default: 7)" in help_of(line) and "(default: best)" in help_of(line)
     told = help_of("--model some/model")
     assert "passes (default: 100)" in told and "size (default: 1e-06)" in told
-
-
-def test_default_device():
-    assert common.default_device() == ("cuda" if torch.cuda.is_available() else "cpu")
-    common.check_common(Args(device=common.default_device()))
 
 
 @pytest.mark.parametrize("env, directory", {
@@ -2022,36 +1961,13 @@ def test_run_directory(env, directory, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "argv",
-    ["--lr fast", "--steps 1.5", "--nonsense 3", "--lr", "--temp 1", "stray", "--resume maybe", "--lr -x", "--seed ''"],
-)
-def test_parser_failures_are_one_line(argv, capsys):
-    refused(capsys, lambda: common.parse_args(Args, argv=argv.split()))
-
-
-def test_errors_of_the_dataclass_are_one_line(capsys):
-    @dataclasses.dataclass
-    class Strict:
-        lr: float = 1.0
-
-        def __post_init__(self):
-            raise ValueError("no\nsuch  value")
-
-    refused(capsys, lambda: common.parse_args(Strict, argv=[]), "no such value")
-
-
-def test_help_works(capsys):
-    with pytest.raises(SystemExit) as caught:
-        common.parse_args(Args, argv=["--help"])
-    assert caught.value.code == 0 and "--batch-size" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "argv",
     [
-        "--lr nan", "--lr inf", "--lr=-inf", "--lr -1", "--rate nan", "--temperature 0", "--temperature nan",
+        "--lr nan", "--lr inf", "--lr=-inf", "--lr -1", "--rate nan", "--temperature 0",
+        "--temperature nan",
         "--temperature -1", "--eval-temperature -0.1", "--steps 0", "--steps -1", "--batch-size 0",
-        "--micro-batch-size 0", "--batch-size 9", "--max-new-tokens 0", "--eval-episodes 0", "--eval-every -1",
-        "--save-every 0", "--seed -1", "--device cuda:99", "--device warp", "--device meta", "--device cpu:3",
+        "--micro-batch-size 0", "--batch-size 9", "--max-new-tokens 0", "--eval-episodes 0",
+        "--eval-every -1",
+        "--save-every 0", "--seed -1", "--device cuda:99", "--device warp", "--device meta",
         "--dtype float16", "--dtype auot", "--dtype bfloat16",
     ],
 )  # fmt: skip
@@ -2063,37 +1979,22 @@ def test_impossible_values_are_refused(argv, capsys):
 
 def test_possible_values_pass():
     common.check_common(Args())
-    common.check_common(Args(lr=0.0, eval_temperature=0.7, steps=1, micro_batch_size=8, rate=-0.5, dtype="mixed"))
-
-    @dataclasses.dataclass
-    class Few:
-        seed: int = 1
-
-    common.check_common(Few())
+    common.check_common(Args(lr=0.0, eval_temperature=0.7, steps=1, micro_batch_size=8, rate=-0.5,
+                             dtype="mixed"))
+    common.check_common(Args(steps=None, dtype="bfloat16", eval_only=True))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_cuda_without_one_is_refused(capsys):
-    refused(capsys, lambda: common.check_common(Args(device="cuda")), "--device")
-
-
-# ------------------------------------------------------------------------------------------------------------ the rest
+# ----------------------------------------------------------------------------------------- the rest
 
 
 def test_bounds(capsys):
     args = Args(steps=6, eval_every=5)
     common.check_at_least(args, {"steps": 6, "eval_every": 0})
-    refused(capsys, lambda: common.check_at_least(args, {"eval_every": 6}), "--eval-every", "6, not 5")
+    refused(capsys, lambda: common.check_at_least(args, {"eval_every": 6}), "--eval-every",
+            "6, not 5")
     common.check_multiple(args, "steps", "steps")
     wrong = lambda: common.check_multiple(args, "steps", "eval_every", "save_every")  # noqa: E731
-    refused(capsys, wrong, f"--steps must be a multiple of --eval-every x --save-every = {5 * args.save_every}, not 6")
-
-
-def test_set_rate():
-    model = Line()
-    optimizer = torch.optim.SGD([{"params": [model.weight], "lr": 1.0}, {"params": [model.bias], "lr": 2.0}])
-    common.set_rate(optimizer, 0.5)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+    refused(capsys, wrong, "--steps must be a multiple of --eval-every x --save-every = 25, not 6")
 
 
 def test_show():
@@ -2106,37 +2007,41 @@ def test_complete(tmp_path, cache, capsys):
     model, chat = load_tiny(cache)
     run = started(tmp_path / "run")
     run.count(episodes=3, env_steps=9, tokens=80, gradient_steps=2)
-    scores = {"test": {"success": 0.25, "se": 0.5, "steps": 4}, "train": {"success": 0.5, "se": math.nan}}
+    scores = {"test": {"success": 0.25, "se": 0.5, "steps": 4},
+              "train": {"success": 0.5, "se": math.nan}}
     after = copy.deepcopy(scores)
     after["test"]["success"] = 0.75
-    assert common.result_line("test", scores["test"] | {"n": 4}) == "test: success 0.250 (se 0.500, n 4)"
+    assert common.result_line("test",
+                              scores["test"] | {"n": 4}) == "test: success 0.250 (se 0.500, n 4)"
     run.step, shown = 4, [{"said": [["act", "Action: go"]]}, {"said": [["act", "Action: stay"]]}]
-    run.complete(model, chat, "nlac", "all", scores, after, {"random": (0.1, 0.2), "expert": (1.0, 0.0)}, shown, further=1)
+    run.complete(model, chat, "nlac", "all", scores, after,
+                 {"random": (0.1, 0.2), "expert": (1.0, 0.0)}, shown, further=1)
     summary = json.loads((run.dir / "summary.json").read_text())
     assert summary["before"] == {"success": 0.25, "se": 0.5} and summary["after"]["success"] == 0.75
-    assert summary["before_train"] == {"success": 0.5, "se": None} and summary["expert"]["success"] == 1
-    assert {*SUMMARY} <= summary.keys() and summary["generated_tokens"] == 80 and summary["further"] == 1
+    assert summary["before_train"] == {"success": 0.5, "se": None}
+    assert summary["expert"]["success"] == 1
+    assert {*SUMMARY} <= summary.keys()
+    assert summary["generated_tokens"] == 80 and summary["further"] == 1
     assert (run.dir / "model" / "model.safetensors").exists()
     out = capsys.readouterr().out
     assert lines(run.dir / "rollouts.jsonl") == [
-        {"step": 0, "evaluation": "before", **shown[0]}, {"step": 4, "evaluation": "after", **shown[1]}]  # fmt: skip
+        {"step": 0, "evaluation": "before", **shown[0]},
+        {"step": 4, "evaluation": "after", **shown[1]}]  # fmt: skip
     table = out[out.index("success") :]
     assert [line.split()[:2] for line in table.splitlines()[1:6]] == [
-        ["before", "0.250"], ["after", "0.750"], ["before", "train"], ["after", "train"], ["random", "0.100"],
+        ["before", "0.250"], ["after", "0.750"], ["before", "train"], ["after", "train"],
+        ["random", "0.100"],
     ]  # fmt: skip
-    assert out.endswith(f"whole episodes: {run.dir / 'rollouts.jsonl'}, as a page: python docs/show_run.py {run.dir}\n")
+    page = f"as a page: python docs/show_run.py {run.dir}\n"
+    assert out.endswith(f"whole episodes: {run.dir / 'rollouts.jsonl'}, {page}")
     run.dir = Path("runs/my run")
     assert run.closing().endswith(" python docs/show_run.py 'runs/my run'")
 
 
 def test_an_evaluation_needs_no_directory(tmp_path):
-    @dataclasses.dataclass
-    class Only(Args):
-        eval_only: bool = True
-
     started(tmp_path / "taken")
-    common.Run("toy", Only(), tmp_path / "taken")
-    common.Run("toy", Only(resume=True), tmp_path / "nowhere")
+    common.Run("toy", Args(eval_only=True), tmp_path / "taken")
+    common.Run("toy", Args(eval_only=True, resume=True), tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -2147,7 +2052,6 @@ def test_mean_se():
 
 
 def test_facts_about_the_machine():
-    assert common.versions()["torch"] == torch.__version__
     assert 50e6 < common.peak_memory_bytes("cpu") < 1e12
     commit = common.git_commit()
     assert commit is None or len(commit.removesuffix("-dirty")) == 40

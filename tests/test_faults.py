@@ -522,8 +522,8 @@ def test_nobody_listens(monkeypatch):
     os.close(writing)
 
 
-@pytest.mark.parametrize("line", [b"\xff", b'{"a": "\\ud800"}', b"[" * 10**5, b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}",
-                                  b"9" * 5000, b"{} {}", b"{", b'"a\tb"', b"\0"])  # fmt: skip
+@pytest.mark.parametrize("line", [b"\xff", b'{"a": "\\ud800"}', b"[" * 10**5, b"9" * 5000,
+                                  b"{} {}", b"{", b'"a\tb"', b"\0"])  # fmt: skip
 def test_lines_that_are_refused(line, tmp_path, refused):
     (tmp_path / "data.jsonl").write_bytes(b"{}\n\n" + line)
     refused(lambda: common.read_jsonl(tmp_path / "data.jsonl", "--demos"), "--demos", "line 3")
