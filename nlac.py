@@ -4,8 +4,8 @@ One language model plays every part, each through a prompt of its own. With s th
 a an action, d a description of the future, theta_bar the EMA of the weights theta, a step is:
 
     act       a ~ pi(. | s), a thought and an action; (s, a, s', done) goes to a buffer, as text (1)
-    backup    B_L(s, a, s', d') with d' ~ M_bar(. | s', a'), a' ~ pi_bar(. | s'), no gradient    (2)
-    L1        -log M(B_L | s, a): KL(B_L M_bar || M) up to a constant                            (3)
+    backup    B_L(s, a, s', d') with d' ~ M(. | s', a'), a' ~ pi(. | s'), all three by theta_bar (2)
+    L1        -log M(B_L | s, a): KL(B_L M_bar || M) up to a constant, no gradient through (2)   (3)
     critique  Q_L(s, a) = E(s, a, d^(1..k)) with d ~ M(. | s, a)                                 (4)
     refine    a^r ~ pi_r(. | s, a^1, Q_L(s, a^1), ..., a^m, Q_L(s, a^m)), no gradient            (5)
     L2        -log pi(a^r | s): no policy gradient, no value head, no list of actions            (6)
@@ -13,8 +13,8 @@ a an action, d a description of the future, theta_bar the EMA of the weights the
 
 The paper's prompts, learning rate, EMA rate, buffer and batch sizes are not public: ours.
 Departures from the paper, and why:
- 1. The target of a terminal transition is composed from what was seen and the outcome, not written
-    by B_L: it grounds M. A full context is an end that did not succeed.
+ 1. The target of a terminal transition is composed of the first sentence seen after it and of the
+    outcome, not written by B_L: it grounds M. A full context or a time limit ends without success.
  2. M, B_L, E and pi_r read actions without the thoughts before them, as thoughts would fill their
     prompts; pi_r sees the futures too. L2 teaches the thought of a^r and its action in the form
     that the policy writes, nothing behind that, and no action that a limit cut.
@@ -23,14 +23,15 @@ Departures from the paper, and why:
     and L2 together.
  5. A forecast ends in a marked end, with the turns to it, and a critique in a marked verdict: logs
     read them. So "sooner is better" is counted in turns where the paper discounts in words alone.
+    B_L's form has no place for a score below success: M hears of it in the last turn alone.
  6. L1 and L2 are means over target tokens, at the temperature of sampling; L2 weighs less where few
-    states have a lesson. That targets do not speak of what only their writer saw is asked for in
-    the prompts, not checked.
+    states have a lesson. Targets that are empty or have no room are dropped; that they do not speak
+    of what only their writer saw is asked for in the prompts, not checked.
 What a tiny model needs besides is the last group of flags, off here, on in TINY: --distil best,
 where refinement is a comparison of judged tries, and a lesson only where they differ clearly; parts
 that nobody trains from the start weights, as they are forgotten (the paper reports forgetting); L1
-alone until M tells actions of one turn apart; imitation of what was just played; late turns
-oversampled. Their code stands below main.
+alone until M tells actions of one turn apart (the start weights act meanwhile); imitation of what
+was just played; late turns oversampled. Their code stands below main.
 
     python nlac.py                            # repair shop, tiny model (TINY)
     python nlac.py --ablation frozen-critic --out-dir runs/frozen   # a floor: M never learns
@@ -106,7 +107,7 @@ class Args:
     distil: str = flag("all", "L2 teaches every refinement (paper), or the best of judged tries",
                        choices=["all", "best"])
     margin: int = flag(1, "best: verdicts from the worst try that make a lesson (not in the paper)")
-    frozen_parts: bool = flag(False, "B_L, E, pi_r from the start weights; False: theta's (paper)")
+    frozen_parts: bool = flag(False, "B_L, E, pi_r by the start weights; False: by theta, B_L by theta_bar (paper)")
     anchor: float = flag(0.0, "weight of imitating the actions just played; 0: none (paper)")
     critic_gate: float = flag(0.0, "AUC of M (see auc) from which on L2 teaches; 0: from the start (paper)")
     even_turns: bool = flag(False, "late turns sampled more often; False: a plain buffer (paper)")
@@ -154,21 +155,23 @@ PARTS = {"policy": ("Action:", "Action", "max_new_tokens"),
          "evaluator": ("Futures:", "Verdict", "critique_tokens"),
          "refiner": ("Action:", "Action", "max_new_tokens"),
          "chooser": ("Best:", "Best", "critique_tokens")}
+READERS = "backup", "evaluator", "chooser"  # at --reader-temperature
 
-
-# Nothing comes of nothing: a part that should read what came back empty is not asked (None), and
-# its reply is empty too.
 
 def policy_messages(world, state):
     """pi(. | s): its dialogue only grows. A state is [observation, reply, ..., observation]."""
     messages = [{"role": "system", "content": f"{world.system}\n{POLICY}"}]
-    for role, text in zip(itertools.cycle(["user", "assistant"]), state):
-        messages.append({"role": role, "content": text})
+    for turn, text in enumerate(state):
+        messages.append({"role": ("user", "assistant")[turn % 2], "content": text})
     return messages
 
 
 def call(part, world, state, *lines):
-    """Every part but the policy is a call of its own, over a transcript."""
+    """Every part but the policy is a call of its own, over a transcript and further `lines`; none
+    (None), where one of these came back empty: nothing comes of nothing.
+    """
+    if not all(lines):
+        return None
     system = f"This is what the player of a game is told:\n<game>\n{world.system}\n</game>\n{part}"
     user = "\n".join(["<episode>", *transcript(world, state), "</episode>", *lines])
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
@@ -184,23 +187,21 @@ def transcript(world, state):
 
 def successor_messages(world, state, action):
     """M(. | s, a)"""
-    return call(SUCCESSOR, world, state, next_action(action)) if action else None
+    return call(SUCCESSOR, world, state, next_action(action))
 
 
 def backup_messages(world, t, action, forecast):
     """B_L(s, a, s', d'), and the action a' that d' is of."""
-    if not t.action or not forecast:
-        return None
     return call(BACKUP, world, t.state, next_action(t.action),
                 f"Seen after it: {envs.bare(t.result)}",
                 f"Then the player does: {envs.one_line(action)}",
-                f"Forecast from there: {in_one_line(forecast)}")
+                forecast and f"Forecast from there: {in_one_line(forecast)}")
 
 
 def evaluator_messages(world, state, action, futures):
     """E(s, a, d^(1..k))"""
-    told = numbered("Future", futures)
-    return call(EVALUATOR, world, state, next_action(action), *told) if told else None
+    told = numbered("Future", futures) or [None]
+    return call(EVALUATOR, world, state, next_action(action), *told)
 
 
 def refiner_messages(world, state, tries, part=REFINER):
@@ -208,83 +209,27 @@ def refiner_messages(world, state, tries, part=REFINER):
     lines = []
     for number, t in enumerate(tries, 1):
         lines.append(f"Try {number}: {envs.one_line(t.action)}")
-        lines += [*numbered("Future", t.futures), f"Critique: {in_one_line(t.critique)}"]
-    return call(part, world, state, *lines) if tries[-1].critique else None
+        lines += numbered("Future", t.futures)
+        lines.append(t.critique and f"Critique: {in_one_line(t.critique)}")
+    return call(part, world, state, *lines)
 
 
 def next_action(action):
     """An action as the parts that judge it read it."""
-    return f"Next action: {envs.one_line(action)}"
+    return action and f"Next action: {envs.one_line(action)}"
 
 
-def numbered(word, texts):
-    """Replies of one part as another reads them, a line each."""
-    texts = filter(None, map(in_one_line, texts))
-    return [f"{word} {number}: {text}" for number, text in enumerate(texts, 1)]
-
-
-def in_one_line(text):
-    """A reply without line breaks."""
-    return " ".join(text.split())
-
-
-def written(action):
-    """An action as the policy writes it, without a thought before it."""
-    return f"Action:\n{action}" if "\n" in action else f"Action: {action}"
-
-
-def action_of(world, reply):
-    """What the world reads in a reply, native thoughts left out."""
-    return world.read(common.aloud(reply))
-
-
-def in_form(world, reply):
-    """A reply as the policy learns it: its thought, Action:, its action, and nothing behind that.
-
-    "" where there is no action, or where another one would be read in this text.
-    """
-    action, marks = action_of(world, reply), list(envs.MARKER.finditer(reply))
-    thought = reply[:marks[-1].start()].rstrip(" \n*_#`-") if marks else ""
-    text = f"{thought}\n{written(action)}".lstrip()
-    return text if action and action_of(world, text) == action else ""
-
-
-def is_whole(world, reply):
-    """Whether the action of a reply that the limit cut had ended: its last line is not needed."""
-    lines = common.aloud(reply).rpartition("\n")[0]
-    return bool(common.marked(lines, "Action")) and world.read(lines) == action_of(world, reply)
-
-
-def forecast_text(seen, then, ending):
-    """A forecast: `seen` comes next, then the player does `then` ("": nothing), and it ends so."""
-    follows = f" Then: {envs.one_line(then)}." if then else ""
-    return f"Next: {first_sentence(seen)}{follows} End: {ending}."
+def in_hindsight(t):
+    """What came of a transition, as a forecast would tell it."""
+    follows = f" Then: {envs.one_line(t.then)}." if t.then else ""
+    return f"Next: {first_sentence(t.result)}{follows} End: {ending(t)}."
 
 
 def ending(t):
-    """(2) The reward in words."""
+    """(2) The reward, in words."""
     if t.turns is not None:
         return f"success in {envs.count(t.turns, 'turn')}"
     return f"failure, with a score of {t.score:.2f} of 1" if t.score else "failure"
-
-
-def first_sentence(observation):
-    """What a forecast repeats of an observation: not the turns left, the tally, the list."""
-    return re.split(r"(?<=[.?!]) ", in_one_line(envs.bare(observation)), maxsplit=1)[0]
-
-
-ENDS = "failure fails success succeeds".split()
-
-
-def foresees_success(forecast) -> bool | None:
-    """The end that a forecast tells, None where it tells none; for logs and the gate."""
-    end = common.chosen(forecast, "End", ENDS)
-    return None if end is None else end > 1
-
-
-def rank(critique) -> int | None:
-    """A critique's verdict, 0 (bad) to 4 (great); None where it has none."""
-    return common.chosen(critique, "Verdict", VERDICTS)
 
 
 # ------------------------------------------------------------------------------------------ rollout
@@ -406,17 +351,11 @@ def transitions(episode) -> list[Transition]:
     return found
 
 
-def sample(buffer, args, rng, count) -> list[Transition]:
-    """Of the buffer, uniformly, but for --even-turns."""
-    weights = even_weights(buffer) if args.even_turns else None
-    return rng.choices(buffer, weights, k=count) if buffer else []  # empty: no prompt had room
-
-
 # -------------------------------------------------------------------------------------------- parts
 
 
 class Parts:
-    """The parts of the one language model: which weights answer, and how well they do."""
+    """The parts of the one language model: which weights answer, and in `counts` how well."""
 
     def __init__(self, model, chat, world, args):
         """Copies of the weights are made where a setting needs them."""
@@ -446,54 +385,29 @@ class Parts:
         word, room = word if args.prefill else "", getattr(args, limit)
         prompts, rows = [], []
         for i, message in enumerate(messages):
-            if not message:
-                continue
-            prompt = self.chat.dialogue(with_shots(part, message, args), word)
-            fits = len(prompt) + room <= model.max_context
-            counts.update(asked=samples, overlong=samples * (not fits))
-            if fits:
-                prompts.append(prompt)
-                rows += range(i * samples, (i + 1) * samples)
-        reads = part in ("backup", "evaluator", "chooser")
-        replies = common.generate(
-            model, self.chat, prompts, max_new_tokens=room, samples=samples,
-            temperature=args.reader_temperature if reads else args.temperature,
-            rows=args.rollout_batch_size,
-            seeds=[common.row_seed(args.seed, *stream, part, row) for row in rows])
+            if message:
+                prompt = self.chat.dialogue(with_shots(part, message, args), word)
+                fits = len(prompt) + room <= model.max_context
+                counts.update(asked=samples, overlong=samples * (not fits))
+                if fits:
+                    prompts.append(prompt)
+                    rows += range(i * samples, (i + 1) * samples)
+        heat = args.reader_temperature if part in READERS else args.temperature
+        seeds = [common.row_seed(args.seed, *stream, part, row) for row in rows]
+        replies = common.generate(model, self.chat, prompts, max_new_tokens=room, samples=samples,
+                                  temperature=heat, seeds=seeds, rows=args.rollout_batch_size)
         texts = [""] * (len(messages) * samples)
         for row, ids, text, complete in zip(rows, replies.ids, replies.texts, replies.complete):
-            said = common.aloud(word + text)
-            lost = not complete and (
-                part == "backup" or mark == "Action" and not is_whole(self.world, said))
+            said, cut = common.aloud(word + text), not complete
+            lost = cut and (part == "backup" or mark == "Action" and not is_whole(self.world, said))
             texts[row] = "" if lost else said
-            counts.update(tokens=len(ids), parse=is_readable(mark, said), cut=not complete,
-                          lost=lost)
+            counts.update(tokens=len(ids), parse=is_readable(mark, said), cut=cut, lost=lost)
         return texts
 
-    def foresee(self, states, actions, stream, samples=1, averaged=False):
+    def foresee(self, states, actions, stream, samples=1, averaged=False) -> list[str]:
         """d ~ M(. | s, a), `samples` of each."""
         asked = [successor_messages(self.world, *row) for row in zip(states, actions)]
         return self.ask("successor", asked, stream, samples, averaged)
-
-    def metrics(self) -> dict:
-        """Shares of the replies that a part was asked for: parse_PART can be read in its marked
-        place, cut_PART met the limit, lost_PART came to nothing by that, overlong_PART had no room.
-        """
-        found = {}
-        for part, counts in self.counts.items():
-            found[f"tokens_{part}"] = counts["tokens"]
-            for what in "parse", "cut", "lost", "overlong":
-                found[f"{what}_{part}"] = counts[what] / max(1, counts["asked"])
-        return found
-
-    def tokens(self) -> int:
-        """Sampled since the counts were cleared."""
-        return sum(counts["tokens"] for counts in self.counts.values())
-
-
-def groups(items, size):
-    """Consecutive items, `size` in each."""
-    return [items[start:start + size] for start in range(0, len(items), size)]
 
 
 # ------------------------------------------------------------------------------ the critic: M and E
@@ -503,7 +417,7 @@ def successor_targets(parts, batch, stream) -> list[str]:
     """(2) B_L M_bar(. | s, a) of each transition; "" where no text came of it."""
     world = parts.world
     if parts.args.ablation == "mc-backup":  # what did happen, by the policy of that time
-        return [forecast_text(t.result, t.then, ending(t)) for t in batch]
+        return [in_hindsight(t) for t in batch]
     live = [t for t in batch if not t.done]
     states = [t.next_state for t in live]
     asked = [policy_messages(world, state) for state in states]
@@ -512,7 +426,7 @@ def successor_targets(parts, batch, stream) -> list[str]:
     forecasts = parts.foresee(states, actions, stream, averaged=True)  # d', of a'
     asked = [backup_messages(world, *row) for row in zip(live, actions, forecasts)]
     merged = iter(parts.ask("backup", asked, stream))
-    return [forecast_text(t.result, "", ending(t)) if t.done else next(merged) for t in batch]
+    return [in_hindsight(t) if t.done else next(merged) for t in batch]
 
 
 def successor_lessons(parts, batch, stream):
@@ -552,12 +466,6 @@ def critique(parts, states, tries, stream):
             t.futures, t.critique = [], label(text)
 
 
-def label(critique) -> str:
-    """The verdict of a critique, without its reasons."""
-    verdict = rank(critique)
-    return f"Verdict: {'none' if verdict is None else VERDICTS[verdict]}."
-
-
 # --------------------------------------------------------------------------- the actor: pi and pi_r
 
 
@@ -582,12 +490,11 @@ def refine(parts, states, stream, replies=None) -> list[list[Try]]:
 
 def policy_lessons(parts, states, tries, stream):
     """(6) What the policy shall learn to say at once -> pairs for `nll`."""
-    taught = [some[-1] for some in tries]
+    replies = [some[-1].reply for some in tries]
     if parts.args.distil == "best":
-        taught = best_tries(parts, states, tries, stream)
+        replies = best_replies(parts, states, tries, stream)
     asked = [policy_messages(parts.world, state) for state in states]
-    replies = [in_form(parts.world, t.reply) if t else "" for t in taught]
-    return lessons(parts, "policy", asked, replies)
+    return lessons(parts, "policy", asked, [in_form(parts.world, reply) for reply in replies])
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -601,14 +508,11 @@ def lessons(parts, part, asked, texts) -> list:
     chat, args, pairs = parts.chat, parts.args, []
     word = PARTS[part][0] if args.prefill else ""
     for messages, text in zip(asked, texts):
-        if not messages or not text:
-            continue
-        prompt = chat.dialogue(with_shots(part, messages, args), word)
-        if not text.startswith(chat.opened):  # a thought that the template opens stays empty
-            text = f"{chat.opened}</think>\n\n{text}"
-        target = chat.reply(text.removeprefix(word).removeprefix(chat.opened))
-        if len(prompt) + len(target) <= parts.model.max_context:
-            pairs.append((prompt, target))
+        if messages and text:
+            prompt = chat.dialogue(with_shots(part, messages, args), word)
+            target = chat.reply(text.removeprefix(word))
+            if len(prompt) + len(target) <= parts.model.max_context:
+                pairs.append((prompt, target))
     return pairs
 
 
@@ -617,71 +521,52 @@ def nll(parts, pairs, weight) -> float:
 
     At the temperature of sampling: at any other one, learning from own samples would sharpen (or
     flatten) step by step. The mean spans all of `pairs` [(prompt ids, target ids)], so that the
-    gradient does not depend on the micro-batch. A target ends where the context does.
+    gradient does not depend on the micro-batch.
     """
-    args, total, room = parts.args, 0.0, parts.model.max_context
-    pairs = [(prompt, target[:room - len(prompt)]) for prompt, target in pairs if len(prompt) < room]
-    tokens = sum(len(target) for _, target in pairs)
+    total, tokens = 0.0, sum(len(target) for _, target in pairs)
     pairs = sorted(pairs, key=lambda pair: len(pair[0]))  # neighbours need little padding
-    for batch in groups(pairs, args.micro_batch_size):
+    for batch in groups(pairs, parts.args.micro_batch_size):
         prompts, targets = zip(*batch)
         logprobs, _ = common.target_logprobs(parts.model, parts.chat, prompts, targets,
-                                             args.temperature)
+                                             parts.args.temperature)
         loss = -logprobs.sum() / tokens  # of [B, T - 1], 0 beside the targets
         (weight * loss).backward()
         total += loss.item()
     return total
 
 
-def update(parts, optimizer, forecasts, actions, played) -> dict:
-    """--updates gradient steps on L1 + weight L2 + the anchor, and (7) after each -> metrics."""
-    args = parts.args
-    taught = len(actions) / args.actor_states  # states without a lesson count, too
-    losses = {"l1": (1.0, forecasts), "l2": (args.actor_weight * taught, actions),
-              "anchor": (args.anchor, played)}
-    metrics = Counter()
+def update(parts, optimizer, forecasts, refinements, imitated) -> dict:
+    """--updates gradient steps on L1 + weight L2 + the anchor, and (7) after each -> metrics.
+
+    Each takes its share of the lessons, [(prompt ids, target ids)]; a loss is logged as the mean
+    over the steps that had any.
+    """
+    args, found = parts.args, Counter()
+    taught = len(refinements) / args.actor_states  # states without a lesson count, too
+    losses = {"l1": (1.0, forecasts), "l2": (args.actor_weight * taught, refinements),
+              "anchor": (args.anchor, imitated)}
     for u in range(args.updates):
-        batch, found = {}, {}
+        batch, loss = {}, 0.0
         for name, (weight, pairs) in losses.items():
             batch[name] = pairs[u::args.updates]
-            found[name] = nll(parts, batch[name], weight)
-        loss = sum(found.values())  # finite if each is
-        found["grad_norm"] = common.gradient_step(parts.model, optimizer, loss, batch)
+            value = nll(parts, batch[name], weight)
+            found[name] += value / max(1, min(args.updates, len(pairs)))
+            loss += value  # finite if each is
+        norm = common.gradient_step(parts.model, optimizer, loss, batch)
         common.ema_update(parts.target, parts.model, args.ema)
-        for name, value in found.items():
-            metrics[name] += value / args.updates
-    return dict(metrics)
-
-
-# --------------------------------------------------------------------------------------- evaluation
-
-
-def watch(episodes) -> dict:
-    """What was played; the entropy is an estimate, per sampled token."""
-    valid = [ok for episode in episodes for ok in episode.valid]
-    tokens = sum(episode.tokens for episode in episodes)
-
-    def share(name):
-        return common.mean(getattr(episode, name) for episode in episodes)
-
-    return {"success": share("won"), "score": share("score"), "turns": len(valid) / len(episodes),
-            "invalid": valid.count(False) / max(1, len(valid)), "truncated": share("truncated"),
-            "entropy": -sum(episode.logprob for episode in episodes) / max(1, tokens)}
-
-
-def evaluate(model, chat, args, splits, count):
-    """The policy on `count` fixed episodes of each split -> ({split: metrics}, one episode)."""
-    found = {}
-    for split in splits:
-        played = rollout(model, chat, args, split, range(count),
-                         temperature=args.eval_temperature, stream=("evaluate",))
-        _, se = common.mean_se([float(episode.won) for episode in played])
-        found[split] = watch(played) | {"se": se, "n": count}
-        tqdm.write(common.result_line(split, found[split]))
-    return found, played[0]
+        found["grad_norm"] += norm / args.updates
+    return dict(found)
 
 
 # --------------------------------------------------------------------------------------------- main
+
+def act(parts, step, learns) -> list[Episode]:
+    """(1) The episodes of a step; while --critic-gate is closed, by the start weights."""
+    args, actor = parts.args, parts.model if learns else parts.start
+    first = args.seed * 1_000_000_007 + (step - 1) * args.episodes_per_step
+    return rollout(actor, parts.chat, args, "train", range(first, first + args.episodes_per_step),
+                   temperature=args.temperature, stream=("act", step))
+
 
 def main():
     """Algorithm 1."""
@@ -689,85 +574,128 @@ def main():
     world = check_args(args)
     run = common.Run("nlac", args)
     model, chat = load(world, args)
-    first = with_shots("policy", policy_messages(world, [world.reset(seed=0)[0]]), args)
-    check_room(args, chat, model, first, args.max_new_tokens)
-    splits = [split for split in ("test", "ood") if split in world.splits]
     if args.eval_only:
-        return evaluate(model, chat, args, splits, args.eval_episodes)
+        return evaluate(model, chat, args, world.splits)
     parts = Parts(model, chat, world, args)
     run.start(model=model)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
                                   fused=model.device.type == "cuda")  # no copies in the step
     trained = {"model": model, "target": parts.target, "optimizer": optimizer}
-    state = run.resume(**trained)
-    if not state:
-        before, episode = evaluate(model, chat, args, splits, args.eval_episodes)
-        state = {"step": 0, "buffer": [], "told": [], "learns": not args.critic_gate,
-                 "before": before, "episode": annotated(parts, episode, ("before",))}
+    state = run.resume(**trained) or {
+        "step": 0, "buffer": [], "told": [], "learns": not args.critic_gate,
+        "before": measure(parts, "before")}
     buffer = [Transition(**t) for t in state["buffer"]]
     for step in run.steps(state["step"], args.steps):
         rng = random.Random(f"{args.seed} {step}")
-        first = args.seed * 1_000_000_007 + (step - 1) * args.episodes_per_step
         parts.counts.clear()
-        actor = model if state["learns"] else parts.start
-        played = rollout(actor, chat, args, "train", range(first, first + args.episodes_per_step),
-                         temperature=args.temperature, stream=("act", step))  # (1)
+        played = act(parts, step, state["learns"])  # (1)
         fresh = [t for episode in played for t in transitions(episode)]
         buffer = (buffer + fresh)[-args.buffer_size:]
         run.lap("rollout")
         state |= gate(parts, state, fresh, ("foretell", step), rng)
         run.lap("gate")
+
         batch = sample(buffer, args, rng, args.batch_size * args.updates)
         forecasts = successor_lessons(parts, batch, ("backup", step))  # (2)
         run.lap("backup")
         count = args.actor_states * state["learns"]
         states = [t.state for t in sample(buffer, args, rng, count)]
         tries = refine(parts, states, ("refine", step))  # (4), (5)
-        actions = policy_lessons(parts, states, tries, ("choose", step))
+        refinements = policy_lessons(parts, states, tries, ("choose", step))
         run.lap("refinement")
+        imitated = anchor_lessons(parts, fresh, rng)
         common.set_rate(optimizer, args.lr * min(1, step / 10))
-        losses = update(parts, optimizer, forecasts, actions,
-                        anchor_lessons(parts, fresh, rng))  # (3), (6), (7)
+        losses = update(parts, optimizer, forecasts, refinements, imitated)  # (3), (6), (7)
         run.lap("update")
 
-        metrics = watch(played) | watch_refinement(tries) | losses | parts.metrics() | {
-            "auc": auc(state["told"]), "lessons": len(actions),
-            "targets_dropped": len(batch) - len(forecasts),
-            "targets_terminal": common.mean(t.done for t in batch)}
-        run.count(episodes=len(played), env_steps=len(fresh), gradient_steps=args.updates,
-                  tokens=parts.tokens() + sum(episode.tokens for episode in played))
-        records = [vars(episode) for episode in played]
-        if step % args.eval_every == 0 and step < args.steps:
-            numbers, episode = evaluate(model, chat, args, ["test"],
-                                        max(1, args.eval_episodes // 5))
-            metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
-            records.append(annotated(parts, episode, ("shown", step)))
-        run.log(metrics, FLAGS)
-        warn_forgotten(parts)
-        run.write_rollouts([{"step": step, **record} for record in records])
-        run.save_if_due(state | {"step": step, "buffer": [vars(t) for t in buffer]}, **trained)
+        metrics = losses | watch_lessons(batch, forecasts, refinements) | watch_refinement(tries)
+        write_step(run, parts, played, metrics | {"auc": auc(state["told"])})
+        state |= {"step": step, "buffer": [vars(t) for t in buffer]}
+        run.save_if_due(state, **trained)
 
-    after, episode = evaluate(model, chat, args, splits, args.eval_episodes)
-    run.complete(model, chat, "nlac", args.ablation, state["before"], after,
-                 envs.ends(args.env, args.eval_episodes),
-                 shown=[state["episode"], annotated(parts, episode, ("after",))])
+    (before, first), (after, last) = state["before"], measure(parts, "after")
+    ends = envs.ends(args.env, args.eval_episodes)
+    run.complete(model, chat, "nlac", args.ablation, before, after, ends, [first, last])
 
 
-# -------------- beside the paper: what is refused and logged, departures that are off by default,
-# worked examples (--shots), and what is only for --model tiny
+# ---------------------------------------- beside the paper, and at the end only for --model tiny
+# Words, what is refused, evaluated and logged, departures that are off by default, worked examples.
+
+
+def groups(items, size):
+    """Consecutive items, `size` in each."""
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+def numbered(word, texts):
+    """Replies of one part as another reads them, a line each."""
+    texts = filter(None, map(in_one_line, texts))
+    return [f"{word} {number}: {text}" for number, text in enumerate(texts, 1)]
+
+
+def in_one_line(text):
+    """A reply without line breaks."""
+    return " ".join(text.split())
+
+
+def written(action):
+    """An action as the policy writes it, without a thought before it."""
+    return f"Action:\n{action}" if "\n" in action else f"Action: {action}"
+
+
+def action_of(world, reply):
+    """What the world reads in a reply, native thoughts left out."""
+    return world.read(common.aloud(reply))
+
+
+def in_form(world, reply):
+    """A reply as the policy learns it: its thought, Action:, its action, and nothing behind that.
+
+    "" where there is no action, or where another one would be read in this text.
+    """
+    action, marks = action_of(world, reply), list(envs.MARKER.finditer(reply))
+    thought = reply[:marks[-1].start()].rstrip(" \n*_#`-") if marks else ""
+    text = f"{thought}\n{written(action)}".lstrip()
+    return text if action and action_of(world, text) == action else ""
+
+
+def is_whole(world, reply):
+    """Whether the action of a reply that the limit cut had ended: its last line is not needed."""
+    lines = common.aloud(reply).rpartition("\n")[0]
+    return bool(common.marked(lines, "Action")) and world.read(lines) == action_of(world, reply)
+
+
+def first_sentence(observation):
+    """What a forecast repeats of an observation: not the turns left, the tally, the list."""
+    return re.split(r"(?<=[.?!]) ", in_one_line(envs.bare(observation)), maxsplit=1)[0]
+
+
+def rank(critique) -> int | None:
+    """A critique's verdict, 0 (bad) to 4 (great); None where it has none."""
+    return common.chosen(critique, "Verdict", VERDICTS)
+
+
+ENDS = "failure", "fails", "no success", "success", "succeeds"
+
+
+def foresees_success(forecast) -> bool | None:
+    """The end that a forecast tells, None where it tells none; for logs and the gate."""
+    end = common.chosen(forecast, "End", ENDS)
+    return None if end is None else end > 2
+
+
+SIZES = """k m forecast_tokens critique_tokens buffer_size episodes_per_step updates actor_states
+    margin examples""".split()
+SHARES = "actor_weight anchor reader_temperature ema critic_gate".split()
 
 
 def check_args(args) -> envs.World:
     """Everything that can be refused before a model is loaded."""
     common.check_common(args)
-    at_least_one = ("k m forecast_tokens critique_tokens buffer_size episodes_per_step updates "
-                    "actor_states margin examples").split()
-    weights = "actor_weight anchor reader_temperature".split()
-    common.check_at_least(args, dict.fromkeys(at_least_one, 1) | dict.fromkeys(weights, 0))
-    common.check(0 <= args.ema < 1, f"--ema must be in [0, 1), not {args.ema}")
-    gate = args.critic_gate
-    common.check(0 <= gate <= 1, f"--critic-gate must be in [0, 1], not {gate}")
+    common.check_at_least(args, dict.fromkeys(SIZES, 1) | dict.fromkeys(SHARES, 0))
+    common.check(args.ema < 1, f"--ema must be below 1, not {args.ema}")
+    common.check(args.critic_gate <= 1, f"--critic-gate must be at most 1, not {args.critic_gate}")
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
     listed = world.reset(seed=0)[1]["admissible"]
     common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
@@ -784,10 +712,76 @@ def check_room(args, chat, model, messages, room):
                  "--prefill: the chat template of this model opens a thought before each reply")
 
 
+def evaluate(model, chat, args, splits, fewer=1):
+    """The policy on fixed episodes of each split -> ({split: metrics}, an episode of the last)."""
+    found, count = {}, max(1, args.eval_episodes // fewer)
+    for split in [split for split in ("test", "ood") if split in splits]:
+        played = rollout(model, chat, args, split, range(count),
+                         temperature=args.eval_temperature, stream=("evaluate",))
+        _, se = common.mean_se(episode.won for episode in played)
+        found[split] = watch(played) | {"se": se, "n": count}
+        tqdm.write(common.result_line(split, found[split]))
+    return found, played[0]
+
+
+def measure(parts, when):
+    """The whole evaluation -> ({split: metrics}, one episode with what all parts say to it)."""
+    found, episode = evaluate(parts.model, parts.chat, parts.args, parts.world.splits)
+    return found, annotated(parts, episode, (when,))
+
+
+def write_step(run, parts, played, metrics):
+    """What a step leaves: its numbers, its episodes, and an evaluation where one is due."""
+    args, records = parts.args, [vars(episode) for episode in played]
+    metrics |= watch(played) | watch_parts(parts)
+    warn_forgotten(parts)
+    sampled = [episode.tokens for episode in played]
+    sampled += [counts["tokens"] for counts in parts.counts.values()]
+    run.count(episodes=len(played), env_steps=sum(len(episode.valid) for episode in played),
+              gradient_steps=args.updates, tokens=sum(sampled))
+    if run.step % args.eval_every == 0 and run.step < args.steps:
+        found, episode = evaluate(parts.model, parts.chat, args, ["test"], fewer=5)
+        metrics |= {f"eval_{name}": value for name, value in found["test"].items()}
+        records.append(annotated(parts, episode, ("shown", run.step)))
+    run.log(metrics, FLAGS)
+    run.write_rollouts([{"step": run.step, **record} for record in records])
+
+
 def is_readable(mark, reply) -> bool:
     """Whether what stands behind the mark of a part can be read."""
     read = {"End": foresees_success, "Verdict": rank}.get(mark)
     return (read(reply) if read else common.marked(reply, mark)) is not None
+
+
+def watch(episodes) -> dict:
+    """What was played; the entropy is an estimate, per sampled token."""
+    valid = [ok for episode in episodes for ok in episode.valid]
+    tokens = sum(episode.tokens for episode in episodes)
+
+    def share(name):
+        return common.mean(getattr(episode, name) for episode in episodes)
+
+    return {"success": share("won"), "score": share("score"), "turns": len(valid) / len(episodes),
+            "invalid": valid.count(False) / max(1, len(valid)), "truncated": share("truncated"),
+            "entropy": -sum(episode.logprob for episode in episodes) / max(1, tokens)}
+
+
+def watch_parts(parts) -> dict:
+    """Tokens that a part sampled, and shares of its replies: parse_PART can be read in its marked
+    place, cut_PART met the limit, lost_PART came to nothing by that, overlong_PART had no room.
+    """
+    found = {}
+    for part, counts in parts.counts.items():
+        found[f"tokens_{part}"] = counts["tokens"]
+        for what in "parse", "cut", "lost", "overlong":
+            found[f"{what}_{part}"] = counts[what] / max(1, counts["asked"])
+    return found
+
+
+def watch_lessons(batch, forecasts, refinements) -> dict:
+    """What came of a step's transitions and states; targets_terminal: composed of an outcome."""
+    return {"lessons": len(refinements), "targets_dropped": len(batch) - len(forecasts),
+            "targets_terminal": common.mean(t.done for t in batch)}
 
 
 def watch_refinement(tries) -> dict:
@@ -812,7 +806,8 @@ def annotated(parts, episode, stream) -> dict:
         for number, one in enumerate(some):
             said.append(["refined" if number else "act", one.reply])
             said += [["future", text] for text in one.futures[:2]]
-            said.append(["critique", one.critique])
+            if one.critique:  # the last try may not have been judged
+                said.append(["critique", one.critique])
         said.append(["world", t.result])
     return vars(episode) | {"said": said}
 
@@ -825,32 +820,38 @@ def warn_forgotten(parts):
     for part, counts in parts.counts.items():
         if counts["parse"] < counts["asked"] / 2 and part not in parts.forgotten:
             parts.forgotten.add(part)
-            tqdm.write(f"warning: only {counts['parse']} of {counts['asked']} replies of {part} can "
-                       "be read: see --lr, --frozen-parts, --shots, --prefill", file=sys.stderr)
+            tqdm.write(f"warning: {counts['parse']} of {counts['asked']} replies of {part} can be "
+                       "read: see --lr, --frozen-parts, --shots, --prefill", file=sys.stderr)
 
 
-def best_tries(parts, states, tries, stream) -> list[Try | None]:
-    """--distil best: pi_r names the best of the judged tries; None where that is no lesson."""
+def label(critique) -> str:
+    """--ablation label-only: the verdict of a critique, without its reasons."""
+    verdict = rank(critique)
+    return f"Verdict: {'none' if verdict is None else VERDICTS[verdict]}."
+
+
+def best_replies(parts, states, tries, stream) -> list[str]:
+    """--distil best: pi_r names the best of the judged tries; "" where that is no lesson."""
     asked = [refiner_messages(parts.world, *row, CHOOSER) for row in zip(states, tries)]
-    replies = parts.ask("chooser", asked, stream)
-    return [best_try(*row, parts.args.margin) for row in zip(tries, replies)]
+    named = parts.ask("chooser", asked, stream)
+    return [best_reply(*row, parts.args.margin) for row in zip(tries, named)]
 
 
-def best_try(tries, reply, margin) -> Try | None:
-    """--distil best: the try that pi_r named behind Best:; None where that is no lesson.
+def best_reply(tries, named, margin) -> str:
+    """--distil best: the reply of the try that pi_r named behind Best:; "" where that is no lesson.
 
     Of tries with one critique the first is meant. Its action must be `margin` verdicts better than
     the worst other one; a try without a verdict that can be read is not compared. Where pi_r
     repeats the policy's action, as none is better, that is compared with a bad one.
     """
-    number = common.chosen(reply, "Best", [str(i + 1) for i in range(len(tries))])
+    number = common.chosen(named, "Best", [str(i + 1) for i in range(len(tries))])
     ranks = [rank(t.critique) for t in tries]
     if number is None or None in ranks:
-        return None
+        return ""
     best = next(t for t in tries if t.critique == tries[number].critique)
     same = [value for t, value in zip(tries, ranks) if t.action == best.action]
     others = [value for t, value in zip(tries, ranks) if t.action != best.action]
-    return best if min(same) - min(others, default=0) >= margin else None
+    return best.reply if min(same) - min(others, default=0) >= margin else ""
 
 
 def anchor_lessons(parts, fresh, rng):
@@ -863,20 +864,22 @@ def anchor_lessons(parts, fresh, rng):
 
 
 def gate(parts, state, fresh, stream, rng) -> dict:
-    """--critic-gate, before L1 sees what was just played -> what M told lately; whether L2 learns."""
-    told = (state["told"] + foretell(parts, fresh, stream, rng))[-TOLD:]
-    return {"told": told, "learns": state["learns"] or tells_apart(parts.args, told)}
+    """--critic-gate (a log without one): what M told lately, and whether L2 learns from now on.
 
-
-def foretell(parts, fresh, stream, rng) -> list[list]:
-    """[share of k forecasts that end in success, whether it came, turn] of 32 just played."""
-    k, found, some = parts.args.k, [], sample(fresh, parts.args, rng, 32)
-    told = parts.foresee([t.state for t in some], [t.action for t in some], stream, k)
-    for t, forecasts in zip(some, groups(told, k)):
+    Told of what was just played, before L1 sees it: [share of k forecasts that end in success,
+    whether it came, turn]. With --ablation frozen-critic there is nothing to wait for.
+    """
+    args, told = parts.args, [*state["told"]]
+    some = sample(fresh, args, rng, 32)
+    futures = parts.foresee([t.state for t in some], [t.action for t in some], stream, args.k)
+    for t, forecasts in zip(some, groups(futures, args.k)):
         ends = [end for end in map(foresees_success, forecasts) if end is not None]
         if ends:
-            found.append([common.mean(ends), t.turns is not None, len(t.state) // 2])
-    return found
+            told.append([common.mean(ends), t.turns is not None, len(t.state) // 2])
+    told = told[-TOLD:]
+    apart = auc(told) if len(told) == TOLD else None
+    opens = args.ablation == "frozen-critic" or (apart or 0.0) >= args.critic_gate
+    return {"told": told, "learns": state["learns"] or opens}
 
 
 def auc(told) -> float | None:
@@ -890,21 +893,19 @@ def auc(told) -> float | None:
     return common.mean(pairs) if pairs else None
 
 
-def tells_apart(args, told) -> bool:
-    """--critic-gate: whether M tells actions apart well enough for L2 to begin."""
-    return not args.critic_gate or len(told) == TOLD and (auc(told) or 0.0) >= args.critic_gate
-
-
 TOLD = 256  # the latest transitions whose forecasts --critic-gate counts
 
 
-def even_weights(buffer):
-    """--even-turns: late turns more often than they were played.
+def sample(buffer, args, rng, count) -> list[Transition]:
+    """Of the buffer, uniformly; with --even-turns late turns more often than they were played.
 
     They are rare while most episodes are lost early, and they decide the others.
     """
-    turns = Counter(len(t.state) for t in buffer)
-    return [turns[len(t.state)] ** -0.75 for t in buffer]
+    weights = None
+    if args.even_turns:
+        turns = Counter(len(t.state) for t in buffer)
+        weights = [turns[len(t.state)] ** -0.75 for t in buffer]
+    return rng.choices(buffer, weights, k=count) if buffer else []  # empty: no prompt had room
 
 
 TINY = dict(
@@ -922,13 +923,16 @@ def load(world, args):
     """The model that plays all parts, and its chat; a tiny one is made from `warmup`."""
     if common.is_tiny(args.model) and args.device == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # more only wait for each other
-    parts = SUCCESSOR, BACKUP, EVALUATOR, REFINER, CHOOSER, READER
-    constants = [policy_messages(world, [""])[0]["content"],
-                 *(call(part, world, [""])[0]["content"] for part in parts), *MARKS]
-    return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants,
-                       device=args.device, dtype=args.dtype, thinking=args.thinking,
-                       max_context=args.max_context,
-                       gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank)
+    prompts = SUCCESSOR, BACKUP, EVALUATOR, REFINER, CHOOSER, READER
+    asked = [policy_messages(world, [""]), *(call(prompt, world, [""]) for prompt in prompts)]
+    constants = [messages[0]["content"] for messages in asked] + MARKS
+    model, chat = common.load(
+        args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device,
+        dtype=args.dtype, thinking=args.thinking, max_context=args.max_context,
+        gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank)
+    first = with_shots("policy", policy_messages(world, [world.reset(seed=0)[0]]), args)
+    check_room(args, chat, model, first, args.max_new_tokens)
+    return model, chat
 
 
 MARKS = ["<episode>\n", "\n</episode>\n", "Next action: ", "\nSeen after it: ", "\nCritique: ",
@@ -942,14 +946,11 @@ MARKS += [f"\n{word} {number}: " for word in ("Future", "Try") for number in ran
 class Future:
     """How an episode goes on, before it is told."""
 
-    seen: str
+    result: str
     then: str
     turns: int | None  # to success
-
-    def told(self):
-        return forecast_text(self.seen, self.then, ending(self))
-
     score = 0.0
+    told = in_hindsight
 
 
 def critique_text(futures):
@@ -962,7 +963,7 @@ def critique_text(futures):
         text += f". One goes on with: {envs.one_line(hint)}"
     elif len(won) < len(futures):
         lost = next(future for future in futures if future.turns is None)
-        text += f". One fails: {first_sentence(lost.seen).rstrip('.')}"
+        text += f". One fails: {first_sentence(lost.result).rstrip('.')}"
     return f"{text}. Verdict: {VERDICTS[worth(futures)]}."
 
 
@@ -997,54 +998,51 @@ def examples_of(world, args, t, possible, draw, rng) -> dict:
     to compare, it names the try with more successes, then the sooner one. A share of the critiques
     is shown as --ablation label-only shows them.
     """
-    action, label_only = t.action, rng.random() < 0.15
+    label_only = rng.random() < 0.15
     left = world.max_turns - len(t.state) // 2  # turns, this one counted
-    first, *later = draw(action), draw(action)
+    first, (future, *_) = draw(t.action), draw(t.action)
     found = {
         "policy": (policy_messages(world, t.state), written(rng.choice(possible))),
-        "successor": (successor_messages(world, t.state, action), first[0].told())}
-    future, then = later[0][0], rng.choice(possible)
+        "successor": (successor_messages(world, t.state, t.action), first[0].told())}
     turns = future.turns + 1 if future.turns and future.turns < left else None
-    merged = Future(t.result, then, turns).told()
-    found["backup"] = backup_messages(world, t, then, future.told()), merged
+    merged = Future(t.result, rng.choice(possible), turns)
+    found["backup"] = backup_messages(world, t, merged.then, future.told()), merged.told()
     told = [one.told() for one in first]
-    found["evaluator"] = evaluator_messages(world, t.state, action, told), critique_text(first)
+    found["evaluator"] = evaluator_messages(world, t.state, t.action, told), critique_text(first)
     actions = rng.sample(possible, min(args.m + 1, len(possible)))
-    futures = [draw(one) for one in actions]
-    tries = [tried(world, one, some) for one, some in zip(actions, futures)]
+    futures = [draw(action) for action in actions]
+    tries = [tried(world, *row) for row in zip(actions, futures)]
     if label_only:
-        tries = [Try(t.reply, t.action, [], label(t.critique)) for t in tries]
-    some = rng.randint(1, max(1, len(tries) - 1))
-    untried = [one for one in possible if one not in actions[:some]] or possible
-    hint = "" if label_only else hinted(futures[some - 1])
+        tries = [Try(one.reply, one.action, [], label(one.critique)) for one in tries]
+    count = rng.randint(1, max(1, len(tries) - 1))
+    untried = [action for action in possible if action not in actions[:count]] or possible
+    hint = "" if label_only else hinted(futures[count - 1])
     reply = hint if hint in untried else rng.choice(untried)
-    if worth(futures[some - 1]) >= VERDICTS.index("good"):
-        reply = actions[some - 1]
-    messages = refiner_messages(world, t.state, tries[:some])
-    found["refiner"] = messages, written(reply)
+    if worth(futures[count - 1]) >= VERDICTS.index("good"):
+        reply = actions[count - 1]
+    found["refiner"] = refiner_messages(world, t.state, tries[:count]), written(reply)
     values = [worth(some) if label_only else soonest(some) for some in futures]
-    if values.count(max(values)) == 1 < len(values):
-        messages = refiner_messages(world, t.state, tries, CHOOSER)
-        found["chooser"] = messages, f"Best: {values.index(max(values)) + 1}"
+    best = values.index(max(values))
+    if values.count(values[best]) == 1 < len(values):
+        found["chooser"] = refiner_messages(world, t.state, tries, CHOOSER), f"Best: {best + 1}"
     return found
 
 
-def random_episode(world, seed, rng, actions=(), slips=0.0):
-    """A random player's episode on train, after `actions` -> (transitions, what was possible).
+def random_episode(world, seed, rng, actions=(), slips=0.0) -> list[tuple]:
+    """A random player's episode on train, after `actions` -> [(transition, what was possible)].
 
     `slips`: how often it says the first word of one action with the rest of another.
     """
-    episode, possible = begin(world, "train", seed), []
-    info = world.info(valid=True)
+    episode, possible, given = begin(world, "train", seed), [], iter(actions)
     while not episode.over:
-        turn = len(possible)
         possible.append(world.admissible() or [""])
-        action = actions[turn] if turn < len(actions) else envs.random_player(world, info, rng)
+        action = next(given, None)
+        if action is None:
+            action = rng.choice(possible[-1])
         if rng.random() < slips:
             action = " ".join([action.split(" ")[0], *rng.choice(possible[-1]).split(" ")[1:]])
         take_turn(world, episode, written(action))
-        info = world.info(valid=True)
-    return transitions(episode), possible
+    return list(zip(transitions(episode), possible))
 
 
 def with_shots(part, messages, args):
@@ -1055,7 +1053,7 @@ def with_shots(part, messages, args):
     return [messages[0], *shots[part], *messages[1:]]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def worked_examples(env, count, show_actions, k, m):
     """{part: --shots worked examples, as messages}: random play on train, and what came of it.
 
@@ -1063,28 +1061,29 @@ def worked_examples(env, count, show_actions, k, m):
     player does win. Futures are played: where the game goes on, it goes on at random.
     """
     world, rng = envs.make(env, show_actions=show_actions), random.Random(0)
-    args, played, found = Args(env=env, k=k, m=m), [], {part: [] for part in PARTS}
+    args, found = Args(env=env, k=k, m=m), {part: [] for part in PARTS}
+    played = {True: [], False: []}  # by whether they were won
     for seed in range(10**6, 10**6 + 8 + 8 * count):  # far from the seeds that are learnt from
-        played.append(random_episode(world, seed, rng))
-    won = [(steps, possible) for steps, possible in played if steps[0].turns is not None]
-    lost = [(steps, possible) for steps, possible in played if steps[0].turns is None]
+        steps = random_episode(world, seed, rng)
+        played[steps[0][0].turns is not None].append(steps)
     for i in range(20 * count):
-        wanted = (lost if i % 2 else won) or played
-        steps, possible = wanted[i // 2 % len(wanted)]
-        turn = 0 if i % 2 else len(steps) - 1
-        t, before = steps[turn], [one.action for one in steps[:turn]]
+        won = i % 2 == 0
+        some = played[won] or played[not won]
+        steps = some[i // 2 % len(some)]
+        turn = len(steps) - 1 if won else 0
+        t, possible = steps[turn]
+        before = [one.action for one, _ in steps[:turn]]
 
         def draw(action):
             futures = []
             for _ in range(k):
-                new, _ = random_episode(world, t.seed, rng, [*before, action])  # noqa: B023
-                future = new[turn]  # noqa: B023
-                futures.append(Future(future.result, future.then, future.turns))
+                new, _ = random_episode(world, t.seed, rng, [*before, action])[turn]  # noqa: B023
+                futures.append(Future(new.result, new.then, new.turns))
             return futures
 
-        examples = examples_of(world, args, t, possible[turn], draw, rng)
+        examples = examples_of(world, args, t, possible, draw, rng)
         for part, (messages, reply) in examples.items():
-            if len(found[part]) < 2 * count:
+            if messages and len(found[part]) < 2 * count:
                 shot = {"role": "assistant", "content": reply, "shot": True}
                 found[part] += [messages[-1], shot]
     world.close()
@@ -1101,7 +1100,7 @@ def warmup(world, args):
     """
     rng, steps, examples = random.Random("warm-up"), [], []
     for seed in range(max(50, args.examples // 4)):
-        steps += zip(*random_episode(world, seed, rng, slips=0.1))
+        steps += random_episode(world, seed, rng, slips=0.1)
     for _ in range(args.examples):
         t, possible = rng.choice(steps)
         left = world.max_turns - len(t.state) // 2
@@ -1110,9 +1109,9 @@ def warmup(world, args):
         def draw(action):
             return [random_future(rng, steps, left, chance) for _ in range(args.k)]  # noqa: B023
 
-        first, last = first_sentence(t.state[0]), first_sentence(t.state[-1])
-        read = call(READER, world, t.state, f"Next action: {envs.one_line(t.action)}")
-        examples.append((read, "\n".join([first, last, envs.one_line(t.action)])))
+        read = call(READER, world, t.state, next_action(t.action))
+        seen = first_sentence(t.state[0]), first_sentence(t.state[-1])
+        examples.append((read, "\n".join([*seen, envs.one_line(t.action)])))
         made = examples_of(world, args, t, possible, draw, rng).values()
         examples += [(messages, reply) for messages, reply in made if messages]
     facts = world.facts() if hasattr(world, "facts") else []

@@ -106,7 +106,7 @@ class PlayedParts(nlac.Parts):
     def describe(t, episode):
         """What was played after the state of `t`, in the words of a future."""
         following = nlac.transitions(episode)[len(t.state) // 2]
-        return nlac.forecast_text(following.result, following.then, nlac.ending(following))
+        return nlac.in_hindsight(following)
 
 
 class PlayingLearner(Learner):
@@ -148,15 +148,13 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
     limit = steps_of(args.match) if args.match else None
     run = common.Run(method, args, common.run_directory(method, args))
     model, chat = nlac.load(world, args)
-    first = nlac.policy_messages(world, [world.reset(seed=0)[0]])
-    nlac.check_room(args, chat, model, nlac.with_shots("policy", first, args), args.max_new_tokens)
     run.start({"parameters": common.count_parameters(model)})
     tqdm.write(f"{method} on {args.env}: {common.count_parameters(model):,} parameters on "
                f"{common.device_name(args.device)}; a step plays {args.episodes_per_step} episodes; stops after "
                f"{f'{limit} environment steps' if limit else f'{args.steps} steps'}")
     torch.manual_seed(args.seed)  # for parameters that a rival adds
     learner = make_learner(model, chat, world, args)
-    before, episode = nlac.evaluate(model, chat, args, ["test"], args.eval_episodes)
+    before, episode = nlac.evaluate(model, chat, args, ["test"])
     shown = [("before", episode)]
     run.write_rollouts([{"step": 0, "evaluation": "before", **vars(episode)}])
 
@@ -175,19 +173,19 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
         clock.lap("rollout")
         metrics = {"step": step, **nlac.watch(episodes)}
         metrics |= learner.learn(step, episodes, random.Random(f"{args.seed} {step}"), clock)
-        sampled = learner.parts.tokens() + sum(episode.tokens for episode in episodes)
+        sampled = sum(episode.tokens for episode in episodes)
+        sampled += sum(counts["tokens"] for counts in learner.parts.counts.values())
         totals.update(episodes=len(episodes), env_steps=len(fresh), tokens=sampled)
         totals.update(learner.extra)
         learner.extra.clear()
         last = totals["env_steps"] >= limit if limit else step == args.steps
         records = [{"step": step, **vars(e)} for e in episodes]
         if last or step % args.eval_every == 0:
-            n = args.eval_episodes if last else max(1, args.eval_episodes // 5)
-            after, episode = nlac.evaluate(model, chat, args, ["test"], n)
+            after, episode = nlac.evaluate(model, chat, args, ["test"], fewer=1 if last else 5)
             metrics |= {f"eval_{name}": value for name, value in after["test"].items()}
             records += [{"step": step, "evaluation": "after", **vars(episode)}] * last
         clock.lap("watching")
-        metrics |= learner.parts.metrics() | dict(totals) | clock.seconds()
+        metrics |= nlac.watch_parts(learner.parts) | dict(totals) | clock.seconds()
         common.warn_cut(metrics, nlac.FLAGS, told)
         run.log(metrics)
         run.write_rollouts(records)

@@ -94,7 +94,7 @@ def read_everything(text):
     assert "\n" not in sentence and sentence == " ".join(sentence.split())
     assert nlac.transcript(WORLD, ["Hello.", text, "Bye."]) == ["Hello.", f"> {action}", "Bye."]
     tries = [nlac.Try(text, action, [text], text), nlac.Try("Action: x", "x", [], "Verdict: bad")]
-    assert nlac.best_try(tries, text, 1) in (None, *tries) and nlac.is_whole(WORLD, text) in (True, False)
+    assert nlac.best_reply(tries, text, 1) in ("", *(t.reply for t in tries)) and nlac.is_whole(WORLD, text) in (True, False)
     form = nlac.in_form(WORLD, text)
     assert not form or nlac.action_of(WORLD, form) == action and form.endswith(nlac.written(action))
     assert all(nlac.is_readable(mark, text) in (True, False) for _, mark, _ in nlac.PARTS.values())
@@ -112,7 +112,7 @@ def test_ten_thousand_random_strings_are_read():
             text = "".join(rng.choice(PIECES) for _ in range(rng.randrange(9)))
         verdict, end = read_everything(text)
         found += Counter(verdict=verdict, end=end)
-        assert nlac.forecast_text(text, "", "failure").startswith("Next: ")
+        assert nlac.Future(text, text, None).told().startswith("Next: ")
     assert min(found.values()) > 100  # the strings are not all hopeless
 
 
@@ -125,7 +125,8 @@ def test_megabytes_take_bounded_time(unit):
 
 def test_ends_and_verdicts_as_models_write_them():
     ends = {"Next: x.\nEnd: success in 2 turns.": True, "**End:** **failure**": False, "End: The player fails": False,
-            "End: failure\nNo:\nEnd: success": True, "": None, "failure": False, "End:": None, "End: success or failure": None,
+            "End: failure\nNo:\nEnd: success": True, "End: No success in the turns left.": False,
+            "": None, "failure": False, "End:": None, "End: success or failure": None,
             "In the end it is a success": None}  # fmt: skip
     assert {text: nlac.foresees_success(text) for text in ends} == ends
     verdicts = {"Futures: 4 of 4 succeed. Verdict: great.": 4, "## Verdict:\n\nfair": 2, "Verdict: good, not great": 3,
@@ -284,8 +285,8 @@ def test_successor_targets(parts_of):
     assert f"<episode>\n{s}\n</episode>\n{told}" in backup
     counts = {f"{what}_{part}": value for part in ("policy", "successor", "backup")
               for what, value in (("parse", 1), ("cut", 0), ("lost", 0), ("overlong", 0))}  # fmt: skip
-    assert parts.metrics().items() >= counts.items()
-    assert parts.counts["successor"]["tokens"] == len(CHAT.encode(FORECAST)) and parts.tokens() > 5
+    assert nlac.watch_parts(parts).items() >= counts.items()
+    assert parts.counts["successor"]["tokens"] == len(CHAT.encode(FORECAST))
 
 
 def test_the_reward_in_words_and_a_full_context():
@@ -319,7 +320,7 @@ def test_what_a_limit_cut(parts_of):
         "policy", "I think.\nAction: x", ""), ("policy", "I think.\nAction: x\nAs", FORECAST):  # fmt: skip
         parts = parts_of(Puppet(cut=[cut], policy=action, successor=FORECAST, backup=FORECAST))
         assert nlac.successor_targets(parts, steps, ("b",))[0] == kept
-        assert parts.metrics()[f"cut_{cut}"] == 1 and parts.metrics()[f"lost_{cut}"] == (not kept)
+        assert nlac.watch_parts(parts)[f"cut_{cut}"] == 1 and nlac.watch_parts(parts)[f"lost_{cut}"] == (not kept)
 
 
 def test_a_refinement_that_the_limit_cut_is_dropped_and_counted(parts_of):
@@ -328,7 +329,7 @@ def test_a_refinement_that_the_limit_cut_is_dropped_and_counted(parts_of):
         puppet = Puppet(cut=["refiner"], policy="Action: x", successor=FORECAST, evaluator="Fine.", refiner=said)
         parts = parts_of(puppet)
         pairs = nlac.policy_lessons(parts, STATES[:1], nlac.refine(parts, STATES[:1], ("r",)), ("c",))
-        assert [CHAT.decode(target) for _, target in pairs] == taught and parts.metrics()["lost_refiner"] == (not taught)
+        assert [CHAT.decode(target) for _, target in pairs] == taught and nlac.watch_parts(parts)["lost_refiner"] == (not taught)
 
 
 def test_a_verdict_that_cannot_be_read_is_none(parts_of):
@@ -336,7 +337,7 @@ def test_a_verdict_that_cannot_be_read_is_none(parts_of):
     critiques = {"Ada": "Verdict: great", "Ben": "Verdict: failure", "Cleo": "Well."}
     parts = parts_of(Puppet(policy="Action: x", successor=FORECAST, refiner="Action: y", evaluator=lambda prompt: critiques[who(prompt)]))
     tries = nlac.refine(parts, STATES[:3], ("r",))
-    assert parts.metrics()["parse_evaluator"] == pytest.approx(1 / 3)
+    assert nlac.watch_parts(parts)["parse_evaluator"] == pytest.approx(1 / 3)
     assert nlac.watch_refinement(tries) == {"changed": 1, "better": None, "sentiment": 1}
     some = [judged("a", "bad"), judged("b", "great")], [judged("a", "good"), judged("a", "weak")], [judged("a", "?"), judged("b", "great")]
     found = {"changed": pytest.approx(2 / 3), "better": 0.5, "sentiment": pytest.approx((0 + 4 + 3 + 1 + 4) / 20)}
@@ -357,9 +358,9 @@ def test_a_prompt_beyond_the_context_is_an_empty_reply(parts_of):
     parts = parts_of(puppet, context=1200)
     steps, _ = played(["y" * 900, "open the case"], **LOUD)
     assert nlac.successor_targets(parts, steps[:1], ("b",)) == [""] and not puppet.calls
-    assert parts.metrics()["overlong_policy"] == 1 and parts.metrics()["parse_policy"] == 0
+    assert nlac.watch_parts(parts)["overlong_policy"] == 1 and nlac.watch_parts(parts)["parse_policy"] == 0
     parts.ask("policy", [nlac.policy_messages(WORLD, [text]) for text in ("x", "y" * 900, "z")], ("p",), samples=2)
-    assert parts.metrics()["overlong_policy"] == pytest.approx(3 / 7)  # of replies that were wanted
+    assert nlac.watch_parts(parts)["overlong_policy"] == pytest.approx(3 / 7)  # of replies that were wanted
     terminal = [dataclasses.replace(steps[1], done=True)]  # composed, and too long to be learnt
     assert nlac.successor_lessons(parts, terminal, ("b",)) == []
 
@@ -429,9 +430,10 @@ def test_rounds_of_refinement(parts_of, m, distil):
 
 
 def test_an_empty_action_is_not_judged_and_not_taught(parts_of):
-    for policy, refiner in ("", "Action: x"), ("Action: x", ""), ("Action: x", "Action:"):
+    replies = ("", "Action: x"), ("Action: x", ""), ("Action: x", "Action:")
+    for (policy, refiner), arm in itertools.product(replies, ("none", "label-only")):
         puppet = Puppet(policy=policy, successor=FORECAST, evaluator="Verdict: bad", refiner=refiner)
-        parts = parts_of(puppet)
+        parts = parts_of(puppet, ablation=arm)
         tries = nlac.refine(parts, STATES, ("r",))
         assert nlac.policy_lessons(parts, STATES, tries, ("c",)) == [] and bool(puppet.asked("refiner")) == bool(policy)
 
@@ -463,6 +465,14 @@ def test_the_blind_critic_reads_futures_of_others(parts_of, count):
             assert sorted(read) == sorted(NAMES[:count]) and all(one != name for one, name in zip(read, NAMES))
 
 
+def test_futures_of_others_are_no_reason_to_judge_an_empty_action(parts_of):
+    puppet = Puppet(policy=lambda prompt: "" if who(prompt) == "Ben" else "Action: x", successor=FORECAST, evaluator="Verdict: bad",
+                    refiner="Action: y")  # fmt: skip
+    tries = nlac.refine(parts_of(puppet, ablation="blind-critic"), STATES, ("r",))
+    judged = {who(prompt) for prompt in puppet.asked("evaluator")}
+    assert judged == set(NAMES) - {"Ben", "Ada"} and [t.action for t in tries[1]] == ["", ""]  # Ada would read Ben's futures
+
+
 # ------------------------------------------------------------------------------------------------ the best of judged tries
 
 
@@ -474,14 +484,14 @@ def test_the_try_that_is_named():
     tries = [judged("a", "weak"), judged("b", "great"), judged("c", "great")]
     said = {"Best: 2": 1, "It is sooner.\n**Best:** try 3.": 2, "Best: 1 or 2": None, "Best: 4": None, "": None, "b": None}
     for reply, index in said.items():
-        assert nlac.best_try(tries, reply, -4) is (None if index is None else tries[index])
+        assert nlac.best_reply(tries, reply, -4) == ("" if index is None else tries[index].reply)
     tied = [judged("a", "great", "same"), judged("b", "weak"), judged("c", "great", "same")]
-    assert nlac.best_try(tied, "Best: 3", 1) is tied[0]  # the policy's own
+    assert nlac.best_reply(tied, "Best: 3", 1) == tied[0].reply  # the policy's own
 
 
 def gap(tries, number):
     """The largest margin at which the try with this number is a lesson; None: at no margin."""
-    return max((margin for margin in range(-4, 5) if nlac.best_try(tries, f"Best: {number}", margin)), default=None)
+    return max((margin for margin in range(-4, 5) if nlac.best_reply(tries, f"Best: {number}", margin)), default=None)
 
 
 def test_gaps_by_hand():
@@ -514,6 +524,18 @@ def test_the_best_is_taught_where_it_is_clearly_better(parts_of):
         assert [f"{name} {text.split('.')[0].lower()}" for name, text in found] == expected
 
 
+def test_what_is_shown_of_an_episode_has_no_empty_critique(parts_of):
+    """With --distil all the last refinement is not judged."""
+    env = envs.make("repair")
+    episode = nlac.begin(env, "train", 0)
+    nlac.take_turn(env, episode, "Action: open the case")
+    replies = dict(successor=FORECAST, evaluator="Verdict: bad", refiner="Action: y")
+    for distil, critiques in ("all", 1), ("best", 2):
+        said = nlac.annotated(parts_of(Puppet(**replies), distil=distil), episode, ("s",))["said"]
+        assert [text for who, text in said if who == "critique"] == ["Verdict: bad"] * critiques
+        assert [who for who, _ in said if who not in ("critique", "future")] == ["world", "act", "refined", "world"]
+
+
 # ------------------------------------------------------------------------------------------------------- gate and buffer
 
 
@@ -531,12 +553,25 @@ def test_reading_the_turn_alone_does_not_pass():
     assert nlac.auc([[share, came, 0] for share, came, _ in told]) > 0.65  # over all turns together
 
 
-def test_the_gate_opens_when_m_tells_actions_apart():
+def opens(parts, told):
+    """Whether L2 learns after M told this, where nothing new was played."""
+    found = nlac.gate(parts, {"told": told, "learns": False}, [], ("f",), random.Random(0))
+    assert found["told"] == told[-nlac.TOLD:]
+    return found["learns"]
+
+
+def test_the_gate_opens_when_m_tells_actions_apart(parts_of):
     good = [[1.0, True, 0], [0.0, False, 0]] * (nlac.TOLD // 2)
-    gate = dataclasses.replace(nlac.Args(), critic_gate=0.7)
-    assert nlac.tells_apart(gate, good) and not nlac.tells_apart(gate, good[:-1])  # a whole window
-    assert not nlac.tells_apart(gate, [[0.5, *rest] for _, *rest in good]) and not nlac.tells_apart(gate, [[0.5, False, 0]] * nlac.TOLD)
-    assert nlac.tells_apart(nlac.Args(), [])  # off: the paper
+    parts = parts_of(Puppet(), critic_gate=0.7)
+    assert opens(parts, good) and not opens(parts, good[:-1])  # a whole window
+    assert opens(parts, [[0.0, True, 0]] * 9 + good)  # of the latest
+    assert not opens(parts, [[0.5, *rest] for _, *rest in good]) and not opens(parts, [[0.5, False, 0]] * nlac.TOLD)
+    assert opens(parts_of(Puppet()), [])  # off: the paper
+    assert nlac.gate(parts, {"told": [], "learns": True}, [], ("f",), random.Random(0))["learns"]  # and never closes again
+
+
+def test_nobody_waits_for_a_critic_that_never_learns(parts_of):
+    assert opens(parts_of(Puppet(), critic_gate=1.0, ablation="frozen-critic"), [])
 
 
 def test_what_m_foretells(parts_of):
@@ -545,7 +580,9 @@ def test_what_m_foretells(parts_of):
     ends = iter(["End: success", "End: failure", "?", "End: failure", "?", "?"])
     parts = parts_of(Puppet(successor=lambda prompt: next(ends)), k=2)
     rng = SimpleNamespace(choices=lambda some, weights, k: some)
-    assert nlac.foretell(parts, won[:1] + lost + won[1:], ("f",), rng) == [[0.5, True, 0], [0.0, False, 0]]
+    state = {"told": [[1.0, False, 3]], "learns": False}
+    found = nlac.gate(parts, state, won[:1] + lost + won[1:], ("f",), rng)["told"]
+    assert found == [[1.0, False, 3], [0.5, True, 0], [0.0, False, 0]] and state["told"] == found[:1]
 
 
 def test_the_buffer_is_plain_or_even():
@@ -627,6 +664,14 @@ def test_an_update_by_hand():
     assert nlac.update(parts, optimizer, [], [], [])["grad_norm"] == 0 and torch.equal(before, theta.table)
 
 
+def test_a_loss_is_logged_over_the_gradient_steps_that_had_lessons():
+    theta = Bigram([[0.0] * 4] * 4)
+    parts = loss_of(theta, 1, updates=4, actor_states=4, ema=0.0)
+    still = torch.optim.SGD(theta.parameters(), lr=0.0)
+    found = nlac.update(parts, still, [([0], [1])] * 8, [([1], [2])], [])
+    assert found["l1"] == found["l2"] == pytest.approx(math.log(4)) and found["anchor"] == 0
+
+
 # --------------------------------------------------------------------------------------------------------------- leaks
 
 
@@ -646,7 +691,7 @@ def test_prompts_do_not_change_with_what_is_hidden(parts_of, settings):
             parts, states = parts_of(puppet, world=env, env=world, **settings), [t.state for t in steps]
             nlac.successor_targets(parts, [dataclasses.replace(t, done=False) for t in steps], ("b",))
             nlac.policy_lessons(parts, states, nlac.refine(parts, states, ("r",)), ("c",))
-            nlac.foretell(parts, steps, ("f",), random.Random(0))
+            nlac.gate(parts, {"told": [], "learns": True}, steps, ("f",), random.Random(0))
             seen.append([(part, prompt) for part, _, prompt in puppet.calls])
         assert seen[0] == seen[1] and {part for part, _ in seen[0]} >= set(PROMPTS) - {"chooser"}
 
@@ -829,6 +874,19 @@ def test_worked_examples_are_honest_and_in_good_form(name):
         assert len({nlac.rank(m["content"]) for m in found["evaluator"][1::2]}) == 2
 
 
+class Dwindling(envs.RepairShop):
+    """Lists what is possible in the first turn alone, and nothing that would end the episode."""
+
+    def admissible(self):
+        return [] if self.turns else self.tests
+
+
+def test_worked_examples_where_nothing_is_listed_any_more(monkeypatch):
+    monkeypatch.setitem(envs.WORLDS, "dwindling", Dwindling)
+    found = nlac.worked_examples("dwindling", 2, False, 1, 1)
+    assert all(len(found[part]) == 4 for part in found if part != "chooser")  # one action cannot be compared
+
+
 def test_forced_words_and_shots_are_no_targets(parts_of):
     """Every part's prompt ends in its word, replies begin with it, and the word is not learnt."""
     replies = dict(policy=" open the case", successor=FORECAST[5:], backup=FORECAST[5:], evaluator=" Verdict: bad",
@@ -853,11 +911,24 @@ def test_forced_words_and_shots_are_no_targets(parts_of):
     assert all(prompt.endswith("assistant\n") and prompt.count("<|im_start|>assistant") == 1 for _, _, prompt in puppet.calls)
 
 
+class Opened(SimpleNamespace):
+    """A chat whose template opens a thought; ids are characters, and the end is a dollar."""
+
+    opened, eos, reply = "<think>", ["$"], common.Chat.reply
+
+    def encode(self, text):
+        return list(text)
+
+    def dialogue(self, messages, word):
+        return [1]
+
+
 def test_a_thought_that_the_template_opens_stays_empty():
-    chat = SimpleNamespace(opened="<think>", dialogue=lambda messages, word: [1], reply=lambda text: text)
-    parts = SimpleNamespace(chat=chat, args=nlac.Args(), model=SimpleNamespace(max_context=999))
-    for text, taught in ("Action: x", "</think>\n\nAction: x"), ("<think>Hm.</think>Action: x", "Hm.</think>Action: x"):
-        assert nlac.lessons(parts, "policy", [["asked"], None, ["asked"]], [text, text, ""]) == [([1], taught)]
+    """As a template that leaves one empty writes it: an empty line, the tag, an empty line."""
+    parts = SimpleNamespace(chat=Opened(), args=nlac.Args(), model=SimpleNamespace(max_context=999))
+    for text, taught in ("Action: x", "\n</think>\n\nAction: x$"), ("<think>Hm.</think>Action: x", "Hm.</think>Action: x$"):
+        [(prompt, target)] = nlac.lessons(parts, "policy", [["asked"], None, ["asked"]], [text, text, ""])
+        assert prompt == [1] and "".join(target) == taught
 
 
 # ------------------------------------------------------------------------------------------------------------- whole runs
