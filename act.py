@@ -32,7 +32,7 @@ Departures from the paper, and why:
  5. The last batch of a stage is filled up from one more pass: all gradient steps are of one size.
 The table of R is version 1's for act, as third parties report it; of rl the paper says only that
 what the expert does is rewarded: the same table is our choice. Demonstrations have no thoughts, so
-il teaches to act at once. The prompts and the settings of GRPO are not public, those below are ours.
+il teaches to act at once. The prompts and the settings of GRPO are not public: these are ours.
 
     python act.py                                        # tiny, household: .08 -> .45, 10 min
     python act.py --pipeline il,il --out-dir runs/il,il  # a control with equal epochs
@@ -113,12 +113,32 @@ class Args:
     examples: int = flag(8000, "rounds of examples that make a tiny model")
 
 
+@dataclass
+class State:
+    """What the stages work on."""
+
+    args: Args
+    world: envs.World
+    chat: common.Chat
+    model: torch.nn.Module
+    run: common.Run | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    reference: torch.nn.Module | None = None  # the model as its stage began, where there is a KL
+    progress: dict = field(default_factory=lambda: {"step": 0, "stages": {}, "shown": {}})
+    demos: list = field(default_factory=list)  # episodes
+    states: list = field(default_factory=list)  # theirs
+    pairs: list = field(default_factory=list)
+    stage: str = "before"  # then such as 1-act
+    last: int = 0  # the step of the run that ends the stage
+
+
 # ------------------------------------------------------------------------------------------ prompts
 # The wording is ours. A world's own system prompt comes first: it states the game, these state the
 # form of a reply. No example stands between the tags: small models copy it.
 
 TAG = "<action>"
-LISTED, PROPOSED = "Possible actions:", "Two actions are proposed."
+LISTED = "Possible actions:"
+PROPOSED = "Two actions are proposed."
 FORCED = 16  # tokens, room for the words of --prefill and the end of a reply that was cut
 
 
@@ -130,6 +150,11 @@ def tagged(action):
 def user(text):
     """A message of the world."""
     return {"role": "user", "content": text}
+
+
+def assistant(text):
+    """A message of the policy or the expert."""
+    return {"role": "assistant", "content": text}
 
 
 def write(what, reasons=True):
@@ -149,15 +174,20 @@ def system(world, reasons=True):
     return {"role": "system", "content": f"{world.system}\n{write(what, reasons)}"}
 
 
-def dialogue(world, args, messages):
-    """The policy's view of a state, or a demonstration: observations and actions by turns."""
+def in_tags(messages):
+    """Observations and actions by turns, the actions as the policy writes them."""
     said = []
     for message in messages:
         if message["role"] == "assistant":
             message = {**message, "content": tagged(message["content"])}
         said.append(message)
+    return said
+
+
+def dialogue(world, args, messages):
+    """The policy's view of a state, or a demonstration."""
     shots = worked_examples(args.env, args.shots, args.show_actions)
-    return [system(world, not args.prefill), *shots, *said]
+    return [system(world, not args.prefill), *shots, *in_tags(messages)]
 
 
 def in_order(pair):
@@ -169,52 +199,127 @@ def in_order(pair):
 def question(world, args, pair, reasons=True):
     """Which of two actions? The dialogue so far, without lists, and one list at its end."""
     reasons = reasons and not args.prefill
-    said = []
-    for message in pair["messages"]:
-        said.append({**message, "content": envs.bare(message["content"])})
-    _, *said, last = dialogue(world, dataclasses.replace(args, shots=0), said)
-    lines = [last["content"]]
+    said = [{**message, "content": envs.bare(message["content"])} for message in pair["messages"]]
+    lines = [said.pop()["content"]]
     if pair["admissible"]:
         lines += [LISTED, *map(envs.one_line, pair["admissible"])]
-    one, two = (envs.one_line(world.read(action)) for action in in_order(pair))
-    lines += [PROPOSED, f"Action 1: {one}", f"Action 2: {two}", choose(reasons)]
+    lines.append(PROPOSED)
+    for number, action in enumerate(in_order(pair), 1):
+        lines.append(f"Action {number}: {envs.one_line(world.read(action))}")
+    lines.append(choose(reasons))
     shots = worked_examples(args.env, args.shots, False, True, reasons)
-    return [system(world, reasons), *shots, *said, user("\n".join(lines))]
+    return [system(world, reasons), *shots, *in_tags(said), user("\n".join(lines))]
 
 
-@functools.lru_cache(maxsize=8)
-def worked_examples(env, count, show_actions, choice=False, reasons=False):
-    """--shots: what a random player met and did on train.
+# --------------------------------------------------------------------- demonstrations and pairs (1)
+# A row of demonstrations is an episode: `messages`, observations (user) and actions (assistant) by
+# turns up to the last action, and `admissible`, what was possible at each turn, or null. A row of
+# pairs is a state: `messages` up to an observation, what is `admissible`, the `expert`'s action,
+# and `candidates`, others.
 
-    With `choice`, questions: what can be done is better than what cannot, first and second in turn.
-    """
-    world, messages = envs.make(env, show_actions=show_actions), []
-    for seed in range(10**6, 10**6 + count):  # far from the seeds that are learnt from
-        observation, info = world.reset(seed=seed, options={"split": "train"})
-        action = envs.random_player(world, info, random.Random(seed))
-        asked, reply = user(observation), tagged(action)
-        if choice:
-            second = seed % 2 == 1
-            pair = {"messages": [asked], "admissible": info["admissible"], "expert": action,
-                    "candidate": "sing a song", "expert_second": second}
-            asked = question(world, Args(env=env, prefill=not reasons), pair)[-1]
-            reply = tagged(envs.one_line(action))
-        if choice and reasons:
-            good, bad = (2, 1) if second else (1, 2)
-            reply = f"Action {good} can be done now, and action {bad} cannot. {reply}"
-        messages += [asked, {"role": "assistant", "content": reply, "shot": True}]
+
+def demonstrations(args, split, seeds) -> list[dict]:
+    """Episodes of the world's expert."""
+    world, episodes = envs.make(args.env, show_actions=args.show_actions), []
+    for seed in seeds:
+        observation, info = world.reset(seed=seed, options={"split": split})
+        messages, admissible, over = [], [], False
+        while not over:
+            action = world.expert()
+            messages += [user(observation), assistant(action)]
+            admissible.append(info["admissible"])
+            observation, _, terminated, truncated, info = world.step(action)
+            over = terminated or truncated
+        episodes.append({"env": args.env, "split": split, "seed": seed,
+                         "messages": messages, "admissible": admissible})
     world.close()
-    return messages
+    return episodes
 
 
-# ----------------------------------------------------------- what a reply says, and what it is paid
+def states_of(episodes) -> list[dict]:
+    """The states s_i of demonstrations, and what the expert does there, a_i+."""
+    states = []
+    for episode in episodes:
+        said = episode["messages"]
+        lists = episode.get("admissible") or [None] * len(said)
+        for turn, action in enumerate(said[1::2]):
+            states.append({
+                **episode,
+                "turn": turn,
+                "messages": said[:2 * turn + 1],
+                "admissible": lists[turn],
+                "expert": action["content"]})
+    return states
 
+
+def propose(state, states, done=0):
+    """(1) The policy's own actions at states, --candidates each: yields rows of pairs.
+
+    The first `done` states have theirs already; what is sampled depends on a state's number and on
+    --seed alone.
+    """
+    count = state.args.candidates
+    size = max(1, state.args.rollout_batch_size // count)
+    for first in range(done, len(states), size):
+        some = states[first:first + size]
+        replies = ask(state, some, ("pairs",), count, first=first * count)
+        for each, said in zip(some, groups(replies, count)):
+            proposed = Counter(reply.row for reply in said)
+            proposed["tokens"] = count_tokens(said)
+            candidates = others(state.world, said, each["admissible"] or [])
+            yield {**each, "candidates": candidates, "proposed": proposed}
+
+
+def others(world, replies, listed):
+    """The actions of replies that are not the expert's, each once, as they are `listed`.
+
+    A spelling of the policy's own would tell which of two actions is the expert's.
+    """
+    found, spelling = {}, {normal(world, action): action for action in listed}
+    for reply in replies:
+        action = parse_action(reply.text) or ""
+        key = normal(world, action)
+        if key and reply.row != "right":
+            found[key] = spelling.get(key, action)
+    return [*found.values()]
+
+
+def pairs_of(rows) -> list[dict]:
+    """(1) D_critic: a pair for each candidate of each state."""
+    return [{"admissible": None, **row, "candidate": action, "expert_second": False}
+            for row in rows for action in row["candidates"]]
+
+
+# ------------------------------------------------------- what a reply says, and what it is paid (2)
+
+TABLE = {  # R = R_acc + R_adm + R_fmt
+    "right": 1.0,
+    "possible": 0.1,
+    "impossible": 0.0,
+    "untagged": -0.5,
+    "cut": 0.0}
 BETWEEN_TAGS = re.compile(r"<action\s{0,9}>((?:(?!</?action\s{0,9}>).)*)</action\s{0,9}>",
                           re.DOTALL | re.IGNORECASE)
 NUMBERED = re.compile(  # "Action 1", "the second one"; what stands behind "Option 2:"
     r"\W{0,9}(?:i (?:choose|pick|prefer|take) )?(?:the )?(?:action|option|choice|number)?\W{0,9}"
     r"(?:(1|one|first)|2|two|second)\b(?: (?:action|option|one))?\W{0,9}(?:[:.)\n-](.*))?",
     re.DOTALL | re.IGNORECASE)
+
+
+def row_of(world, reply, example):
+    """(2) Which row of the table a reply to a pair or a state has earned."""
+    said, possible = parse_action(reply.text), example["admissible"] or []
+    if said is None:
+        return "untagged" if reply.complete else "cut"
+    if "candidate" in example:
+        said = parse_choice(world, reply.text, *in_order(example))
+        possible = possible or [example["candidate"]]  # no list: it has to count as possible
+    action = normal(world, said)
+    if action == normal(world, example["expert"]):
+        return "right"
+    if action and action in [normal(world, other) for other in possible]:
+        return "possible"
+    return "impossible"
 
 
 def parse_action(reply) -> str | None:
@@ -256,275 +361,77 @@ def parse_choice(world, reply, one, two) -> str | None:
     return said
 
 
-def pay(world, reply, example):
-    """(2) R = R_acc + R_adm + R_fmt of a reply to a state or a pair, and its row of the table."""
-    action = parse_action(reply.text)
-    if "candidate" in example:
-        action = parse_choice(world, reply.text, *in_order(example))
-    # where nothing lists what is possible, the candidate has to count as such
-    possible = example["admissible"] or [example.get("candidate", "")]
-    if action is None:
-        return (-0.5, "untagged") if reply.complete else (0.0, "cut")
-    if normal(world, action) == normal(world, example["expert"]):
-        return 1.0, "right"
-    if action and normal(world, action) in [normal(world, other) for other in possible]:
-        return 0.1, "possible"
-    return 0.0, "impossible"
+# --------------------------------------------------------------------------- the stages (2) (3) (4)
 
 
-# --------------------------------------------------------------------------- data: demonstrations
-# A row of demonstrations is an episode: `messages`, observations (user) and actions (assistant) by
-# turns up to the last action, and `admissible`, what was possible at each turn, or null. A row of
-# pairs is a state: `messages` up to an observation, what is `admissible`, the `expert`'s action,
-# and `candidates`, others.
+def critical_training(state):
+    """(2) Which of two actions is better?"""
+    reinforce(state, state.pairs)
 
 
-def demonstrations(args, split, seeds) -> list[dict]:
-    """Episodes of the world's expert."""
-    world, episodes = envs.make(args.env, show_actions=args.show_actions), []
-    for seed in seeds:
-        observation, info = world.reset(seed=seed, options={"split": split})
-        messages, admissible, over = [], [], False
-        while not over:
-            action = world.expert()
-            messages.append(user(observation))
-            messages.append({"role": "assistant", "content": action})
-            admissible.append(info["admissible"])
-            observation, _, terminated, truncated, info = world.step(action)
-            over = terminated or truncated
-        episodes.append({"env": args.env, "split": split, "seed": seed,
-                         "messages": messages, "admissible": admissible})
-    world.close()
-    return episodes
+def imitation(state):
+    """(3) What the expert says, in whole demonstrations."""
+    args = state.args
+    for step, episodes in batches(state, state.demos, args.sft_batch_size, args.sft_lr):
+        dialogues = [dialogue(state.world, args, episode["messages"]) for episode in episodes]
+        metrics = imitate(state.model, state.chat, args, state.optimizer, dialogues)
+        end_step(state, step, metrics)
 
 
-def states_of(episodes) -> list[dict]:
-    """The states s_i of demonstrations, and what the expert does there."""
-    states = []
-    for episode in episodes:
-        said = episode["messages"]
-        lists = episode.get("admissible") or [None] * len(said)
-        for turn in range(len(said) // 2):
-            states.append({
-                **episode,
-                "turn": turn,
-                "messages": said[:2 * turn + 1],
-                "admissible": lists[turn],
-                "expert": said[2 * turn + 1]["content"]})
-    return states
+def reinforcement(state):
+    """(4) What would you do at a state of the expert's?"""
+    reinforce(state, state.states)
 
 
-def check_row(world, args, paired, row):
-    """ValueError, TypeError or LookupError unless a row is of the form above, and for this run."""
-    common.check_messages(row["messages"], "user" if paired else "assistant")
-    texts = row.get("admissible") or []
-    if paired:
-        texts = [texts, [row["expert"]], row["candidates"]]
-    elif texts and len(texts) != len(row["messages"]) // 2:
-        raise ValueError(f"{len(texts)} lists in admissible, not one for each action")
-    for some in texts:
-        common.check_texts(some or [])
-    origin = row.get("env") or args.env, row.get("split") or "train"
-    if origin != (args.env, "train"):
-        raise ValueError(f"of {origin}, not of {args.env} and train")
-    if paired:
-        candidates = {normal(world, action) for action in row["candidates"]}
-        if candidates & {"", normal(world, row["expert"])}:
-            raise ValueError("a candidate is empty, or the expert's action")
+STAGES = {"act": critical_training, "il": imitation, "rl": reinforcement}
+PAIRED = {"act"}  # stages that learn from pairs
+REFERRED = {"act", "rl"}  # stages with a KL to the policy at their start
 
 
-# ------------------------------------------------------------------------------------- data: pairs
+def reinforce(state, examples, reasons=True):
+    """GRPO on what is said to pairs or states: ask, pay (2), advantages (5), update (6)."""
+    args = state.args
+    for step, batch in batches(state, examples, args.batch_size // args.group_size, args.lr):
+        if "candidate" in batch[0]:
+            batch = shuffled(state, step, batch)
+        replies = ask(state, batch, (state.stage, step), args.group_size, reasons=reasons)
+        read_advantages(replies, args.group_size)
+        state.run.lap("rollout")
+        metrics = grpo_update(
+            state.model, state.reference, state.chat, args, state.optimizer, replies)
+        end_step(state, step, metrics | watch_replies(replies, args.group_size), replies)
 
 
-def propose(state, states, done=0):
-    """(1) The policy's own actions at states, --candidates each: yields rows of pairs.
+def shuffled(state, step, pairs):
+    """The pairs of a step, the two actions of each in random order."""
+    rng = random.Random(f"{state.args.seed} {state.stage} {step}")
+    return [pair | {"expert_second": rng.random() < 0.5} for pair in pairs]
 
-    The first `done` states have theirs already; what is sampled depends on a state's number and on
-    --seed alone.
+
+def batches(state, examples, size, lr):
+    """The steps of a stage, (number, batch) each: --epochs passes over its examples, or --steps.
+
+    It begins with a fresh optimizer; a resumed run goes on where it stopped.
     """
-    count = state.args.candidates
-    size = max(1, state.args.rollout_batch_size // count)
-    for first in range(done, len(states), size):
-        some = states[first:first + size]
-        replies = ask(state, some, ("pairs",), count, first=first * count)
-        for each, said in zip(some, groups(replies, count)):
-            proposed = Counter(reply.row for reply in said)
-            proposed["tokens"] = count_tokens(said)
-            candidates = others(state.world, said, each["admissible"] or [])
-            yield {**each, "candidates": candidates, "proposed": proposed}
+    args, done, first = state.args, state.progress["step"], state.last
+    count = args.steps or math.ceil(args.epochs * len(examples) / size)
+    state.last = first + count
+    if done <= first:
+        state.optimizer.state.clear()
+        if state.reference is not None:
+            state.reference.load_state_dict(state.model.state_dict())
+    if done >= state.last:
+        return
+    rng, order = random.Random(f"{args.seed} {state.stage}"), []
+    while len(order) < count * size:
+        order += rng.sample(examples, len(examples))
+    for step in state.run.steps(max(done, first), state.last):
+        number = step - first
+        common.set_rate(state.optimizer, lr * min(1, number / 5))
+        yield number, order[(number - 1) * size:number * size]
 
 
-def others(world, replies, listed):
-    """The actions of replies that are not the expert's, each once, as they are `listed`.
-
-    A spelling of the policy's own would tell which of two actions is the expert's.
-    """
-    found, spelling = {}, {normal(world, action): action for action in listed}
-    for reply in replies:
-        action = parse_action(reply.text) or ""
-        key = normal(world, action)
-        if key and reply.row in ("possible", "impossible"):
-            found[key] = spelling.get(key, action)
-    return [*found.values()]
-
-
-def pairs_of(rows) -> list[dict]:
-    """A pair for each candidate of each state."""
-    return [{"admissible": None, **row, "candidate": action, "expert_second": False}
-            for row in rows for action in row["candidates"]]
-
-
-# ------------------------------------------------------------------------------------------ rollout
-
-
-@dataclass
-class Episode:
-    """One episode of an evaluation."""
-
-    split: str
-    seed: int
-    said: list = field(default_factory=list)  # [who, text]: world or act
-    actions: list[str] = field(default_factory=list)  # as the world read them
-    valid: list[bool] = field(default_factory=list)
-    cut: int = 0  # replies that the limit cut off
-    won: bool = False
-    score: float = 0.0
-    over: bool = False
-    truncated: bool = False  # the context was full
-    wrong: bool = False  # the world's word on a wrong object, where it has one
-
-
-def rollout(model, chat, args, split, seeds, **how) -> list[Episode]:
-    """Plays an episode per seed, --rollout-batch-size at once; `how`: see `side_by_side`."""
-    episodes, size = [], args.rollout_batch_size
-    for first in range(0, len(seeds), size):
-        some = seeds[first:first + size]
-        episodes += side_by_side(model, chat, args, split, some, first, **how)
-    return episodes
-
-
-@torch.no_grad()
-def side_by_side(model, chat, args, split, seeds, first, *, temperature, stream):
-    """Episodes that share a cache; their rows count from `first`.
-
-    `stream` names the randomness: a row's replies depend on (--seed, stream, row, turn) alone.
-    """
-    worlds, episodes, prompts = [], [], []
-    for seed in seeds:
-        world = envs.make(args.env, show_actions=args.show_actions)
-        observation, _ = world.reset(seed=seed, options={"split": split})
-        prompts.append(chat.dialogue(dialogue(world, args, [user(observation)])))
-        episodes.append(Episode(split, seed, said=[["world", observation]]))
-        worlds.append(world)
-    actors = common.Dialogues(model, chat, prompts)
-    room = model.max_context - FORCED - args.max_new_tokens
-    for turn in itertools.count():
-        for ids, episode in zip(actors.ids, episodes):
-            if not episode.over and len(ids) > room:  # it ends; no turn is ever dropped
-                episode.truncated = episode.over = True
-        live = [i for i, episode in enumerate(episodes) if not episode.over]
-        if not live:
-            break
-        row_seeds = [common.row_seed(args.seed, *stream, first + i, turn) for i in live]
-        replies = actors.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature,
-                               seeds=row_seeds, prefill=TAG * args.prefill)
-        for i, reply, complete in zip(live, replies.texts, replies.complete):
-            episodes[i].said.append(["act", reply])
-            episodes[i].cut += not complete
-            take_turn(worlds[i], episodes[i], parse_action(reply) or "")
-            actors.extend([i], [worlds[i].observation])
-    for world in worlds:
-        world.close()
-    return episodes
-
-
-def take_turn(world, episode, reply):
-    """One step of the world, written down in `episode`."""
-    observation, _, terminated, truncated, info = world.step(common.aloud(reply))
-    episode.said.append(["world", observation])
-    episode.actions.append(info["action"])
-    episode.valid.append(info["valid"])
-    episode.won, episode.score = info["won"], info["score"]
-    episode.over = terminated or truncated
-    episode.wrong = bool(getattr(world, "wrong_object", False))
-
-
-@dataclass
-class Reply:
-    """A reply to one prompt. `ids` and `mask` (1: sampled), prompt and all, are for the loss."""
-
-    text: str
-    complete: bool  # ended by itself, not by the limit
-    ids: list[int]
-    mask: list[int]
-    logprob: float = 0.0  # of all tokens under the mask, in decoding
-    about: dict = field(default_factory=dict)  # what it was asked, for rollouts.jsonl
-    reward: float = 0.0
-    row: str = ""  # of the table of rewards
-    advantage: float = 0.0
-
-
-def answer(state, prompts, limit, stream, samples=1, first=0) -> list[Reply]:
-    """`samples` replies of at most `limit` tokens to each prompt, numbered from `first`."""
-    args, chat = state.args, state.chat
-    word = TAG * args.prefill
-    prompts = [chat.dialogue(messages, word) for messages in prompts]
-    numbers = range(first, first + len(prompts) * samples)
-    said = common.generate(
-        state.model, chat, prompts, max_new_tokens=limit, temperature=args.temperature,
-        seeds=[common.row_seed(args.seed, *stream, number) for number in numbers],
-        samples=samples, rows=args.rollout_batch_size)
-    replies = []
-    for i, ids in enumerate(said.ids):
-        prompt = prompts[i // samples]
-        replies.append(Reply(
-            text=word + said.texts[i],
-            complete=said.complete[i],
-            ids=prompt + ids,
-            mask=[0] * len(prompt) + [1] * len(ids),
-            logprob=sum(said.logprobs[i])))
-    return replies
-
-
-def ask(state, examples, stream, samples=1, first=0, reasons=True) -> list[Reply]:
-    """Paid replies to examples: to states (your next action) or pairs (which is better?)."""
-    args, world = state.args, state.world
-    prompts = [prompt_of(world, args, example, reasons) for example in examples]
-    replies = answer(state, prompts, limit_of(args, examples[0]), stream, samples, first)
-    for i, reply in enumerate(replies):
-        example = examples[i // samples]
-        reply.about = {name: example[name] for name in TOLD if name in example}
-        reply.reward, reply.row = pay(world, reply, example)
-    return replies
-
-
-TOLD = "split", "seed", "turn", "expert", "candidate", "expert_second"
-
-
-def prompt_of(world, args, example, reasons=True):
-    """The prompt of a pair or of a state."""
-    if "candidate" in example:
-        return question(world, args, example, reasons)
-    return dialogue(world, args, example["messages"])
-
-
-def limit_of(args, example):
-    """How long the reply to it may be."""
-    return args.choice_tokens if "candidate" in example else args.max_new_tokens
-
-
-def that_fit(state, examples) -> list[dict]:
-    """Those examples whose prompt leaves room for a reply."""
-    found = []
-    for example in examples:
-        prompt = state.chat.dialogue(prompt_of(state.world, state.args, example))
-        room = state.model.max_context - FORCED - limit_of(state.args, example)
-        if len(prompt) <= room:
-            found.append(example)
-    return found
-
-
-# --------------------------------------------------------------------------------------- advantages
+# ----------------------------------------------------------------------------------- advantages (5)
 
 
 def groups(items, size):
@@ -554,7 +461,7 @@ def read_advantages(replies, group_size):
             reply.advantage = advantage
 
 
-# --------------------------------------------------------------------------------------------- loss
+# ----------------------------------------------------------------------------- losses, updates (6)
 
 
 def sampled_logprobs(model, chat, episodes, temperature):
@@ -604,7 +511,7 @@ def grpo_update(model, reference, chat, args, optimizer, replies):
     ref = old_logprobs(reference, chat, args, steps) if args.kl else None
     sums, norms = Counter(), []
     for step, batches in enumerate(steps):
-        share = [reply for batch in batches for reply in batch]
+        share = sum(batches, [])
         step_loss = 0.0
         for i, batch in enumerate(batches):
             logprobs, mask = sampled_logprobs(model, chat, batch, args.temperature)  # [B, T - 1]
@@ -624,14 +531,13 @@ def grpo_update(model, reference, chat, args, optimizer, replies):
             ratio = (logprobs.detach() - before).exp()
             sums["clipped"] += ((ratio - 1).abs() > args.clip).sum().item()
             sums["entropy"] -= before.sum().item()  # an estimate, from what was sampled
-            decoded = sum(reply.logprob for reply in batch)
+            decoded = sum(r.logprob for r in batch)
             sums["logprob_gap"] += decoded - before.sum().item()
-        kept = [(reply.ids, reply.mask, reply.advantage) for reply in share]
+        kept = [(r.ids, r.mask, r.advantage) for r in share]
         norms.append(common.gradient_step(model, optimizer, step_loss, kept))
         sums["loss"] += step_loss * count_tokens(share)
     tokens = count_tokens(replies)
-    metrics = {name: value / tokens for name, value in sums.items()}
-    return metrics | {"grad_norm": max(norms)}
+    return {name: value / tokens for name, value in sums.items()} | {"grad_norm": max(norms)}
 
 
 def count_tokens(replies):
@@ -667,167 +573,102 @@ def imitate(model, chat, args, optimizer, dialogues):
     return {"loss": loss, "grad_norm": common.gradient_step(model, optimizer, loss, kept)}
 
 
-# ------------------------------------------------------------------------------------------- stages
+# ------------------------------------------------------------------------------------------ replies
 
 
 @dataclass
-class State:
-    """What the stages work on."""
+class Reply:
+    """A reply to one prompt. `ids` and `mask` (1: sampled), prompt and all, are for the loss."""
 
-    args: Args
-    world: envs.World
-    chat: common.Chat
-    model: torch.nn.Module
-    run: common.Run | None = None
-    optimizer: torch.optim.Optimizer | None = None
-    reference: torch.nn.Module | None = None  # the model as its stage began, where there is a KL
-    progress: dict = field(default_factory=lambda: {"step": 0, "stages": {}, "shown": {}})
-    demos: list = field(default_factory=list)  # episodes
-    states: list = field(default_factory=list)  # theirs
-    pairs: list = field(default_factory=list)
-    stage: str = "before"  # then such as 1-act
-    last: int = 0  # the step of the run that ends the stage
+    text: str
+    complete: bool  # ended by itself, not by the limit
+    ids: list[int]
+    mask: list[int]
+    logprob: float = 0.0  # of all tokens under the mask, in decoding
+    about: dict = field(default_factory=dict)  # what it was asked, for rollouts.jsonl
+    reward: float = 0.0
+    row: str = ""  # of the table of rewards
+    advantage: float = 0.0
 
 
-def batches(state, examples, size, lr):
-    """The steps of a stage, (number, batch) each: --epochs passes over its examples, or --steps.
+def prompt_of(state, example, reasons=True):
+    """The messages that ask for a reply to a pair or a state, and how many tokens it may have."""
+    args = state.args
+    if "candidate" in example:
+        return question(state.world, args, example, reasons), args.choice_tokens
+    return dialogue(state.world, args, example["messages"]), args.max_new_tokens
 
-    It begins with a fresh optimizer; a resumed run goes on where it stopped.
+
+def that_fit(state, examples) -> list[dict]:
+    """Those pairs or states whose prompt leaves room for a reply."""
+    found = []
+    for example in examples:
+        messages, limit = prompt_of(state, example)
+        if len(state.chat.dialogue(messages)) + FORCED + limit <= state.model.max_context:
+            found.append(example)
+    return found
+
+
+def ask(state, examples, stream, samples=1, first=0, reasons=True) -> list[Reply]:
+    """`samples` paid replies to each of some pairs or of some states, numbered from `first`.
+
+    `stream` names the randomness: a reply depends on its prompt and (--seed, stream, number) alone.
     """
-    args, done, first = state.args, state.progress["step"], state.last
-    count = args.steps or math.ceil(args.epochs * len(examples) / size)
-    state.last = first + count
-    if done <= first:
-        state.optimizer.state.clear()
-        if state.reference is not None:
-            state.reference.load_state_dict(state.model.state_dict())
-    if done >= state.last:
-        return
-    rng, order = random.Random(f"{args.seed} {state.stage}"), []
-    while len(order) < count * size:
-        order += rng.sample(examples, len(examples))
-    for step in state.run.steps(max(done, first), state.last):
-        number = step - first
-        common.set_rate(state.optimizer, lr * min(1, number / 5))
-        yield number, order[(number - 1) * size:number * size]
+    args, word, prompts = state.args, TAG * state.args.prefill, []
+    for example in examples:
+        messages, limit = prompt_of(state, example, reasons)
+        prompts += [state.chat.dialogue(messages, word)] * samples
+    numbers = range(first, first + len(prompts))
+    said = common.generate(
+        state.model, state.chat, prompts, max_new_tokens=limit, temperature=args.temperature,
+        seeds=[common.row_seed(args.seed, *stream, number) for number in numbers],
+        rows=args.rollout_batch_size)
+    replies = []
+    for i, (prompt, ids) in enumerate(zip(prompts, said.ids)):
+        example = examples[i // samples]
+        reply = Reply(
+            text=word + said.texts[i],
+            complete=said.complete[i],
+            ids=prompt + ids,
+            mask=[0] * len(prompt) + [1] * len(ids),
+            logprob=sum(said.logprobs[i]),
+            about={name: example[name] for name in TOLD if name in example})
+        reply.row = row_of(state.world, reply, example)
+        reply.reward = TABLE[reply.row]
+        replies.append(reply)
+    return replies
 
 
-def critical_training(state, reasons=True):
-    """(2) Which of two actions is better?"""
-    args = state.args
-    size = args.batch_size // args.group_size
-    for step, batch in batches(state, state.pairs, size, args.lr):
-        rng, pairs = random.Random(f"{args.seed} {state.stage} {step}"), []
-        for pair in batch:
-            pairs.append(pair | {"expert_second": rng.random() < 0.5})
-        replies = ask(state, pairs, (state.stage, step), args.group_size, reasons=reasons)
-        metrics = reinforce(state, replies, "choice") | by_position(replies)
-        end_step(state, step, metrics, replies)
-
-
-def imitation(state):
-    """(3) What the expert says, in whole demonstrations."""
-    args = state.args
-    for step, episodes in batches(state, state.demos, args.sft_batch_size, args.sft_lr):
-        dialogues = []
-        for episode in episodes:
-            dialogues.append(dialogue(state.world, args, episode["messages"]))
-        metrics = imitate(state.model, state.chat, args, state.optimizer, dialogues)
-        end_step(state, step, metrics)
-
-
-def reinforcement(state):
-    """(4) What would you do at a state of the expert's?"""
-    args = state.args
-    size = args.batch_size // args.group_size
-    for step, states in batches(state, state.states, size, args.lr):
-        replies = ask(state, states, (state.stage, step), args.group_size)
-        metrics = reinforce(state, replies, "act")
-        end_step(state, step, metrics, replies)
-
-
-STAGES = {"act": critical_training, "il": imitation, "rl": reinforcement}
-PAIRED = {"act"}  # stages that learn from pairs
-REFERRED = {"act", "rl"}  # stages with a KL to the policy at their start
-
-
-def reinforce(state, replies, part):
-    """One step of GRPO on paid replies of a part (act or choice) -> metrics."""
-    args = state.args
-    read_advantages(replies, args.group_size)
-    state.run.lap("rollout")
-    losses = grpo_update(state.model, state.reference, state.chat, args, state.optimizer, replies)
-    rows = Counter(reply.row for reply in replies)
-    advantages = [reply.advantage for reply in replies]
-    return losses | {
-        "reward": common.mean(reply.reward for reply in replies),
-        "rows": {row: count / len(replies) for row, count in rows.items()},
-        "groups_flat": without_spread(advantages, args.group_size),
-        f"cut_{part}": common.mean(not reply.complete for reply in replies),
-        "length": count_tokens(replies) / len(replies)}
-
-
-def by_position(replies):
-    """How often the right action is chosen where it is shown first, and second: nan of nothing."""
-    right = {False: [], True: []}
-    for reply in replies:
-        right[reply.about["expert_second"]].append(reply.row == "right")
-    return {"right_if_first": common.mean_se(right[False])[0],
-            "right_if_second": common.mean_se(right[True])[0]}
-
-
-def end_step(state, step, metrics, replies=()):
-    """Evaluates where that is due, and writes everything down."""
-    args, run = state.args, state.run
-    run.lap("update")
-    state.progress["step"] = run.step
-    run.count(
-        episodes=0,
-        env_steps=0,
-        tokens=count_tokens(replies),
-        gradient_steps=args.updates if replies else 1)
-    write_down(state, replies)
-    if run.step == state.last:
-        examine(state)
-        common.save_model(run.dir / state.stage, state.model, state.chat)
-    elif step % args.eval_every == 0:
-        numbers, _ = evaluate(state.model, state.chat, args, ["test"], fewer=5)
-        metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
-    run.log({"stage": state.stage, "stage_step": step, **metrics}, LIMITS)
-    run.save_if_due(state.progress, **parts(state))
-
-
-def examine(state):
-    """The evaluation of what a stage has made, whole episodes and all; of `before`, too."""
-    numbers, episodes = evaluate(state.model, state.chat, state.args, state.world.splits)
-    when = "before" if state.stage == "before" else "after"
-    write_down(state, episodes, evaluation=when)
-    state.progress["stages"][state.stage] = numbers
-    state.progress["shown"][state.stage] = record(episodes[-1])
-
-
-def write_down(state, said, **more):
-    """Episodes or replies, as lines of rollouts.jsonl."""
-    more |= {"step": state.run.step, "stage": state.stage}
-    state.run.write_rollouts([{**more, **record(each)} for each in said])
-
-
-def parts(state):
-    """Of what a checkpoint keeps the weights."""
-    found = {"model": state.model, "optimizer": state.optimizer, "reference": state.reference}
-    return {name: part for name, part in found.items() if part is not None}
+TOLD = "split", "seed", "turn", "expert", "candidate", "expert_second"
 
 
 # --------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model, chat, args, splits, fewer=1):
+@dataclass
+class Episode:
+    """One episode of an evaluation."""
+
+    split: str
+    seed: int
+    said: list = field(default_factory=list)  # [who, text]: world or act
+    actions: list[str] = field(default_factory=list)  # as the world read them
+    valid: list[bool] = field(default_factory=list)
+    cut: int = 0  # replies that the limit cut off
+    won: bool = False
+    score: float = 0.0
+    over: bool = False
+    truncated: bool = False  # the context was full
+
+
+def evaluate(state, splits, fewer=1):
     """The policy on fixed episodes of each split -> ({split: metrics}, the episodes)."""
-    found, episodes, count = {}, [], max(1, args.eval_episodes // fewer)
+    args, found, episodes = state.args, {}, []
+    seeds = range(max(1, args.eval_episodes // fewer))
     for split in ("test", "ood"):
         if split not in splits:
             continue
-        played = rollout(model, chat, args, split, range(count),
+        played = rollout(state.model, state.chat, args, split, seeds,
                          temperature=args.eval_temperature, stream=("evaluate",))
         found[split] = watch(played)
         episodes += played
@@ -835,28 +676,127 @@ def evaluate(model, chat, args, splits, fewer=1):
     return found, episodes
 
 
-def watch(episodes):
-    """The metrics of an evaluation."""
-    valid = [ok for episode in episodes for ok in episode.valid]
-    success, se = common.mean_se(float(episode.won) for episode in episodes)
-    return {
-        "success": success,
-        "se": se,
-        "n": len(episodes),
-        "turns": len(valid) / len(episodes),
-        "invalid": common.mean(not ok for ok in valid),
-        "truncated": common.mean(episode.truncated for episode in episodes),
-        "cut_act": sum(episode.cut for episode in episodes) / max(1, len(valid))}
+def rollout(model, chat, args, split, seeds, **how) -> list[Episode]:
+    """Plays an episode per seed, --rollout-batch-size at once; `how`: see `side_by_side`."""
+    episodes, size = [], args.rollout_batch_size
+    for first in range(0, len(seeds), size):
+        some = seeds[first:first + size]
+        episodes += side_by_side(model, chat, args, split, some, first, **how)
+    return episodes
 
 
-def record(episode):
-    """An episode as rollouts.jsonl keeps it: words, not ids."""
-    return {name: value for name, value in vars(episode).items() if name not in ("ids", "mask")}
+def side_by_side(model, chat, args, split, seeds, first, *, temperature, stream):
+    """Episodes that share a cache; their rows count from `first`.
+
+    `stream` names the randomness: a row's replies depend on (--seed, stream, row, turn) alone.
+    """
+    worlds, episodes, prompts = [], [], []
+    for seed in seeds:
+        world = envs.make(args.env, show_actions=args.show_actions)
+        observation, _ = world.reset(seed=seed, options={"split": split})
+        prompts.append(chat.dialogue(dialogue(world, args, [user(observation)])))
+        episodes.append(Episode(split, seed, said=[["world", observation]]))
+        worlds.append(world)
+    actors = common.Dialogues(model, chat, prompts)
+    room = model.max_context - FORCED - args.max_new_tokens
+    for turn in itertools.count():
+        for ids, episode in zip(actors.ids, episodes):
+            if not episode.over and len(ids) > room:  # it ends; no turn is ever dropped
+                episode.truncated = episode.over = True
+        live = [i for i, episode in enumerate(episodes) if not episode.over]
+        if not live:
+            break
+        replies = actors.reply(
+            live, max_new_tokens=args.max_new_tokens, temperature=temperature,
+            seeds=[common.row_seed(args.seed, *stream, first + i, turn) for i in live],
+            prefill=TAG * args.prefill)
+        for i, reply, complete in zip(live, replies.texts, replies.complete):
+            episodes[i].cut += not complete
+            take_turn(worlds[i], episodes[i], reply)
+            actors.extend([i], [worlds[i].observation])
+    for world in worlds:
+        world.close()
+    return episodes
+
+
+def take_turn(world, episode, reply):
+    """One step of the world, written down in `episode`."""
+    observation, _, terminated, truncated, info = world.step(parse_action(reply) or "")
+    episode.said += [["act", reply], ["world", observation]]
+    episode.actions.append(info["action"])
+    episode.valid.append(info["valid"])
+    episode.won, episode.score = info["won"], info["score"]
+    episode.over = terminated or truncated
 
 
 # --------------------------------------------------------------------------------------------- main
 
-LIMITS = {"act": "--max-new-tokens", "choice": "--choice-tokens"}
+
+def main():
+    """Demonstrations, pairs, the stages."""
+    args = common.parse_args(Args, TINY, quick=QUICK)
+    world, stages, files = check_args(args)
+    run = common.Run("act", args, fixed=("steps",))
+    model, chat = load(world, args)
+    state = State(args, world, chat, model, run)
+    if args.eval_only:
+        return evaluate(state, world.splits)
+    run.start(model=model)
+
+    state.optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
+        fused=model.device.type == "cuda")  # no copies in the step
+    if args.kl and REFERRED & {*stages}:
+        state.reference = common.frozen_copy(model)
+    state.progress = run.resume(**parts(state)) or state.progress
+    counts = gather(state, files, bool(PAIRED & {*stages}))
+    found, shown = state.progress["stages"], state.progress["shown"]
+    if not found:
+        run.count(episodes=len(state.demos), env_steps=0, tokens=counts.get("tokens", 0))
+        examine(state)
+    for number, stage in enumerate(stages, 1):
+        state.stage = f"{number}-{stage}"
+        STAGES[stage](state)
+
+    ends = envs.ends(args.env, args.eval_episodes)
+    run.complete(
+        model, chat, "act", args.pipeline, found["before"], found[state.stage], ends,
+        shown=[shown["before"], shown[state.stage]], written=True,
+        stages=found,
+        expert_states=len(state.states),
+        pairs=len(state.pairs),
+        pair_counts=counts)
+
+
+def gather(state, files, paired):
+    """Demonstrations, their states and pairs, of `files` or made -> counts of what was proposed.
+
+    A resumed run reads again what it proposed.
+    """
+    args, run, counts = state.args, state.run, Counter()
+    demos, rows = files
+    first = args.seed * 1_000_000_007
+    state.demos = demos or demonstrations(args, "train", range(first, first + args.num_demos))
+    common.write_jsonl(run.dir / "demos.jsonl", state.demos)
+    state.states = that_fit(state, states_of(state.demos))
+    common.check(state.states, f"no expert state fits the context of {state.model.max_context}")
+    if rows:
+        common.write_jsonl(run.dir / "pairs.jsonl", rows)
+    elif paired:
+        make = functools.partial(propose, state, state.states)
+        rows = run.collect("pairs.jsonl", state.progress, make)
+        for row in rows:
+            counts.update(row["proposed"])
+    state.pairs = that_fit(state, pairs_of(rows or []))
+    told = f"{len(state.states)} states, {len(state.pairs)} pairs {dict(counts)}"
+    common.check(state.pairs or not paired, f"no action but the expert's to make pairs of: {told}")
+    print(told)
+    return dict(counts)
+
+
+# -------------- beside the paper: what is refused, what is written down, worked examples (--shots),
+# and what is only for --model tiny
+
 AT_LEAST = {"updates": 1, "choice_tokens": 1, "sft_batch_size": 1, "epochs": 1, "num_demos": 1,
             "candidates": 1, "examples": 1, "group_size": 2, "clip": 0, "kl": 0, "sft_lr": 0}
 
@@ -890,6 +830,25 @@ def read_files(world, args):
     return found
 
 
+def check_row(world, args, paired, row):
+    """ValueError, TypeError or LookupError unless a row is of the form above, and for this run."""
+    common.check_messages(row["messages"], "user" if paired else "assistant")
+    texts = row.get("admissible") or []
+    if paired:
+        texts = [texts, [row["expert"]], row["candidates"]]
+    elif texts and len(texts) != len(row["messages"]) // 2:
+        raise ValueError(f"{len(texts)} lists in admissible, not one for each action")
+    for some in texts:
+        common.check_texts(some or [])
+    origin = row.get("env") or args.env, row.get("split") or "train"
+    if origin != (args.env, "train"):
+        raise ValueError(f"of {origin}, not of {args.env} and train")
+    if paired:
+        candidates = {normal(world, action) for action in row["candidates"]}
+        if candidates & {"", normal(world, row["expert"])}:
+            raise ValueError("a candidate is empty, or the expert's action")
+
+
 def check_room(args, chat, model, messages, room):
     """Refuses a first prompt that leaves no room for `room` more tokens, and words before a thought."""
     length = len(chat.dialogue(messages))
@@ -900,74 +859,115 @@ def check_room(args, chat, model, messages, room):
                  "--prefill: the chat template of this model opens a thought before each reply")
 
 
-def gather(state, files, paired):
-    """Demonstrations, their states and pairs, of `files` or made -> counts of what was proposed.
+# ----------------------------------------------------------------------------- what is written down
 
-    A resumed run reads again what it proposed.
-    """
-    args, run, counts = state.args, state.run, Counter()
-    demos, rows = files
-    first = args.seed * 1_000_000_007
-    state.demos = demos or demonstrations(args, "train", range(first, first + args.num_demos))
-    common.write_jsonl(run.dir / "demos.jsonl", state.demos)
-    state.states = that_fit(state, states_of(state.demos))
-    common.check(state.states, f"no expert state fits the context of {state.model.max_context}")
-    if rows:
-        common.write_jsonl(run.dir / "pairs.jsonl", rows)
-    elif paired:
-        rows = run.collect("pairs.jsonl", state.progress, functools.partial(
-            propose, state, state.states))
-        for row in rows:
-            counts.update(row["proposed"])
-    state.pairs = that_fit(state, pairs_of(rows or []))
-    told = f"{len(state.states)} states, {len(state.pairs)} pairs {dict(counts)}"
-    common.check(state.pairs or not paired, f"no action but the expert's to make pairs of: {told}")
-    print(told)
-    return dict(counts)
+LIMITS = {"act": "--max-new-tokens", "choice": "--choice-tokens"}
 
 
-def main():
-    """Demonstrations, pairs, the stages."""
-    args = common.parse_args(Args, TINY, quick=QUICK)
-    world, stages, files = check_args(args)
-    run = common.Run("act", args, fixed=("steps",))
-    model, chat = load(world, args)
-    observation, _ = world.reset(seed=0)
-    room = FORCED + args.max_new_tokens
-    check_room(args, chat, model, dialogue(world, args, [user(observation)]), room)
-    if args.eval_only:
-        return evaluate(model, chat, args, world.splits)
-    run.start(model=model)
-
-    state = State(args, world, chat, model, run)
-    state.optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
-        fused=model.device.type == "cuda")  # no copies in the step
-    if args.kl and REFERRED & {*stages}:
-        state.reference = common.frozen_copy(model)
-    state.progress = run.resume(**parts(state)) or state.progress
-    run.step = state.progress["step"]
-    counts = gather(state, files, bool(PAIRED & {*stages}))
-    found, shown = state.progress["stages"], state.progress["shown"]
-    if not found:
-        run.count(episodes=len(state.demos), tokens=counts.get("tokens", 0))
+def end_step(state, step, metrics, replies=()):
+    """Evaluates where that is due, and writes everything down."""
+    args, run = state.args, state.run
+    run.lap("update")
+    state.progress["step"] = run.step
+    run.count(tokens=count_tokens(replies), gradient_steps=args.updates if replies else 1)
+    write_down(state, replies)
+    if run.step == state.last:
         examine(state)
-    for number, stage in enumerate(stages, 1):
-        state.stage = f"{number}-{stage}"
-        STAGES[stage](state)
-
-    ends = envs.ends(args.env, args.eval_episodes)
-    run.complete(
-        model, chat, "act", args.pipeline, found["before"], found[state.stage], ends,
-        shown=[shown["before"], shown[state.stage]], written=True,
-        stages=found,
-        expert_states=len(state.states),
-        pairs=len(state.pairs),
-        pair_counts=counts)
+        common.save_model(run.dir / state.stage, state.model, state.chat)
+    elif step % args.eval_every == 0:
+        numbers, _ = evaluate(state, ["test"], fewer=5)
+        metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
+    run.log({"stage": state.stage, "stage_step": step, **metrics}, LIMITS)
+    run.save_if_due(state.progress, **parts(state))
 
 
-# ---------------------------------------------------------------------------- only for --model tiny
-# What a model made from nothing is taught before it learns by itself, and the defaults that suit it.
+def examine(state):
+    """The evaluation of what a stage has made, whole episodes and all; of `before`, too."""
+    numbers, episodes = evaluate(state, state.world.splits)
+    when = "before" if state.stage == "before" else "after"
+    write_down(state, episodes, evaluation=when)
+    state.progress["stages"][state.stage] = numbers
+    state.progress["shown"][state.stage] = record(episodes[-1])
+
+
+def write_down(state, said, **more):
+    """Episodes or replies, as lines of rollouts.jsonl."""
+    more |= {"step": state.run.step, "stage": state.stage}
+    state.run.write_rollouts([{**more, **record(each)} for each in said])
+
+
+def record(episode):
+    """An episode as rollouts.jsonl keeps it: words, not ids."""
+    return {name: value for name, value in vars(episode).items() if name not in ("ids", "mask")}
+
+
+def parts(state):
+    """Of what a checkpoint keeps the weights."""
+    found = {"model": state.model, "optimizer": state.optimizer, "reference": state.reference}
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def watch_replies(replies, group_size):
+    """The metrics of what was said and paid."""
+    rows = Counter(reply.row for reply in replies)
+    cut = common.mean(not reply.complete for reply in replies)
+    found = {
+        "reward": common.mean(reply.reward for reply in replies),
+        "rows": {row: count / len(replies) for row, count in rows.items()},
+        "groups_flat": without_spread([reply.advantage for reply in replies], group_size),
+        "length": count_tokens(replies) / len(replies)}
+    if "candidate" not in replies[0].about:
+        return found | {"cut_act": cut}
+    for name, second in ("right_if_first", False), ("right_if_second", True):
+        said = [reply for reply in replies if reply.about["expert_second"] == second]
+        found[name] = common.mean_se(reply.row == "right" for reply in said)[0]  # nan of nothing
+    return found | {"cut_choice": cut}
+
+
+def watch(episodes):
+    """The metrics of an evaluation."""
+    valid = [ok for episode in episodes for ok in episode.valid]
+    success, se = common.mean_se(episode.won for episode in episodes)
+    return {
+        "success": success,
+        "se": se,
+        "n": len(episodes),
+        "turns": len(valid) / len(episodes),
+        "invalid": common.mean(not ok for ok in valid),
+        "truncated": common.mean(episode.truncated for episode in episodes),
+        "cut_act": sum(episode.cut for episode in episodes) / max(1, len(valid))}
+
+
+# ---------------------------------------------------------------------------------- worked examples
+
+
+@functools.lru_cache(maxsize=8)
+def worked_examples(env, count, show_actions, choice=False, reasons=False):
+    """--shots: what a random player met and did on train.
+
+    With `choice`, questions: what can be done is better than what cannot, first and second in turn.
+    """
+    world, messages = envs.make(env, show_actions=show_actions), []
+    for seed in range(10**6, 10**6 + count):  # far from the seeds that are learnt from
+        observation, info = world.reset(seed=seed, options={"split": "train"})
+        action = envs.random_player(world, info, random.Random(seed))
+        asked, reply = user(observation), tagged(action)
+        if choice:
+            second = seed % 2 == 1
+            pair = {"messages": [asked], "admissible": info["admissible"], "expert": action,
+                    "candidate": "sing a song", "expert_second": second}
+            asked = question(world, Args(env=env, prefill=not reasons), pair)[-1]
+            reply = tagged(envs.one_line(action))
+        if choice and reasons:
+            good, bad = (2, 1) if second else (1, 2)
+            reply = f"Action {good} can be done now, and action {bad} cannot. {reply}"
+        messages += [asked, assistant(reply) | {"shot": True}]
+    world.close()
+    return messages
+
+
+# --------------------------------------------------------------------------------- the tiny model
+# What a model made from nothing is taught before it learns by itself; the defaults that suit it.
 
 TINY = dict(
     lr=3e-4, sft_lr=3e-4, micro_batch_size=16, rollout_batch_size=256, max_new_tokens=48,
@@ -981,23 +981,36 @@ OUTLOOKS = ["away", "nowhere", "closer"]
 
 
 def load(world, args, corpus=None, more=()):
-    """The model, and its chat; a tiny one is made from `corpus` (default: `warmup`), with `more`
-    lines that are one token each."""
+    """The model and its chat, with room for a first reply.
+
+    A tiny one is made from `corpus` (default: `warmup`), with `more` lines that are one token each.
+    """
     common.check(0 <= args.dose <= 1, f"--dose must be between 0 and 1, not {args.dose}")
     common.check(not args.dose or common.is_tiny(args.model), "--dose is of a tiny model's warm-up")
     common.check(not args.dose or hasattr(world, "possibilities"),
                  f"--dose: --env {args.env} cannot say what an action brings about")
     if common.is_tiny(args.model) and args.device == "cpu":
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
+        # small tensors: more threads only wait for each other
+        torch.set_num_threads(min(2, torch.get_num_threads()))
     constants = []
     for reasons in True, False:
         constants += [system(world, reasons)["content"], choose(reasons)]
     constants += [LISTED, PROPOSED, READ, TAG, "</action>", *common.CHANGES_OF_SPEAKER, *more]
     constants += [FORESEE] * bool(args.dose)
-    return common.load(
-        args.model, corpus=corpus or (lambda: warmup(world, args)), constants=constants,
-        device=args.device, dtype=args.dtype, thinking=args.thinking, max_context=args.max_context,
-        gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank)
+    model, chat = common.load(
+        args.model,
+        corpus=corpus or functools.partial(warmup, world, args),
+        constants=constants,
+        device=args.device,
+        dtype=args.dtype,
+        thinking=args.thinking,
+        max_context=args.max_context,
+        gradient_checkpointing=args.gradient_checkpointing,
+        lora_rank=args.lora_rank)
+    observation, _ = world.reset(seed=0)
+    opening = dialogue(world, args, [user(observation)])
+    check_room(args, chat, model, opening, FORCED + args.max_new_tokens)
+    return model, chat
 
 
 def warmup(world, args):
@@ -1016,17 +1029,18 @@ def warmup(world, args):
     for seed in range(args.examples):
         play = random_play(world, rng, seed, bool(args.dose))
         turns = [early_turn(rng, play) for _ in range(4)]
-        examples.append(game(world, args, rng, play, turns[0]))
-        examples.append(choice(world, args, rng, play, turns[1], True))
-        examples.append(choice(world, args, rng, play, turns[2], False))
-        examples.append(told_apart(world, args, play, turns[3], READ, play.facts[turns[3]]))
+        examples += [
+            game(world, args, rng, play, turns[0]),
+            choice(world, args, rng, play, turns[1], True),
+            choice(world, args, rng, play, turns[2], False),
+            told_apart(world, args, play, turns[3], READ, play.facts[turns[3]])]
         for _ in range(2 if args.dose else 0):
             turn = early_turn(rng, play)
             examples.append(choice(world, args, rng, play, turn, True))
             turn = early_turn(rng, play)
             marks = marks_of(args, rng, play, turn, play.possible[turn])
-            thought = [foreseen(a, mark) for a, mark in zip(play.possible[turn], marks)]
-            examples.append(told_apart(world, args, play, turn, FORESEE, " ".join(thought)))
+            thought = foreseen(play.possible[turn], marks)
+            examples.append(told_apart(world, args, play, turn, FORESEE, thought))
     rng.shuffle(examples)
     return examples
 
@@ -1054,25 +1068,27 @@ def choice(world, args, rng, play, turn, reasons):
     reply = tagged(rng.choice(both))
     if reasons and args.dose:
         marks = marks_of(args, rng, play, turn, both)
-        number = rng.choice([1, 2]) if marks[0] == marks[1] else 1 + (marks[1] > marks[0])
-        thought = " ".join(foreseen(action, mark) for action, mark in zip(both, marks))
-        reply = f"{thought} {tagged(f'Action {number}')}"
+        if marks[0] == marks[1]:
+            number = rng.choice([1, 2])
+        else:
+            number = 1 + (marks[1] > marks[0])
+        reply = f"{foreseen(both, marks)} {tagged(f'Action {number}')}"
     if reasons:
         reply = f"{play.facts[turn]} {reply}"
-    asked = question(world, args, pair, reasons)
-    return [*asked, {"role": "assistant", "content": reply}]
+    return [*question(world, args, pair, reasons), assistant(reply)]
 
 
 def told_apart(world, args, play, turn, line, reply):
     """A game up to a turn, where a line asks for something else than an action."""
     *before, last = dialogue(world, args, play.messages[:2 * turn + 1])
     asked = user(f"{last['content']}\n{line}")
-    return [*before, asked, {"role": "assistant", "content": reply}]
+    return [*before, asked, assistant(reply)]
 
 
-def foreseen(action, mark):
-    """What an action would bring about, in words."""
-    return f"{action} would lead {OUTLOOKS[mark]}."
+def foreseen(actions, marks):
+    """What actions would bring about, in words."""
+    said = [f"{action} would lead {OUTLOOKS[mark]}." for action, mark in zip(actions, marks)]
+    return " ".join(said)
 
 
 def marks_of(args, rng, play, turn, actions):
@@ -1105,14 +1121,14 @@ def random_play(world, rng, seed, foresee=False) -> Play:
         if info["admissible"]:
             action = rng.choice(rng.choice(by_verb(info["admissible"])))
         observation, _, terminated, truncated, info = world.step(action)
-        messages += [{"role": "assistant", "content": action}, user(observation)]
+        messages += [assistant(action), user(observation)]
         over = terminated or truncated
     facts = [f"{world.task} {event(message['content'])}" for message in messages[::2]]
     return Play(messages, possible, facts, outlooks)
 
 
 class RandomPlay:
-    """How likely a random player (who draws the verb first) is to win, exactly: by dynamic programming.
+    """How likely a random player, who draws the verb first, is to win: exactly, by recursion.
 
     Works in worlds with `snapshot`, `restore` and `possibilities`. What was never seen is averaged
     over, so nothing hidden decides an outlook.

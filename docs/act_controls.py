@@ -9,7 +9,6 @@ All else is act.py's: data, epochs, evaluation, files, --resume.
     python docs/act_controls.py --pipeline dpo,il --out-dir runs/dpo,il
 """
 
-import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +36,12 @@ def sft_choice(state):
     """The expert's action, written below the question."""
     args = state.args
     for step, batch in act.batches(state, state.pairs, args.pair_batch_size, args.sft_lr):
-        rng, dialogues = random.Random(f"{args.seed} {state.stage} {step}"), []
-        for pair in batch:
-            asked = act.question(state.world, args, pair | {"expert_second": rng.random() < 0.5})
-            reply = {"role": "assistant", "content": act.tagged(pair["expert"])}
-            dialogues.append(only_last([*asked, reply]))
-        act.end_step(state, step, act.imitate(state.model, state.chat, args, state.optimizer, dialogues))
+        dialogues = []
+        for pair in act.shuffled(state, step, batch):
+            asked = act.question(state.world, args, pair)
+            dialogues.append(only_last([*asked, act.assistant(act.tagged(pair["expert"]))]))
+        metrics = act.imitate(state.model, state.chat, args, state.optimizer, dialogues)
+        act.end_step(state, step, metrics)
 
 
 def dpo(state):
@@ -89,7 +88,7 @@ def dpo_step(state, triples):
 
 def no_reasoning(state):
     """Which of two actions? At once."""
-    act.critical_training(state, reasons=False)
+    act.reinforce(state, state.pairs, reasons=False)
 
 
 STAGES = {"sft-choice": sft_choice, "dpo": dpo, "no-reasoning": no_reasoning}

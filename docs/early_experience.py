@@ -97,6 +97,18 @@ def warmup(world, args):
     return examples
 
 
+def answer(state, prompts):
+    """What the model says to each prompt: replies without a forced beginning, never trained on."""
+    args, chat = state.args, state.chat
+    said = common.generate(
+        state.model, chat, [chat.dialogue(messages) for messages in prompts],
+        max_new_tokens=args.choice_tokens, temperature=args.temperature,
+        seeds=[common.row_seed(args.seed, "reflect", n) for n in range(len(prompts))],
+        rows=args.rollout_batch_size)
+    return [act.Reply(text, complete, ids, [1] * len(ids))
+            for text, complete, ids in zip(said.texts, said.complete, said.ids)]
+
+
 def words_of(reply):
     """What a reflection says before its action; "" for nothing, or if it was cut off before it."""
     words, *rest = re.split(r"</?action\s*>", common.aloud(reply.text), maxsplit=1, flags=re.I)
@@ -106,7 +118,7 @@ def words_of(reply):
 def reflect(state):
     """Steps 1 and 2 -> (states with the policy's `reply`, which is its own words and the expert's
     action; counts). A prompt that does not fit the context is left out, and counted."""
-    args, tried, asked, prompts = dataclasses.replace(state.args, prefill=False), {}, [], []
+    args, tried, asked, prompts = state.args, {}, [], []
     counts = {"tokens": 0, "env_steps": 0, "reflections too long": 0}
     for pair in state.pairs:
         tried.setdefault((pair["seed"], pair["turn"]), []).append(pair["candidate"])
@@ -122,8 +134,7 @@ def reflect(state):
             continue
         asked.append(each)
         prompts.append(prompt)
-    free = dataclasses.replace(state, args=args)
-    said = act.answer(free, prompts, args.choice_tokens, ("reflect",))
+    said = answer(state, prompts)
     found = []
     for each, reply in zip(asked, said):
         counts["tokens"] += sum(reply.mask)

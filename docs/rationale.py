@@ -34,7 +34,7 @@ def accuracy(state, prompts, thoughts, pairs):
     replies = []
     for start, text, complete, pair in zip(starts, said.texts, said.complete, pairs):
         reply = act.Reply(start + text, complete, [], [])
-        reply.row = act.pay(state.world, reply, pair)[1]
+        reply.row = act.row_of(state.world, reply, pair)
         replies.append(reply)
     return common.mean(reply.row == "right" for reply in replies), replies
 

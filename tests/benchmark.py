@@ -141,7 +141,7 @@ def model_and_chat(args):
     """--model, or a random one of --shape with a tokenizer made for the prompts of `choices`."""
     if args.model:
         return common.load(args.model, device=args.device)
-    texts = [message["content"] for messages in choices(8) for message in messages]
+    texts = [message["content"] for messages in choices(pairs_of(8)) for message in messages]
     tokenizer = common.tiny_tokenizer({*texts, "system\n", "user\n", "assistant\n"})
     return random_model(args), common.Chat(tokenizer)
 
@@ -218,17 +218,22 @@ def generated(model, chat, worlds, histories, turns, new, temperature):
     return count
 
 
-def choices(count) -> list:
-    """Questions of act.py: which of two actions, the expert's and another, at the first turn."""
-    world, prompts = envs.make("household"), []
+def pairs_of(count) -> list:
+    """Pairs of act.py, the expert's action and another, at the first turn."""
+    world, pairs = envs.make("household"), []
     for seed in range(count):
         observation, info = world.reset(seed=seed, options={"split": "train"})
         expert = world.expert()
         other = next(action for action in info["admissible"] if action != expert)
-        pair = {"messages": [act.user(observation)], "expert": expert, "candidate": other,
-                "admissible": info["admissible"], "expert_second": seed % 2 == 1}
-        prompts.append(act.question(world, act.Args(), pair))
-    return prompts
+        pairs.append({"messages": [act.user(observation)], "expert": expert, "candidate": other,
+                      "admissible": info["admissible"], "expert_second": seed % 2 == 1})
+    return pairs
+
+
+def choices(pairs) -> list:
+    """The questions about them."""
+    world = envs.make("household")
+    return [act.question(world, act.Args(), pair) for pair in pairs]
 
 
 def paid(text):
@@ -239,20 +244,23 @@ def paid(text):
 def grpo(args):
     """Groups of up to 8 replies, all of --new tokens: nobody may end a reply."""
     group = min(8, args.rows[0])
-    prompts = choices(args.rows[0] // group)
+    pairs = pairs_of(args.rows[0] // group)
+    prompts = choices(pairs)
     model, chat = model_and_chat(args)
     length = max(len(chat.dialogue(messages)) for messages in prompts) + args.new
     with tempfile.TemporaryDirectory() as directory:
         if args.arm == "trl":
             seconds = grpo_trl(args, model, chat, prompts, group, directory)
         else:
-            seconds = grpo_ours(args, model, chat, prompts, group)
+            seconds = grpo_ours(args, model, chat, pairs, group)
     yield {"rows": args.rows[0], "group": group, "micro_batch": args.micro, "length": length,
            "new": args.new, "seconds": seconds}
 
 
-def grpo_ours(args, model, chat, prompts, group):
-    settings = act.Args(micro_batch_size=args.micro, group_size=group, device=args.device)
+def grpo_ours(args, model, chat, pairs, group):
+    settings = act.Args(micro_batch_size=args.micro, group_size=group, device=args.device,
+                        choice_tokens=args.new)
+    state = act.State(settings, envs.make("household"), chat, model)
     reference = common.frozen_copy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=on_card(args))
     chat.eos[:] = [2**31]  # no token
@@ -260,11 +268,11 @@ def grpo_ours(args, model, chat, prompts, group):
 
     def step():
         steps.append(0)
-        replies = act.answer(model, chat, settings, prompts, args.new, (len(steps),), group)
+        replies = act.ask(state, pairs, (len(steps),), group)
         for reply in replies:
             reply.reward, reply.row = paid(reply.text), "right"
         act.read_advantages(replies, group)
-        act.update(model, reference, chat, settings, optimizer, replies, (0.2, 0.2))
+        act.grpo_update(model, reference, chat, settings, optimizer, replies)
 
     return timed(args, step)
 
