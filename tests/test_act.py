@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
@@ -19,7 +18,7 @@ import helpers
 import pytest
 import torch
 from conftest import ROOT
-from helpers import PAD, WORDS, Bigram, lines, random_table, refused
+from helpers import PAD, WORDS, Bigram, lines, random_episodes, random_table, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -61,6 +60,10 @@ def state_of(model=None, chat=PAD, args=ARGS, world=WORLD, **more):
 
 def reply_of(text, complete=True):
     return act.Reply(text, complete, [], [])
+
+
+def row_of(example, text, complete=True, world=WORLD):
+    return act.row_of(world, reply_of(text, complete), example)
 
 
 @pytest.fixture
@@ -163,8 +166,7 @@ def test_actions_are_equal_as_the_world_reads_them():
     assert act.normal(search, CALL) != act.normal(search, CALL.replace("Mira", "Velden"))
     pair = {"expert": CALL, "candidate": CALL.replace("Mira", "Velden"), "admissible": None}
     for said, row in (CALL, "right"), (compact, "right"), ("Action 2", "right"), ("1", "possible"):
-        told = act.pay(search, reply_of(act.tagged(said)), pair | {"expert_second": True})
-        assert told[1] == row, said
+        assert row_of(pair | {"expert_second": True}, act.tagged(said), world=search) == row, said
 
 
 @pytest.mark.parametrize("env", [*envs.WORLDS, "20q", "20q-full"])
@@ -177,7 +179,7 @@ def test_the_experts_action_in_tags_wins(env):
             action = world.expert()
             reply = f"I think of <this>.\n**{act.tagged(action)}**"
             assert act.normal(world, act.parse_action(reply)) == act.normal(world, action)
-            act.take_turn(world, episode, act.parse_action(reply) or "")
+            act.take_turn(world, episode, reply)
         assert episode.won and all(episode.valid), (env, seed)
 
 
@@ -191,25 +193,16 @@ TEXTS = st.one_of(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), s
 def test_bad_output_never_raises(text):
     for reply in text, act.tagged(text), text + act.tagged(text) + text:
         for complete in True, False:
-            reward, row = act.pay(WORLD, reply_of(reply, complete), PAIR)
-            assert row in ("right", "possible", "impossible", "untagged", "cut")
-            assert (row == "untagged") == (reward == -0.5) and (row != "untagged" or complete)
+            row = row_of(PAIR, reply, complete)
+            assert row in act.TABLE and row != ("cut" if complete else "untagged")
         WORLD.reset(seed=0)
-        act.take_turn(WORLD, act.Episode("train", 0), act.parse_action(reply) or "")
+        act.take_turn(WORLD, act.Episode("train", 0), reply)
 
 
 @FAST
 @given(st.text(max_size=30), st.text(max_size=10))
 def test_any_action_survives_its_tags(action, words):
     assert act.parse_action(f"{words} {act.tagged(action)} {words}") == action.strip()
-
-
-@pytest.mark.parametrize("unit", ["<action>", "</action>", "<action>a</action>", "a", " ", ".", "<", "1 "])
-def test_megabytes_take_bounded_time(unit):
-    text, start = unit * (1_000_000 // len(unit)), time.process_time()
-    for reply in text, "<action>" + text, act.tagged(text):
-        act.pay(WORLD, reply_of(reply), PAIR)
-    assert time.process_time() - start < 5
 
 
 # ------------------------------------------------------------------------------ the table of rewards
@@ -220,39 +213,41 @@ PAIR = {"messages": [act.user("It is loud.")], "expert": "open the case", "exper
 ODD, BARE = PAIR | {"candidate": "dance"}, PAIR | {"admissible": None}
 
 
-@pytest.mark.parametrize("pair, reply, reward, row", [
-    (PAIR, "<action>open the case</action>", 1.0, "right"),  # the expert's
-    (PAIR, "I think. <action>Open the case.</action>", 1.0, "right"),
-    (PAIR, "<action>clean the gears</action>", 0.1, "possible"),  # the candidate
-    (PAIR, "<action> CHECK  the power. </action>", 0.1, "possible"),  # a third one that is possible
-    (PAIR, "<action>dance</action>", 0.0, "impossible"),
-    (PAIR, "<action></action>", 0.0, "impossible"), (PAIR, "<action>.</action>", 0.0, "impossible"),
-    (PAIR, "<action>Action 1</action>", 1.0, "right"), (PAIR, "<action>2</action>", 0.1, "possible"),
-    (ODD, "<action>2</action>", 0.0, "impossible"), (PAIR, "<action>not 1</action>", 0.0, "impossible"),
-    (PAIR, "open the case", -0.5, "untagged"), (PAIR, "", -0.5, "untagged"),
-    (PAIR, "Action 1", -0.5, "untagged"), (PAIR, "<action>open the case", -0.5, "untagged"),
-    (PAIR, "<action>open the case</action><action>dance</action>", 0.0, "impossible"),  # the last
-    (ODD, "<action>dance</action>", 0.0, "impossible"),  # not possible for having been proposed
-    (BARE, "<action>open the case</action>", 1.0, "right"),  # a world without lists
-    (BARE, "<action>clean the gears</action>", 0.1, "possible"),
-    (BARE, "<action>dance</action>", 0.0, "impossible"),
+@pytest.mark.parametrize("pair, reply, row", [
+    (PAIR, "<action>open the case</action>", "right"),  # the expert's
+    (PAIR, "I think. <action>Open the case.</action>", "right"),
+    (PAIR, "<action>clean the gears</action>", "possible"),  # the candidate
+    (PAIR, "<action> CHECK  the power. </action>", "possible"),  # a third one that is possible
+    (PAIR, "<action>dance</action>", "impossible"),
+    (PAIR, "<action></action>", "impossible"), (PAIR, "<action>.</action>", "impossible"),
+    (PAIR, "<action>Action 1</action>", "right"), (PAIR, "<action>2</action>", "possible"),
+    (ODD, "<action>2</action>", "impossible"), (PAIR, "<action>not 1</action>", "impossible"),
+    (PAIR, "open the case", "untagged"), (PAIR, "", "untagged"),
+    (PAIR, "Action 1", "untagged"), (PAIR, "<action>open the case", "untagged"),
+    (PAIR, "<action>open the case</action><action>dance</action>", "impossible"),  # the last
+    (ODD, "<action>dance</action>", "impossible"),  # not possible for having been proposed
+    (BARE, "<action>open the case</action>", "right"),  # a world without lists
+    (BARE, "<action>clean the gears</action>", "possible"),
+    (BARE, "<action>dance</action>", "impossible"),
 ])  # fmt: skip
-def test_every_row_of_the_table(pair, reply, reward, row):
-    assert act.pay(WORLD, reply_of(reply), pair) == (reward, row)
+def test_every_row_of_the_table(pair, reply, row):
+    assert row_of(pair, reply) == row
     # cut off, it never earns the -0.5; what it had said in tags counts
-    cut = (0.0, "cut") if row == "untagged" else (reward, row)
-    assert act.pay(WORLD, reply_of(reply, False), pair) == cut
+    assert row_of(pair, reply, complete=False) == ("cut" if row == "untagged" else row)
     numbers = {"Action 1": "Action 2", ">2<": ">1<", "not 1": "not 2"}
     swapped = next((reply.replace(a, b) for a, b in numbers.items() if a in reply), reply)
-    assert act.pay(WORLD, reply_of(swapped), pair | {"expert_second": True}) == (reward, row)
+    assert row_of(pair | {"expert_second": True}, swapped) == row
 
 
-def test_rl_pays_the_same_table_for_an_action():
+def test_rl_has_the_same_table_for_an_action():
     state = {"expert": "open the case", "admissible": POSSIBLE}
     said = ["<action>open the case</action>", "<action>clean the gears</action>",
             "<action>dance</action>", "<action>Action 1</action>", "dance"]  # fmt: skip
-    assert [act.pay(WORLD, reply_of(text), state)[0] for text in said] == [1, 0.1, 0, 0, -0.5]
-    assert act.pay(WORLD, reply_of("I thi", False), state) == (0.0, "cut")
+    assert [act.TABLE[row_of(state, text)] for text in said] == [1, 0.1, 0, 0, -0.5]
+    assert act.TABLE[row_of(state, "I thi", complete=False)] == 0
+    bare = state | {"admissible": None}  # of no action it is known that it is possible
+    for text in "<action>.</action>", "<action></action>", "<action>clean the gears</action>":
+        assert row_of(bare, text) == "impossible"
 
 
 def replies_of(*told):
@@ -415,17 +410,56 @@ def softmax(table, temperature):
     return found
 
 
+def logprobs_of(table, reply):
+    """Of the sampled words, at temperature 0.7."""
+    rows = torch.log_softmax(table / 0.7, -1)
+    return [rows[a, b] for a, b, own in zip(reply.ids, reply.ids[1:], reply.mask[1:]) if own]
+
+
+@pytest.mark.parametrize("micro", [1, 3, 100])
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_grpo_against_another_derivation(kl, updates, micro):
+    """In float64, word by word; the ratio is always to log-probs kept beforehand."""
+    rng = random.Random(updates)
+    tables = random_table(rng), random_table(rng)
+    replies = [act.Reply("", True, **each, advantage=rng.gauss(0, 1)) for each in random_episodes(rng, 6)]
+    args = args_of(kl=kl, updates=updates, micro_batch_size=micro, temperature=0.7, clip=0.1)
+    model, reference = map(Bigram, tables)
+    metrics = act.grpo_update(model, reference, PAD, args, torch.optim.SGD(model.parameters(), lr=2.0), replies)
+    theta, reference = (torch.tensor(table, dtype=torch.float32).double() for table in tables)
+    kept = [[float(x) for x in logprobs_of(theta, reply)] for reply in replies]
+    losses, norms, kls, outside = [], [], [], []
+    for share in act.groups([*zip(replies, kept)], 6 // updates):
+        theta, loss = theta.detach().requires_grad_(), 0.0
+        for reply, old in share:
+            terms, A = [], reply.advantage
+            for now, before, ref in zip(logprobs_of(theta, reply), old, logprobs_of(reference, reply)):
+                ratio, d = (now - before).exp(), ref - now
+                kls.append(d.exp() - d - 1)
+                outside.append(not 0.9 <= ratio <= 1.1)
+                terms.append(kl * kls[-1] - torch.minimum(ratio * A, ratio.clamp(0.9, 1.1) * A))
+            loss = loss + sum(terms) / len(terms) / len(share)  # of a reply, then over replies
+        grad, = torch.autograd.grad(loss, theta)
+        norms.append(grad.norm().item())
+        losses += [loss.item()] * sum(len(old) for _, old in share)
+        theta = theta - 2.0 * grad * min(1, 1 / (norms[-1] + 1e-6))
+    torch.testing.assert_close(model.table.detach().double(), theta.detach(), atol=2e-4, rtol=1e-4)
+    by_hand = {"loss": sum(losses) / len(losses), "grad_norm": max(norms), "clipped": common.mean(outside)}
+    by_hand["entropy"] = by_hand["logprob_gap"] = -sum(map(sum, kept)) / len(losses)  # decoding said 0
+    if kl:
+        by_hand["kl"] = sum(kls).item() / len(kls)
+    assert metrics == pytest.approx(by_hand, abs=2e-4) and any(outside) == (updates > 1)
+
+
 def test_equal_rewards_teach_exactly_nothing(no_step):
-    """(The loss is self_guide.py's, to the letter: tests/test_twins.py, tests/test_self_guide.py.)"""
     replies = [act.Reply("", True, [0, 1, n % 5], [0, 1, 1], reward=0.1, row="possible") for n in range(8)]
-    act.read_advantages(replies, 4)
-    model = Bigram(random_table(random.Random(0)))
-    act.grpo_update(model, None, PAD, ARGS, None, replies)
-    assert not model.table.grad.any()
-    replies[0].reward = 1.0
-    act.read_advantages(replies, 4)
-    act.grpo_update(model, None, PAD, ARGS, None, replies)
-    assert model.table.grad.any()
+    for reward in 0.1, 1.0:
+        replies[0].reward = reward
+        act.read_advantages(replies, 4)
+        model = Bigram(random_table(random.Random(0)))
+        act.grpo_update(model, None, PAD, ARGS, None, replies)
+        assert model.table.grad.any() == (reward != 0.1)
 
 
 TALKS = [  # ids and masks of dialogues: 2 stands before each reply and nowhere else
@@ -560,7 +594,7 @@ def test_no_candidate_is_the_experts_action(tiny, states, monkeypatch):
     some = [state for state in states if state["expert"] != "clean the gears"][:2]
 
     def generate(model, chat, prompts, **how):
-        assert prompts == [chat.dialogue(act.dialogue(WORLD, ARGS, state["messages"])) for state in some]
+        assert prompts == [chat.dialogue(act.dialogue(WORLD, ARGS, state["messages"])) for state in some for _ in said]
         assert how["max_new_tokens"] == 28 and how["temperature"] == 1 and len(set(how["seeds"])) == 18
         texts = [text.format(s["expert"], s["expert"].upper()) for s in some for text in said]
         complete = [text != "I thi" for text in texts]
@@ -570,29 +604,6 @@ def test_no_candidate_is_the_experts_action(tiny, states, monkeypatch):
     for row in act.propose(state_of(*tiny, args=args_of(candidates=9)), some):
         assert [act.normal(WORLD, action) for action in row["candidates"]] == ["dance", "clean the gears"]
         assert row["proposed"] == {"right": 2, "untagged": 2, "cut": 1, "impossible": 3, "possible": 1, "tokens": 9}
-
-
-def test_proposals_are_written_as_they_come_and_not_sampled_again(tiny, states, rows, tmp_path, monkeypatch):
-    """(What `Run.collect` does with its file: tests/test_common.py.)"""
-    run = common.Run("act", args_of(out_dir=str(tmp_path)), out_dir=tmp_path)
-    path, state = tmp_path / "pairs.jsonl", state_of(*tiny, args=args_of(rollout_batch_size=6), states=states)
-    asked, generate = [], common.generate
-
-    def listening(model, chat, prompts, **how):
-        asked.append(len(prompts))
-        return generate(model, chat, prompts, **how)
-
-    def collect():
-        asked.clear()
-        return run.collect("pairs.jsonl", {}, functools.partial(act.propose, state, states))
-
-    monkeypatch.setattr(common, "generate", listening)
-    assert collect() == rows == lines(path) and sum(asked) == len(states)
-    whole = path.read_bytes()
-    first = len(whole.splitlines(True)[0])
-    for size, left in (len(whole), 0), (first + 10, len(rows) - 1), (first - 1, len(rows)), (0, len(rows)):
-        path.write_bytes(whole[:size])
-        assert collect() == rows and path.read_bytes() == whole and sum(asked) == left
 
 
 def test_an_answer_is_masked_as_it_was_sampled(tiny, pairs):
@@ -610,7 +621,7 @@ def test_an_answer_is_masked_as_it_was_sampled(tiny, pairs):
             assert reply.text == act.TAG * prefill + chat.decode(sampled)
             assert reply.complete == (sampled[-1] in chat.eos)
             pair = some[i // 4]
-            assert (reply.reward, reply.row) == act.pay(WORLD, reply, pair)
+            assert reply.row == act.row_of(WORLD, reply, pair) and reply.reward == act.TABLE[reply.row]
             assert reply.about == {name: pair[name] for name in act.TOLD}
         with torch.no_grad():
             found, _ = act.sampled_logprobs(model, chat, replies, args.temperature)
@@ -638,7 +649,7 @@ def test_episodes_do_not_depend_on_what_is_played_beside_them(tiny):
 def test_what_does_not_fit_the_context_is_left_out(tiny, states, pairs):
     state = state_of(copy.deepcopy(tiny[0]), tiny[1])
     for examples, room in (states, 28), (pairs, 28):
-        lengths = [len(tiny[1].dialogue(act.prompt_of(WORLD, ARGS, example))) + room + act.FORCED for example in examples]
+        lengths = [len(tiny[1].dialogue(act.prompt_of(state, example)[0])) + room + act.FORCED for example in examples]
         for limit in {*lengths, min(lengths) - 1}:
             state.model.max_context = limit
             assert act.that_fit(state, examples) == [e for e, n in zip(examples, lengths) if n <= limit]
@@ -667,7 +678,6 @@ def test_what_the_stages_train_on(stage, pairs, states, demos, monkeypatch):
     monkeypatch.setattr(act, "grpo_update", lambda *given: seen["act"].append(given[5]) or {})
     monkeypatch.setattr(act, "imitate", lambda *given: seen["il"].append(given[4]) or {"loss": 0})
     state, told = stage(act.critical_training)
-    orders = Counter()
     for (_, metrics, replies), updated in zip(told, seen["act"]):
         assert replies is updated and len(replies) == 8
         for group in act.groups(replies, 4):
@@ -677,15 +687,14 @@ def test_what_the_stages_train_on(stage, pairs, states, demos, monkeypatch):
             pair |= {"expert_second": about["expert_second"]}
             prompt = state.chat.dialogue(act.question(WORLD, ARGS, pair))
             assert all(reply.ids[:len(prompt)] == prompt for reply in group)
-            orders[about["expert_second"]] += 1
         assert metrics["reward"] == pytest.approx(sum(reply.reward for reply in replies) / 8)
         assert metrics["cut_choice"] == sum(not reply.complete for reply in replies) / 8
         for name, second in ("right_if_first", False), ("right_if_second", True):
             right = [reply.row == "right" for reply in replies if reply.about["expert_second"] == second]
             assert metrics[name] == pytest.approx(common.mean(right)) if right else math.isnan(metrics[name])
-    seen["act"].clear()
+    assert abs(common.mean(pair["expert_second"] for pair in act.shuffled(state, 1, pairs[:1] * 1000)) - 0.5) < 0.05
     state, told = stage(act.reinforcement)
-    for (_, metrics, replies), _updated in zip(told, seen["act"]):
+    for _, metrics, replies in told:
         assert "cut_act" in metrics and not {"candidate", "expert_second"} & set(replies[0].about)
         for group in act.groups(replies, 4):
             [at] = [s for s in states if all(s[name] == group[0].about[name] for name in ("seed", "turn"))]
@@ -701,19 +710,18 @@ def test_what_the_controls_train_on(stage, pairs, monkeypatch):
     monkeypatch.setattr(act, "imitate", lambda *given: seen.update(sft=given[4]) or {"loss": 0})
     monkeypatch.setattr(act_controls, "dpo_step", lambda state, triples: seen.update(dpo=triples) or {})
     monkeypatch.setattr(act, "ask", lambda state, some, *given, **how: seen.update(ask=(some, how)) or replies_of((1, "right")))
-    monkeypatch.setattr(act, "reinforce", lambda *given: {})
-    monkeypatch.setattr(act, "by_position", lambda replies: {})
+    monkeypatch.setattr(act, "grpo_update", lambda *given: {})
+    monkeypatch.setattr(act, "shuffled", lambda state, step, pairs: pairs)
 
     def run(function):
         return stage(lambda state: [setattr(state, "args", act_controls.Args(**vars(state.args))),
                                     setattr(state, "reference", copy.deepcopy(state.model)), function(state)])[0].chat  # fmt: skip
 
     chat = run(act_controls.sft_choice)
-    asked = [{chat_text(act.question(WORLD, ARGS, pair | {"expert_second": second})): pair for pair in pairs}
-             for second in (False, True)]  # fmt: skip
+    asked = {tuple(chat.dialogue(act.question(WORLD, ARGS, pair))): pair for pair in pairs}
     assert len(seen["sft"]) == 16
     for messages in seen["sft"]:
-        [pair] = [some[chat_text(messages[:-1])] for some in asked if chat_text(messages[:-1]) in some]
+        pair = asked[tuple(chat.dialogue(messages[:-1]))]
         ids, mask = chat.dialogue_and_mask(messages)  # the last reply alone
         reply = chat.reply(act.tagged(pair["expert"]))
         assert ids[-len(reply):] == reply and mask == [0] * (len(ids) - len(reply)) + [1] * len(reply)
@@ -723,10 +731,6 @@ def test_what_the_controls_train_on(stage, pairs, monkeypatch):
     assert len(seen["dpo"]) == 16 and all(triple in triples for triple in seen["dpo"])
     run(act_controls.no_reasoning)
     assert seen["ask"][1] == {"reasons": False}
-
-
-def chat_text(messages):
-    return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
 def test_cut_replies_teach_nothing_and_are_counted(stage, tiny, capsys):
@@ -925,9 +929,8 @@ def test_the_gates_of_a_dose(monkeypatch, knows, follows):
             spoken.append(marks)
             better = marks[1] > marks[0]
             chosen = both[better] if follows else both[not better]
-            thought = " ".join(act.foreseen(action, mark) for action, mark in zip(both, marks))
-            replies.append(reply_of(f"So. {thought} {act.tagged(chosen)}"))
-            replies[-1].row = act.pay(state.world, replies[-1], pair)[1]
+            replies.append(reply_of(f"So. {act.foreseen(both, marks)} {act.tagged(chosen)}"))
+            replies[-1].row = act.row_of(state.world, replies[-1], pair)
         return replies
 
     monkeypatch.setattr(act, "propose", propose)
@@ -1040,22 +1043,19 @@ def read(path, paired):
 
 
 @pytest.mark.parametrize("how", ["parquet", "directory", "hub"])
-def test_data_from_anything_that_datasets_takes(whole, tmp_path, monkeypatch, how):
+@pytest.mark.parametrize("name", ["demos", "pairs"])
+def test_data_from_anything_that_datasets_takes(whole, tmp_path, monkeypatch, name, how):
     import datasets
 
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    for name, paired in ("demos", False), ("pairs", True):
-        rows = [{key: row[key] for key in row if key != "proposed"} for row in lines(whole / f"{name}.jsonl")]
-        (tmp_path / name).mkdir()
-        path = tmp_path / name / "train.parquet"
-        datasets.Dataset.from_list(rows).to_parquet(path)
-        given = {"parquet": path, "directory": tmp_path / name, "hub": f"somebody/{name}"}[how]
-        if how == "hub":
-            stored = list(datasets.load_dataset("parquet", data_files=str(path), split="train"))
-            monkeypatch.setattr(datasets, "load_dataset", lambda path, split, rows=stored: rows)
-        assert read(given, paired) == rows
-        monkeypatch.undo() if how == "hub" else None
+    rows = [{key: row[key] for key in row if key != "proposed"} for row in lines(whole / f"{name}.jsonl")]
+    path = tmp_path / "data" / "train.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    if how == "hub":
+        stored = list(datasets.load_dataset("parquet", data_files=str(path), split="train"))
+        monkeypatch.setattr(datasets, "load_dataset", lambda path, split: stored)
+    given = {"parquet": path, "directory": path.parent, "hub": "somebody/data"}[how]
+    assert read(given, name == "pairs") == rows
 
 
 def test_trajectories_need_no_more_than_their_messages(run_script, whole, tmp_path):
@@ -1069,42 +1069,30 @@ def test_trajectories_need_no_more_than_their_messages(run_script, whole, tmp_pa
     assert about.keys() == {"expert", "candidate", "expert_second"}
 
 
-USER, ASSISTANT = {"role": "user", "content": "Hm."}, {"role": "assistant", "content": "look"}
-BAD_ROWS = {  # what the third line is, in place of a good row; and what the message says of it
-    "broken": ('{"env": "repair", ', "double quotes"), "two rows": ("{} {}", "Extra data"),
-    "a list": ("[]", "TypeError"), "a number": ("3", "TypeError"),
-    "null": ("null", "TypeError"), "a text": ('"env"', "TypeError"), "deep": ("[" * 100_000, "recursion"),
+USER, ASSISTANT = act.user("Hm."), act.assistant("look")
+BAD = {  # what the third line is, in place of a good row; and what the message says of it
+    "broken": ('{"env": "repair", ', "double quotes"), "a list": ("[]", "TypeError"),
     "another world": ({"env": "20q"}, "'20q'"), "another split": ({"split": "test"}, "'test'"),
     "admissible": ({"admissible": "look"}, ""), "an admissible number": ({"admissible": [1]}, ""),
-    "messages": ({"messages": {}}, ""), "no messages": ({"messages": ...}, "'messages'"),
-    "no message": ({"messages": []}, "messages go"), "assistant first": ({"messages": [ASSISTANT, USER]}, "messages go"),
-    "user twice": ({"messages": [USER, USER]}, "messages go"), "half a turn": ({"messages": [USER, ASSISTANT, ASSISTANT]}, "messages go"),
-    "a system prompt": ({"messages": [{"role": "system", "content": "x"}, USER, ASSISTANT]}, "messages go"),
-    "a text for a message": ({"messages": ["Hm.", "look"]}, "TypeError"),
-    "no role": ({"messages": [{"content": "Hm."}, ASSISTANT]}, "KeyError"),
-    "content": ({"messages": [{"role": "user", "content": 3}, ASSISTANT], "admissible": None}, "TypeError"),
-    "half a character": ({"messages": [{"role": "user", "content": "\ud800"}, ASSISTANT], "admissible": None}, "surrogates"),
+    "no messages": ({"messages": ...}, "'messages'"), "assistant first": ({"messages": [ASSISTANT, USER]}, "messages go"),
 }  # fmt: skip
-BAD_PAIRS = {"no expert": ({"expert": ...}, "'expert'"), "expert": ({"expert": None}, "TypeError"),
+BAD_DEMOS = {"user last": ({"messages": [USER, ASSISTANT, USER]}, "messages go"),
+             "too many lists": ({"admissible": [["look"]] * 99}, "99 lists")}  # fmt: skip
+BAD_PAIRS = {"assistant last": ({"messages": [USER, ASSISTANT]}, "messages go"),
+             "no expert": ({"expert": ...}, "'expert'"), "expert": ({"expert": None}, "TypeError"),
              "no candidates": ({"candidates": ...}, "'candidates'"), "null": ({"candidates": None}, "TypeError"),
              "a candidate": ({"candidates": [3]}, "TypeError"), "a text": ({"candidates": "look"}, "TypeError"),
              "an empty candidate": ({"candidates": [""]}, "is empty"),
-             "the expert's": ({"expert": "Clean it.", "candidates": ["look", "**clean  it**"]}, "the expert's action"),
-             "assistant last": ({"messages": [USER, ASSISTANT]}, "messages go")}  # fmt: skip
+             "the expert's": ({"expert": "Clean it.", "candidates": ["look", "**clean  it**"]}, "the expert's action")}  # fmt: skip
 
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_a_bad_line_is_named(demos, rows, tmp_path, capsys, paired):
+    """(What is no JSON and no dialogue: tests/test_common.py.)"""
     good, path = (rows if paired else demos)[0], tmp_path / "data.jsonl"
     common.write_jsonl(path, [good] * 3)
     assert read(path, paired) == [good] * 3 == lines(path)
-    bad = BAD_ROWS
-    if paired:  # it ends with the user
-        cut = {name: row["messages"][:-1] for name, (row, _) in BAD_ROWS.items()
-               if isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]}  # fmt: skip
-        bad = {name: (row | {"messages": cut[name]} if name in cut else row, words) for name, (row, words) in BAD_ROWS.items()}
-        bad = {name: found for name, found in bad.items() if name not in ("user twice", "assistant first", "half a turn")} | BAD_PAIRS
-    for name, (line, words) in bad.items():
+    for name, (line, words) in (BAD | (BAD_PAIRS if paired else BAD_DEMOS)).items():
         if isinstance(line, dict):
             line = json.dumps({key: value for key, value in (good | line).items() if value is not ...})
         path.write_text(f"{json.dumps(good)}\n{json.dumps(good)}\n{line}\n{json.dumps(good)}\n")
@@ -1190,18 +1178,12 @@ def test_killed_while_proposing_and_resumed(run_script, whole, tmp_path):
     same_run(whole, tmp_path / "run")
 
 
-def test_data_are_known_by_their_content(run_script, whole, tmp_path):
+def test_pairs_are_known_by_their_content(run_script, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     rows = lines(whole / "pairs.jsonl")
     common.write_jsonl(tmp_path / "run" / "pairs.jsonl", [rows[0] | {"candidates": ["dance"]}, *rows[1:]])
     result = run_script(f"{SMALL} --out-dir run --resume", tmp_path)
     assert result.status == 2 and "pairs.jsonl has changed" in result.stderr and "Traceback" not in result.stderr
-    shutil.copy(whole / "pairs.jsonl", tmp_path / "given.jsonl")
-    flags = f"{SMALL} --steps 1 --pairs given.jsonl --out-dir given"
-    assert run_script(flags, tmp_path).status == 0
-    common.write_jsonl(tmp_path / "given.jsonl", rows[1:])
-    result = run_script(f"{flags} --resume", tmp_path)
-    assert result.status == 2 and "--resume" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_model_that_proposes_nothing_is_told_so(run_script, llama, tmp_path):

@@ -121,6 +121,12 @@ def test_the_table_is_of_this_function():
     assert (ROOT / "docs" / "memory.md").read_text() == table.stdout
 
 
+def test_a_step_of_act():
+    settings = SimpleNamespace(arm="ours", model="", shape="tiny", device="cpu", rows=[4], new=4, micro=1, rounds=1)
+    [found] = benchmark.grpo(settings)
+    assert found["group"] == 4 and found["length"] > 100 and found["seconds"] > 0
+
+
 @pytest.mark.slow
 def test_the_kit_walks_through_in_small(tmp_path, environment):
     """`environment` has a cache of its own: the runs build their tiny models."""

@@ -476,12 +476,12 @@ def test_a_reflection_is_the_models_own_words_and_the_experts_action(monkeypatch
     candidates = [["check the power", "dance"], *[["swap the fuse"]] * (len(said) - 1)]  # of the last state: none
     pairs = [state | {"candidate": action} for state, actions in zip(states, candidates) for action in actions]
 
-    def answer(state, prompts, limit, stream):
+    def generate(model, chat, prompts, **how):
         asked.extend(prompts)
-        assert limit == state.args.choice_tokens and not state.args.prefill
-        return [act.Reply(text, True, [], [0, 1, 1]) for text in said] if prompts else []
+        assert how["max_new_tokens"] == state.args.choice_tokens
+        return common.Replies(*zip(*[([4, 4], [-1, -1], text, True) for text in said])) if prompts else common.Replies([], [], [], [])
 
-    monkeypatch.setattr(act, "answer", answer)
+    monkeypatch.setattr(common, "generate", generate)
     model, chat = SimpleNamespace(max_context=4096), SimpleNamespace(dialogue=lambda messages: messages)
     args = dataclasses.replace(EARLY_ARGS, prefill=True, shots=2)
     state = act.State(args, world, chat, model, states=states, pairs=pairs)
