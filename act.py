@@ -308,9 +308,10 @@ NUMBERED = re.compile(  # "Action 1", "the second one"; what stands behind "Opti
 
 def row_of(world, reply, example):
     """(2) Which row of the table a reply to a pair or a state has earned."""
-    said, possible = parse_action(reply.text), example["admissible"] or []
+    said = parse_action(reply.text)
     if said is None:
         return "untagged" if reply.complete else "cut"
+    possible = example["admissible"] or []
     if "candidate" in example:
         said = parse_choice(world, reply.text, *in_order(example))
         possible = possible or [example["candidate"]]  # no list: it has to count as possible
@@ -413,7 +414,8 @@ def batches(state, examples, size, lr):
 
     It begins with a fresh optimizer; a resumed run goes on where it stopped.
     """
-    args, done, first = state.args, state.progress["step"], state.last
+    args = state.args
+    done, first = state.progress["step"], state.last
     count = args.steps or math.ceil(args.epochs * len(examples) / size)
     state.last = first + count
     if done <= first:
@@ -422,7 +424,8 @@ def batches(state, examples, size, lr):
             state.reference.load_state_dict(state.model.state_dict())
     if done >= state.last:
         return
-    rng, order = random.Random(f"{args.seed} {state.stage}"), []
+    rng = random.Random(f"{args.seed} {state.stage}")
+    order = []
     while len(order) < count * size:
         order += rng.sample(examples, len(examples))
     for step in state.run.steps(max(done, first), state.last):
@@ -575,6 +578,8 @@ def imitate(model, chat, args, optimizer, dialogues):
 
 # ------------------------------------------------------------------------------------------ replies
 
+TOLD = "split", "seed", "turn", "expert", "candidate", "expert_second"  # in rollouts.jsonl
+
 
 @dataclass
 class Reply:
@@ -614,7 +619,9 @@ def ask(state, examples, stream, samples=1, first=0, reasons=True) -> list[Reply
 
     `stream` names the randomness: a reply depends on its prompt and (--seed, stream, number) alone.
     """
-    args, word, prompts = state.args, TAG * state.args.prefill, []
+    args = state.args
+    word = TAG * args.prefill
+    prompts = []
     for example in examples:
         messages, limit = prompt_of(state, example, reasons)
         prompts += [state.chat.dialogue(messages, word)] * samples
@@ -639,9 +646,6 @@ def ask(state, examples, stream, samples=1, first=0, reasons=True) -> list[Reply
     return replies
 
 
-TOLD = "split", "seed", "turn", "expert", "candidate", "expert_second"
-
-
 # --------------------------------------------------------------------------------------- evaluation
 
 
@@ -663,7 +667,8 @@ class Episode:
 
 def evaluate(state, splits, fewer=1):
     """The policy on fixed episodes of each split -> ({split: metrics}, the episodes)."""
-    args, found, episodes = state.args, {}, []
+    args = state.args
+    found, episodes = {}, []
     seeds = range(max(1, args.eval_episodes // fewer))
     for split in ("test", "ood"):
         if split not in splits:
@@ -773,8 +778,9 @@ def gather(state, files, paired):
 
     A resumed run reads again what it proposed.
     """
-    args, run, counts = state.args, state.run, Counter()
+    args, run = state.args, state.run
     demos, rows = files
+    counts = Counter()
     first = args.seed * 1_000_000_007
     state.demos = demos or demonstrations(args, "train", range(first, first + args.num_demos))
     common.write_jsonl(run.dir / "demos.jsonl", state.demos)

@@ -47,7 +47,6 @@ def sft_choice(state):
 def dpo(state):
     """The expert's action is to become likelier, as the policy's reply, than the candidate."""
     args, chat = state.args, state.chat
-    common.check(state.reference is not None, "dpo measures against the start of its stage: --kl must be above 0")
     for step, batch in act.batches(state, state.pairs, args.pair_batch_size, args.sft_lr):
         triples = []
         for pair in batch:
@@ -96,6 +95,9 @@ STAGES = {"sft-choice": sft_choice, "dpo": dpo, "no-reasoning": no_reasoning}
 
 def main():
     """act.main with more stages."""
+    args = common.parse_args(Args, act.TINY)
+    common.check(args.kl or "dpo" not in args.pipeline,
+                 "dpo measures against the start of its stage: --kl must be above 0")
     act.Args = Args
     act.STAGES |= STAGES
     act.PAIRED |= {*STAGES}

@@ -76,14 +76,14 @@ def warmup(world, args):
     rng, examples = random.Random("reflection"), []
     for seed in range(args.examples):
         observation, info = world.reset(seed=seed, options={"split": "train"})
-        messages = [{"role": "user", "content": observation}]
+        messages = [act.user(observation)]
         for _ in range(rng.randrange(6)):
             action = rng.choice(info["admissible"])
             observation, _, terminated, truncated, after = world.step(action)
             if terminated or truncated:
                 break
-            messages.append({"role": "assistant", "content": action})
-            messages.append({"role": "user", "content": observation})
+            messages.append(act.assistant(action))
+            messages.append(act.user(observation))
             info = after
         state = {"messages": messages, "seed": seed, "split": "train", "turn": len(messages) // 2}
         actions = rng.choices(info["admissible"], k=2)
@@ -91,7 +91,7 @@ def warmup(world, args):
         thought = " ".join(map(told, actions, results))
         reply = f"{thought} {act.tagged(actions[-1])}"
         asked = reflection(world, args, state, actions, results)
-        examples.append([*asked, {"role": "assistant", "content": reply}])
+        examples.append([*asked, act.assistant(reply)])
     examples += act.warmup(world, args)
     random.Random("mixed").shuffle(examples)
     return examples
@@ -148,7 +148,7 @@ def reflect(state):
 def lesson(world, args, row):
     """A state's dialogue with its reply, which alone is imitated."""
     before = [{**m, "shot": True} for m in row["messages"]]
-    reply = {"role": "assistant", "content": row["reply"]}
+    reply = act.assistant(row["reply"])
     return [*act.dialogue(world, args, before), reply]
 
 

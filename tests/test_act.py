@@ -402,12 +402,8 @@ def test_prompts_do_not_change_with_what_is_hidden():
 # --------------------------------------------------------------------------- losses by hand
 
 
-def softmax(table, temperature):
-    found = []
-    for row in torch.tensor(table, dtype=torch.float32).tolist():
-        powers = [math.exp(x / temperature) for x in row]
-        found.append([x / sum(powers) for x in powers])
-    return found
+def softmax(table):
+    return torch.softmax(torch.tensor(table, dtype=torch.float32).double(), -1).tolist()
 
 
 def logprobs_of(table, reply):
@@ -473,7 +469,7 @@ def test_imitation_learns_the_replies_alone(no_step, micro, context):
     model, chat = Bigram(table), SimpleNamespace(pad=0, dialogue_and_mask=lambda talk: talk)
     model.max_context = context
     loss = act.imitate(model, chat, args, None, TALKS)["loss"]
-    p, grad, found = softmax(table, 1.0), torch.zeros(WORDS, WORDS), []  # whatever --temperature
+    p, grad, found = softmax(table), torch.zeros(WORDS, WORDS), []  # whatever --temperature
     for ids, mask in TALKS:
         for last, word, learnt in list(zip(ids, ids[1:], mask[1:]))[:context - 1]:
             if learnt:
@@ -509,7 +505,7 @@ def test_dpo_by_hand(no_step):
     rng = random.Random(2)
     table, reference = random_table(rng), random_table(rng)
     triples = [([0, 1, 2], [3, 4], [4]), ([1, 2], [4, 4, 3], [1, 3]), ([0, 2], [4], [3, 3, 3])]
-    p, q, grad, margins = softmax(table, 1.0), softmax(reference, 1.0), torch.zeros(WORDS, WORDS), []
+    p, q, grad, margins = softmax(table), softmax(reference), torch.zeros(WORDS, WORDS), []
     for prompt, *replies in triples:
         ratio = [sum(math.log(p[a][b] / q[a][b]) for a, b in zip([prompt[-1], *said], said)) for said in replies]
         margins.append(ratio[0] - ratio[1])
@@ -648,8 +644,8 @@ def test_episodes_do_not_depend_on_what_is_played_beside_them(tiny):
 
 def test_what_does_not_fit_the_context_is_left_out(tiny, states, pairs):
     state = state_of(copy.deepcopy(tiny[0]), tiny[1])
-    for examples, room in (states, 28), (pairs, 28):
-        lengths = [len(tiny[1].dialogue(act.prompt_of(state, example)[0])) + room + act.FORCED for example in examples]
+    for examples in states, pairs:
+        lengths = [len(tiny[1].dialogue(act.prompt_of(state, example)[0])) + 28 + act.FORCED for example in examples]
         for limit in {*lengths, min(lengths) - 1}:
             state.model.max_context = limit
             assert act.that_fit(state, examples) == [e for e, n in zip(examples, lengths) if n <= limit]
@@ -1190,6 +1186,13 @@ def test_a_model_that_proposes_nothing_is_told_so(run_script, llama, tmp_path):
     flags = SMALL.replace("--model tiny", f"--model {llama}")
     result = run_script(f"{flags} --max-new-tokens 8 --out-dir run", tmp_path)
     assert result.status == 2 and "pairs" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_dpo_without_a_reference_is_refused(environment, tmp_path):
+    command = [sys.executable, ROOT / "docs" / "act_controls.py", "--pipeline", "il,dpo", "--kl", "0"]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    helpers.refused_process(result, "--kl")
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_controls_run(whole, environment, tmp_path):
