@@ -856,7 +856,7 @@ def check_row(world, args, paired, row):
 
 
 def check_room(args, chat, model, messages, room):
-    """Refuses a first prompt that leaves no room for `room` more tokens, and words before a thought."""
+    """Refuses a first prompt without room for `room` more tokens, and words before a thought."""
     length = len(chat.dialogue(messages))
     common.check(length + room <= model.max_context,
                  f"the first prompt has {length} tokens, replies may have {room}: "
@@ -1189,7 +1189,7 @@ def event(observation):
 
 
 def by_verb(actions):
-    """Lists of actions that share their first word. Drawn first among these, rare kinds of action are practised too."""
+    """Actions by their first word. Drawn first among these, rare kinds are practised too."""
     verbs = {}
     for action in actions:
         verbs.setdefault(action.partition(" ")[0], []).append(action)
