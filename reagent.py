@@ -23,12 +23,12 @@ default --model as the run finds it, prompted and frozen.
 
 Departures from the paper, and why:
  1. The judge of the paper is trained on judgements by a model of 120 billion parameters. With
-    --judged they come from a program that names the flaws of a process from what was read there
-    (`process_flaws`; the agent meets it in a tiny model's warm-up alone), or from --judgements; half
-    of these trajectories are the agent's own, the others are by players of different strength.
- 2. The reward of the judge's GRPO is unpublished: here 1 - |score - reference|, 0 where nothing can
-    be read; the words of a critique earn nothing. So is the prompt of the second attempt. What
-    cannot be read is asked again at --temperature (the paper's script: at 0).
+    --judged they come from --judgements or from a program that names the flaws of a process, from
+    what was read there (`annotate`; the agent meets it in a tiny model's warm-up alone). Half of
+    the program's trajectories are the agent's own, the others are by players of different strength.
+ 2. The reward of the judge's GRPO is unpublished: here 1 - |score - the data's score|, 0 where
+    nothing can be read; the words of a critique earn nothing. So is the prompt of the second
+    attempt. What cannot be read is asked again at --temperature (the paper's script: at 0).
  3. An attempt that the context leaves no room to begin or to judge stays out of its pool: a score
     of 0 would teach brevity. One that the context ends midway has failed.
  4. Transcripts lack native thoughts, lists of possible actions, and the last observation, in which
@@ -52,6 +52,7 @@ import itertools
 import math
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -123,75 +124,81 @@ class Args:
     examples: int = flag(10000, "rounds of examples that make a tiny model")
 
 
-# ------------------------------------------------------------------------- the method: U, R and none
+# ------------------------------------------------------------------------ the method: U, R and none
 
 
 def learn(state):
     """GRPO on attempts at fresh questions of the train split."""
     args, agent, size = state.args, state.agent, state.args.group_size
     for step in phase(state, "learn", args.steps, args.lr, agent):
-        start = args.seed * 1_000_000_007 + (step - 1) * args.batch_size // size
-        seeds = [start + i // size for i in range(args.batch_size)]
-        first, second, judgements = attempt(state, "train", seeds, ("learn", step, 1)), [], []  # (1)
+        question = args.seed * 1_000_000_007 + (step - 1) * args.batch_size // size
+        seeds = [question + i // size for i in range(args.batch_size)]
+        first = attempt(state, "train", seeds, ("learn", step, 1))  # (1)
+        second, judgements = [], []
         if args.variant != "none":
             judgements += review(state, first, ("learn", step, 1))  # (2)
         if args.variant == "U":
             second = attempt(state, "train", seeds, ("learn", step, 2), first)  # (3)
-            judgements += review(state, second, ("learn", step, 2))
-        batch = []
-        for some, again in itertools.zip_longest(groups(first, size), groups(second, size)):
-            pool = some + (again or [])  # the attempts at one question
-            pool_advantages(args, pool)  # (4), (5)
-            batch += pool
+            judgements += review(state, second, ("learn", step, 2))  # (2)
+        batch = sorted(first + second, key=lambda episode: episode.seed)  # by questions
+        for episode in batch:
+            episode.earned = judged_return(args, episode)  # (4)
+        pool_size = len(batch) * size // args.batch_size
+        for pool in groups(batch, pool_size):
+            pool_advantages([episode for episode in pool if not episode.left_out])  # (5)
         state.run.lap("rollout")
         losses = update(agent.model, agent.reference, agent.chat, args, agent.optimizer, batch,
                         (args.clip, args.clip_high))  # (6)
-        metrics = watch(first) | losses | watch_judgements(batch, judgements)
-        metrics |= {f"second_{name}": value for name, value in watch(second).items()}
-        metrics |= {"return": common.mean(episode.earned for episode in batch),
-                    "groups_flat": without_spread([e.advantage for e in batch], len(pool))}
+        metrics = watch(first) | watch(second, "second_") | losses
+        metrics |= watch_judgements(batch, judgements)
+        metrics["return"] = common.mean(episode.earned for episode in batch)
+        metrics["groups_flat"] = without_spread([e.advantage for e in batch], pool_size)
         end_step(state, step, metrics, batch, judgements)
 
 
-def attempt(state, split, seeds, stream, before=None):
-    """(1) Attempts at questions or, below earlier ones (`before`), (3) second attempts."""
+def attempt(state, split, seeds, stream, earlier=None):
+    """(1) Attempts at questions; (3) second ones, below `earlier` attempts and their critiques."""
     args, agent = state.args, state.agent
     temperature = args.temperature if split == "train" else args.eval_temperature
     return rollout(agent.model, agent.chat, args, split, seeds, temperature=temperature,
-                   stream=stream, before=before)
+                   stream=stream, earlier=earlier)
 
 
 def review(state, episodes, stream):
     """(2) The judgements of episodes, written down in them, too."""
-    found = judge(state, [episode.said for episode in episodes], stream)
-    for episode, judgement in zip(episodes, found):
+    judgements = judge(state, [episode.said for episode in episodes], stream)
+    for episode, judgement in zip(episodes, judgements):
         episode.critique, episode.judge_score = judgement.critique, judgement.score
         episode.left_out = not judgement.asked
         episode.said.append(["judge", judgement.text])
-    return found
+    return judgements
 
 
-def pool_advantages(args, pool):
-    """Writes (4) returns and (5) advantages; what was left out stays out of its pool."""
-    for episode in pool:
-        episode.earned = episode.score + args.score_weight * episode.judge_score
-    kept = [episode for episode in pool if not episode.left_out]
-    advantages = group_advantages([episode.earned for episode in kept]) if kept else []
-    for episode, advantage in zip(kept, advantages):
-        episode.advantage = advantage
+def judged_return(args, episode):
+    """(4) R(q, o) = R_rule(q, o) + lambda score"""
+    return episode.score + args.score_weight * episode.judge_score
+
+
+def pool_advantages(pool):
+    """(5) Writes the advantages of attempts at one question, or of judgements of one transcript."""
+    returns = [item.earned for item in pool]
+    for item, advantage in zip(pool, group_advantages(returns) if pool else []):
+        item.advantage = advantage
 
 
 # ----------------------------------------------------------------------- the method: C, no training
 
 
 def critique_only(state, split, seeds):
-    """(1), (2), (3) -> first attempts, judgements, second attempts. One that has no room is lost."""
+    """(1), (2), (3) -> second attempts, metrics. One that has no room is lost."""
     first = attempt(state, split, seeds, ("evaluate",))
     judgements = review(state, first, ("evaluate", split))
-    return first, judgements, attempt(state, split, seeds, ("evaluate", 2), first)
+    second = attempt(state, split, seeds, ("evaluate", 2), first)
+    metrics = watch(second) | watch(first, "first_")
+    return second, metrics | watch_judgements(first, judgements)
 
 
-# ---------------------------------------------------------------------- the method: what comes first
+# --------------------------------------------------------------------- the method: what comes first
 
 
 def cold_start(state):
@@ -207,12 +214,12 @@ def cold_start(state):
 
 
 def judge_sft(state):
-    """The judge imitates reference judgements."""
+    """The judge imitates judgements by others."""
     args, lessons = state.args, []
     for row in state.judged[judge_grpo_rows(args):]:
-        asked = judge_messages(state.world, args, said_in(row["messages"]))
+        messages = judge_messages(state.world, args, said_in(row["messages"]))
         reply = judgement_text(row["think"], row["critique"], row["score"])
-        lessons.append([[*asked, {"role": "assistant", "content": reply}]])
+        lessons.append([[*messages, {"role": "assistant", "content": reply}]])
     supervised(state, "judge-sft", state.rrm, lessons, args.judge_epochs)
 
 
@@ -225,31 +232,31 @@ def supervised(state, name, learner, lessons, epochs):
     count = math.ceil(epochs * len(lessons) / args.sft_batch_size)
     while len(order) < count * args.sft_batch_size:
         order += rng.sample(lessons, len(lessons))
-    batches = groups(order, args.sft_batch_size)
     for step in phase(state, name, count, args.sft_lr, learner):
-        dialogues = [messages for lesson in batches[step - 1] for messages in lesson]
+        batch = groups(order, args.sft_batch_size)[step - 1]
+        dialogues = list(itertools.chain(*batch))
         metrics = imitate(learner.model, learner.chat, args, learner.optimizer, dialogues)
         end_step(state, step, metrics)
 
 
 def judge_grpo(state):
-    """GRPO of the judge, paid for how close its score comes to the reference's."""
-    args, rrm = state.args, state.rrm
-    batches = groups(state.judged[:judge_grpo_rows(args)], args.batch_size // args.group_size)
+    """GRPO of the judge: --group-size judgements of a transcript, paid by `judge_reward`."""
+    args, rrm, size = state.args, state.rrm, state.args.group_size
+    batches = groups(state.judged[:judge_grpo_rows(args)], args.batch_size // size)
     for step in phase(state, "judge-grpo", args.judge_steps, args.lr, rrm):
         rows = batches[step - 1]
         prompts = [judge_prompt(state, said_in(row["messages"])) for row in rows]
-        batch = ask_judge(state, prompts, ("judge-grpo", step), args.temperature, args.group_size)
-        for row, group in zip(rows, groups(batch, args.group_size)):
-            rewards = [judge_reward(judgement, row["score"]) for judgement in group]
-            for judgement, reward, advantage in zip(group, rewards, group_advantages(rewards)):
-                judgement.earned, judgement.advantage = reward, advantage
+        batch = ask_judge(state, prompts, ("judge-grpo", step), args.temperature, size)
+        for row, group in zip(rows, groups(batch, size)):
+            for judgement in group:
+                judgement.earned = judge_reward(judgement, row["score"])
+            pool_advantages(group)
         state.run.lap("rollout")
         losses = update(rrm.model, rrm.reference, rrm.chat, args, rrm.optimizer, batch,
                         (args.clip, args.clip_high))
-        rewards = [judgement.earned for judgement in batch]
-        metrics = {"reward": common.mean(rewards), **losses, **watch_judgements([], batch),
-                   "groups_flat": without_spread(rewards, args.group_size)}
+        metrics = losses | watch_judgements([], batch)
+        metrics["reward"] = common.mean(judgement.earned for judgement in batch)
+        metrics["groups_flat"] = without_spread([j.advantage for j in batch], size)
         end_step(state, step, metrics, judgements=batch)
 
 
@@ -258,13 +265,13 @@ def judge_grpo_rows(args):
     return args.judge_steps * (args.batch_size // args.group_size)
 
 
-def judge_reward(judgement, reference):
-    """1 - |score - the reference's score|, or 0 where nothing can be read: ours."""
-    return 1 - abs(judgement.score - reference) if judgement.readable else 0.0
+def judge_reward(judgement, score):
+    """1 - |its score - the trajectory's score in the data|, 0 where nothing can be read: ours."""
+    return 1 - abs(judgement.score - score) if judgement.readable else 0.0
 
 
 # ------------------------------------------------------------------------------------------ prompts
-# The three blocks are the paper's and the rubric is its script's; the wording is ours. A world's own
+# The three blocks are the paper's, the rubric is its script's, the wording is ours. A world's own
 # system prompt comes first: it states the game, these state the form of a reply.
 
 CALL = "Give your reasons first if it helps, then make one tool call."
@@ -298,30 +305,24 @@ AGAIN = """You have tried this before:
 A reviewer says: {critique}
 
 Try again from the start, with your first turn."""
-FORCED = 16  # tokens: room for what is never sampled, --prefill's words and the end put to a cut reply
+FORCED = 16  # tokens, room for the words of --prefill and the end of a reply that was cut
 
 
-def written(world, action, thought="") -> str:
-    """A reply as the policy writes it: a thought, if any, and the action."""
-    said = action if world.tools else f"Action: {action}"
-    return f"{thought}\n{said}" if thought else said
-
-
-def dialogue(world, args, said, before=None) -> list[dict]:
-    """The policy's view of an episode; `before`: (3) the first attempt, with its critique."""
+def dialogue(world, args, said, earlier=None) -> list[dict]:
+    """The policy's view of an episode; (3) below an earlier attempt with its critique."""
     system = f"{world.system}\n{CALL if world.tools else ACT}"
     shots = worked_examples(args.env, args.shots, args.show_actions)
     messages = messages_of(said)
-    if before:
-        told = AGAIN.format(transcript=transcript(before.said), critique=before.critique or "nothing.")
-        messages[0]["content"] += f"\n\n{told}"
+    if earlier:
+        seen, critique = transcript(earlier.said), earlier.critique or "nothing."
+        messages[0]["content"] += "\n\n" + AGAIN.format(transcript=seen, critique=critique)
     return [{"role": "system", "content": system}, *shots, *messages]
 
 
 def judge_messages(world, args, said) -> list[dict]:
     """(2) The judge's view of an episode, with all that the agent was told, tools too."""
     system = JUDGE.format(rubric=TOOLS if world.tools else ACTIONS, system=world.system)
-    shots = worked_examples(args.env, args.shots, args.show_actions, True)
+    shots = judged_examples(args.env, args.shots, args.show_actions)
     return [{"role": "system", "content": system}, *shots, case(said)]
 
 
@@ -332,26 +333,28 @@ def case(said) -> dict:
 
 
 def transcript(said) -> str:
-    """What was said and seen behind the first observation; the last one tells the outcome: left out.
+    """What was said and seen after the first observation.
 
-    A reply cannot pretend to be more than one: lines that look like a turn are set in.
+    The last one tells the outcome: left out. A reply cannot pretend to be more than one: lines that
+    look like a turn are set in.
     """
     turns = [[who, text] for who, text in said[1:] if who != "judge"]
     if turns and turns[-1][0] == "world":
         turns.pop()
     lines = []
     for who, text in turns:
+        name = "Observation" if who == "world" else "Agent"
         text = envs.bare(text) if who == "world" else common.aloud(text)
         text = "\n".join(text.splitlines())
         text = re.sub(r"(?im)^(?=\s*(?:agent|observation)\s*:)", "  ", text)
-        lines.append(f"{'Observation' if who == 'world' else 'Agent'}: {text}")
+        lines.append(f"{name}: {text}")
     return "\n".join(lines)
 
 
 def messages_of(said) -> list[dict]:
     """The turns of an episode as messages."""
-    return [{"role": "user" if who == "world" else "assistant", "content": text}
-            for who, text in said if who != "judge"]
+    roles = {"world": "user", "act": "assistant"}
+    return [{"role": roles[who], "content": text} for who, text in said if who in roles]
 
 
 def said_in(messages) -> list[list[str]]:
@@ -360,24 +363,13 @@ def said_in(messages) -> list[list[str]]:
 
 
 @functools.lru_cache(maxsize=8)
-def worked_examples(env, count, show_actions, judged=False):
-    """--shots: what a random player met and did on train; `judged`: its episodes and judgements.
-
-    A judgement follows from what a program can say of the process: nobody knows the outcome. Of ten
-    times as many episodes those are shown that spread most in score.
-    """
-    world, plays, messages = envs.make(env, show_actions=show_actions), [], []
-    for seed in range(10**6, 10**6 + count * (10 if judged else 1)):  # far from what is learnt from
-        plays.append(play(world, "train", seed, envs.random_player, random.Random(seed)))
+def worked_examples(env, count, show_actions):
+    """--shots: what a random player met and did on train. The judge's: `judged_examples`."""
+    world, messages = envs.make(env, show_actions=show_actions), []
+    for seed in range(10**6, 10**6 + count):  # far from what is learnt from
+        episode = play(world, "train", seed, envs.random_player, random.Random(seed))
+        messages += [message | {"shot": True} for message in messages_of(episode.said[:2])]
     world.close()
-    if judged:
-        plays.sort(key=lambda episode: reference(episode.flaws)[2])
-        plays = [plays[i] for i in np.linspace(0, len(plays) - 1, count, dtype=int)]
-    for episode in plays:
-        asked, reply = {"role": "user", "content": episode.said[0][1]}, episode.said[1][1]
-        if judged:
-            asked, reply = case(episode.said), judgement_text(*reference(episode.flaws))
-        messages += [asked, {"role": "assistant", "content": reply, "shot": True}]
     return messages
 
 
@@ -403,43 +395,25 @@ class Judgement:
     logprob: float = 0.0  # of all tokens under the mask, in decoding
 
 
-TAG = re.compile(r"<\s{0,9}(/?)\s{0,9}(think|critique|score)\s{0,9}>", re.IGNORECASE)
-NUMBER = re.compile(  # 0.8, .8, 8/10, 80%; not -1, 1e3, v2
-    r"(?<![\w.,+/\-\u2212])(\d+\.?\d*|\.\d+)"
-    r"(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?)|\s*(%))?(?!\s*/|[\w+-]|[.,]\w)")
+BLOCKS = re.compile(  # from the end of the analysis on; no tag stands within the critique
+    r"</think>[^<]*<critique>((?:(?!</?(?:think|critique|score)>).)*)</critique>[^<]*"
+    r"<score>([^<]*)", re.DOTALL | re.IGNORECASE)
+SCORE = re.compile(  # the only number, in [0, 1]: .8, 0.8/1, **0.8**; not 8/10, 80%, -1, 0.6-0.8
+    r"[^\d.,\u2212-]*(0(?:\.\d*)?|\.\d+|1(?:\.0*)?)(?:\s*/\s*1(?:\.0)?)?(?:[^\w/%][^\d/%]*)?")
 
 
 def parse_judgement(reply) -> dict | None:
-    """The last three blocks -> {"think", "critique", "score"}; None where one is missing.
+    """The last three blocks -> {"think", "critique", "score"}; None where one cannot be read.
 
-    None, too, where the score is no number in [0, 1]. Whatever stands before, between and behind
-    the blocks is skipped; a thought that the chat template opened has no opening tag.
+    Whatever stands before, between and behind them is skipped, such as a native thought; one that
+    the chat template opened has no opening tag.
     """
-    tags = list(TAG.finditer(reply))
-    names = [(tag[1] + tag[2]).lower() for tag in tags]
-    for last in range(len(tags) - 1, 2, -1):
-        if names[last - 3:last + 1] == ["/think", "critique", "/critique", "score"]:
-            break
-    else:
+    found = [*BLOCKS.finditer(reply)]
+    score = SCORE.fullmatch(found[-1][2]) if found else None
+    if not score:
         return None
-    end, critique, critique_end, score = tags[last - 3:last + 1]
-    thoughts = [tag.end() for tag, name in zip(tags[:last - 3], names) if name == "think"]
-    behind = reply[score.end():tags[last + 1].start() if last + 1 < len(tags) else None]
-    number = parse_score(behind)
-    return None if number is None else {
-        "think": reply[thoughts[-1] if thoughts else 0:end.start()].strip(),
-        "critique": reply[critique.end():critique_end.start()].strip(), "score": number}
-
-
-def parse_score(text) -> float | None:
-    """The only number in the first line that has one, in [0, 1]; None where that is not sure."""
-    lines = [line[:300] for line in text.splitlines() if re.search(r"\d", line[:300])]
-    found = NUMBER.findall(lines[0]) if lines else []
-    if len(found) != 1:
-        return None
-    number, scale = float(found[0][0]), float(100 if found[0][2] else found[0][1] or 1)
-    unclear = scale > 1 and 0 < number < 1  # 0.8/10: what is meant?
-    return number / scale if number <= scale and scale >= 1 and not unclear else None
+    think = re.split("<think>", reply[:found[-1].start()], flags=re.IGNORECASE)[-1]
+    return {"think": think.strip(), "critique": found[-1][1].strip(), "score": float(score[1])}
 
 
 def judgement_text(think, critique, score) -> str:
@@ -450,26 +424,13 @@ def judgement_text(think, critique, score) -> str:
 
 def judge_prompt(state, said) -> list[int]:
     """The ids that the judge is asked with."""
-    asked = judge_messages(state.world, state.args, said)
-    return state.rrm.chat.dialogue(asked, "<think>" * state.args.prefill)
+    messages = judge_messages(state.world, state.args, said)
+    return state.rrm.chat.dialogue(messages, "<think>" * state.args.prefill)
 
 
-def ask_judge(state, prompts, stream, temperature, samples=1) -> list[Judgement]:
-    """`samples` judgements of each prompt (ids)."""
-    args, rrm, found = state.args, state.rrm, []
-    rows = range(len(prompts) * samples)
-    said = common.generate(
-        rrm.model, rrm.chat, prompts, max_new_tokens=args.judge_tokens, temperature=temperature,
-        samples=samples, rows=args.rollout_batch_size,
-        seeds=[common.row_seed(args.seed, *stream, "judge", row) for row in rows])
-    for row, (ids, text, complete) in enumerate(zip(said.ids, said.texts, said.complete)):
-        prompt, text = prompts[row // samples], "<think>" * args.prefill + text
-        blocks = parse_judgement(text)
-        found.append(Judgement(
-            text, **(blocks or {}), readable=blocks is not None, asked=1, cut=int(not complete),
-            tokens=len(ids), ids=prompt + ids, mask=[0] * len(prompt) + [1] * len(ids),
-            logprob=sum(said.logprobs[row])))
-    return found
+def judge_room(state):
+    """Tokens that the judge's prompt may have."""
+    return state.rrm.model.max_context - FORCED - state.args.judge_tokens
 
 
 def judge(state, transcripts, stream) -> list[Judgement]:
@@ -478,139 +439,81 @@ def judge(state, transcripts, stream) -> list[Judgement]:
     What cannot be read is asked again at --temperature, and at last has score 0 and no critique.
     What is too long, or was never played, is not asked.
     """
-    args, found = state.args, [Judgement() for _ in transcripts]
+    args, judgements = state.args, [Judgement() for _ in transcripts]
     prompts = [judge_prompt(state, said) for said in transcripts]
     left = [i for i, prompt in enumerate(prompts)
             if len(prompt) <= judge_room(state) and len(transcripts[i]) > 1]
-    for again in range(1 + args.judge_retries):
-        replies = ask_judge(state, [prompts[i] for i in left], (*stream, again),
-                            args.temperature if again else 0.0)  # greedily it would repeat itself
-        for i, reply in zip(left, replies):
-            reply.asked += found[i].asked
-            reply.cut += found[i].cut
-            reply.tokens += found[i].tokens
-            found[i] = reply
-        left = [i for i in left if not found[i].readable]
-    return found
+    for retry in range(1 + args.judge_retries):
+        temperature = args.temperature if retry else 0.0  # greedily it would repeat itself
+        asked = [prompts[i] for i in left]
+        for i, reply in zip(left, ask_judge(state, asked, (*stream, retry), temperature)):
+            reply.asked += judgements[i].asked
+            reply.cut += judgements[i].cut
+            reply.tokens += judgements[i].tokens
+            judgements[i] = reply
+        left = [i for i in left if not judgements[i].readable]
+    return judgements
 
 
-def judge_room(state):
-    """Tokens that the judge's prompt may have."""
-    return state.rrm.model.max_context - FORCED - state.args.judge_tokens
+def ask_judge(state, prompts, stream, temperature, samples=1) -> list[Judgement]:
+    """`samples` judgements of each prompt (ids)."""
+    args, rrm, judgements = state.args, state.rrm, []
+    numbers = range(len(prompts) * samples)
+    replies = common.generate(
+        rrm.model, rrm.chat, prompts, max_new_tokens=args.judge_tokens, temperature=temperature,
+        seeds=[common.row_seed(args.seed, *stream, "judge", number) for number in numbers],
+        samples=samples, rows=args.rollout_batch_size)
+    for i, ids in enumerate(replies.ids):
+        prompt = prompts[i // samples]
+        text = "<think>" * args.prefill + replies.texts[i]
+        blocks = parse_judgement(text)
+        judgements.append(Judgement(
+            text, **(blocks or {}),
+            readable=blocks is not None,
+            asked=1,
+            cut=int(not replies.complete[i]),
+            tokens=len(ids),
+            ids=prompt + ids,
+            mask=[0] * len(prompt) + [1] * len(ids),
+            logprob=sum(replies.logprobs[i])))
+    return judgements
 
 
-# ------------------------------------------------------------------- data: trajectories, references
+# --------------------------------------------------------------------------------------------- data
 # A row is a trajectory: `messages`, observations (user) and replies (assistant) by turns, up to the
-# last reply. One of --judgements also has `think`, `critique` and `score`.
+# last reply. One of --judgements also has `think`, `critique` and `score`; --demos may have
+# `earlier`, messages of an attempt that it comes after (--cold-again).
 
 
-def process_flaws(world, episode) -> list[envs.Flaw]:
-    """What a program finds wrong with a process: what the world says, or what anybody can count.
-
-    It reads what the agent could read, never the answer.
-    """
-    if hasattr(world, "flaws"):
-        return world.flaws()
-    actions, found = episode.actions, []
-    for name, wrong, said, advice in (
-            ("impossible", [not ok for ok in episode.valid], "could not be done", "Do without"),
-            ("repeated", [a == b for a, b in zip(actions[1:], actions)], "was done twice in a row",
-             "Do not repeat")):
-        if any(wrong):
-            action = envs.one_line(actions[wrong.index(True)])[:100]
-            found.append(envs.Flaw(name, 0.4, f"This {said}: {action}.", f"{advice}: {action}."))
-    return found
+def check_row(row):
+    """ValueError, TypeError or KeyError unless it is a trajectory."""
+    common.check_messages(row["messages"], "assistant")
+    common.check_messages(row.get("earlier") or row["messages"], "assistant")
 
 
-def reference(flaws) -> tuple[str, str, float]:
-    """The reference judgement for the flaws of a process: think, critique, score."""
-    think = " ".join(flaw.found for flaw in flaws) or "Every step was needed."
-    critique = " ".join(flaw.advice for flaw in flaws) or "Go on like this."
-    return think, critique, max(0.0, 1.0 - sum(flaw.cost for flaw in flaws))
-
-
-def play(world, split, seed, player, rng, thinks=False):
-    """An episode of a player -> Episode; with `thinks`, the expert's thoughts stand before its actions."""
-    observation, info = world.reset(seed=seed, options={"split": split})
-    episode = Episode(split, seed, [["world", observation]])
-    while not episode.over:
-        thought = world.thought() if thinks else ""
-        episode.said.append(["act", written(world, player(world, info, rng), thought)])
-        info = take_turn(world, episode, episode.said[-1][1])
-    episode.flaws, episode.gold = process_flaws(world, episode), getattr(world, "gold", "")
-    return episode
-
-
-def players_of(world):
-    """Players of different strength."""
-    experts = [envs.expert_player] if type(world).expert is not envs.World.expert else []
-    return [*experts, *world.players, envs.random_player]
-
-
-def demonstrations(args):
-    """Rows of the expert's correct trajectories, each with another player's attempt (`earlier`)."""
-    world, rows = envs.make(args.env, show_actions=args.show_actions), []
-    start = args.seed * 1_000_000_007 + DEMONSTRATED
-    for seed in range(start, start + args.cold_start):
-        rng = random.Random(f"demonstrations {seed}")
-        expert = play(world, "train", seed, envs.expert_player, rng, thinks=True)
-        other = play(world, "train", seed, rng.choice(players_of(world)), rng, rng.random() < 0.5)
-        if expert.won:
-            rows.append({"messages": messages_of(expert.said)[:-1], "earlier": messages_of(other.said)[:-1]})
-    world.close()
-    return rows
-
-
-def mixed_episodes(state, split, seeds, stream):
-    """Episodes of players of different strength, and as many of the agent as it is now."""
-    world, players = envs.make(state.args.env, show_actions=state.args.show_actions), []
-    for seed in seeds[::2]:
-        rng = random.Random(f"players {split} {seed}")
-        player = rng.choice(players_of(world))
-        players.append(play(world, split, seed, player, rng, thinks=rng.random() < 0.5))
-    world.close()
-    return players, attempt(state, split, seeds[1::2], stream)
-
-
-def judged_rows(state, done):
-    """What the judge learns from: rows but the first `done`, which judged.jsonl has already."""
-    args = state.args
-    if "judged.jsonl" in state.progress:  # all of them
-        return
-    start = args.seed * 1_000_000_007 + JUDGED
-    seeds = range(start, start + args.judged + judge_grpo_rows(args))
-    players, agent = mixed_episodes(state, "train", seeds, ("judged",))
-    state.run.count(episodes=len(agent), env_steps=sum(len(e.actions) for e in agent),
-                    tokens=sum(sum(e.mask) for e in agent))
-    mixed = itertools.chain(*itertools.zip_longest(players, agent))
-    for episode in [episode for episode in mixed if episode and episode.actions][done:]:
-        think, critique, score = reference(episode.flaws)
-        yield {"messages": messages_of(episode.said)[:-1], "think": think, "critique": critique,
-               "score": score, "won": episode.won}
+def check_judged(row):
+    """ValueError, TypeError or KeyError unless it is a judged trajectory."""
+    check_row(row)
+    common.check_texts([row["think"], row["critique"]])
+    if not 0 <= row["score"] <= 1:
+        raise ValueError(f"score {row['score']} is not in [0, 1]")
 
 
 def judgeable(state, rows) -> list[dict]:
-    """The rows that the judge has room for, in random order; what its GRPO and SFT need, at least."""
-    fit, encode = [], state.rrm.chat.encode
-    for row in random.Random(f"judged {state.args.seed}").sample(rows, len(rows)):
+    """The judged rows that the judge has room for, in random order; says how many it has not."""
+    fit, args = [], state.args
+    for row in random.Random(f"judged {args.seed}").sample(rows, len(rows)):
         prompt = judge_prompt(state, said_in(row["messages"]))
-        reply = encode(judgement_text(row["think"], row["critique"], row["score"]))
-        if len(prompt) <= judge_room(state) and len(reply) < state.args.judge_tokens:
+        reply = judgement_text(row["think"], row["critique"], row["score"])
+        short = len(state.rrm.chat.encode(reply)) < args.judge_tokens  # with its end
+        if short and len(prompt) <= judge_room(state):
             fit.append(row)
-    needed = judge_grpo_rows(state.args) + 1
-    common.check(len(fit) >= needed, f"{len(fit)} of {len(rows)} judged trajectories fit the judge's "
-                                     f"context and --judge-tokens; it needs {needed}")
+    lost, needed = len(rows) - len(fit), judge_grpo_rows(args) + 1
+    told = f"{lost} of {len(rows)} judged trajectories exceed the judge's context or --judge-tokens"
+    common.check(len(fit) >= needed, f"{told}: it needs {needed}")
+    if lost:
+        tqdm.write(f"warning: {told}: left out", file=sys.stderr)
     return fit
-
-
-def check_row(row, judged):
-    """ValueError, TypeError or KeyError unless a row is of the form above."""
-    common.check_messages(row["messages"], "assistant")
-    common.check_messages(row.get("earlier") or row["messages"], "assistant")
-    if judged:
-        common.check_texts([row["think"], row["critique"]])
-    if judged and not 0 <= row["score"] <= 1:
-        raise ValueError(f"score {row['score']} is not in [0, 1]")
 
 
 # ------------------------------------------------------------------------------------------ rollout
@@ -653,43 +556,43 @@ def rollout(model, chat, args, split, seeds, **how) -> list[Episode]:
 
 
 @torch.no_grad()
-def side_by_side(model, chat, args, split, seeds, first, *, temperature, stream, before=None):
-    """Episodes that share a cache; their rows count from `first`.
+def side_by_side(model, chat, args, split, seeds, begin, *, temperature, stream, earlier=None):
+    """Episodes that share a cache, numbered from `begin`.
 
-    `stream` names the randomness: a row's replies depend on (--seed, stream, row, turn) alone.
-    `before`: first attempts, to which these are the second ones, row by row.
+    `stream` names the randomness: replies depend on (--seed, stream, number, turn) alone.
+    `earlier`: first attempts, to which these are the second ones, by number.
     """
     worlds, episodes, prompts = [], [], []
-    for row, seed in enumerate(seeds, first):
-        worlds.append(envs.make(args.env, show_actions=args.show_actions))
-        observation, _ = worlds[-1].reset(seed=seed, options={"split": split})
-        episodes.append(Episode(split, seed, [["world", observation]], second=bool(before)))
-        told = before[row] if before else None
-        prompts.append(chat.dialogue(dialogue(worlds[-1], args, episodes[-1].said, told)))
+    for number, seed in enumerate(seeds, begin):
+        world = envs.make(args.env, show_actions=args.show_actions)
+        observation, _ = world.reset(seed=seed, options={"split": split})
+        episode = Episode(split, seed, [["world", observation]], second=bool(earlier))
+        told = earlier[number] if earlier else None
+        prompts.append(chat.dialogue(dialogue(world, args, episode.said, told)))
+        episodes.append(episode)
+        worlds.append(world)
     actors = common.Dialogues(model, chat, prompts)
-    word = ("<tool_call>" if worlds[0].tools else "Action:") * args.prefill
+    room = model.max_context - FORCED - args.max_new_tokens
+    word = "<tool_call>" if world.tools else "Action:"
     for turn in itertools.count():
+        for ids, episode in zip(actors.ids, episodes):
+            if not episode.over and len(ids) > room:  # it ends; no turn is ever dropped
+                episode.truncated = episode.over = True
         live = [i for i, episode in enumerate(episodes) if not episode.over]
-        if turn:
-            actors.extend(live, [worlds[i].observation for i in live])
-        for i in live:  # a full context ends the episode; no turn is ever dropped
-            if len(actors.ids[i]) + FORCED + args.max_new_tokens > model.max_context:
-                episodes[i].truncated = episodes[i].over = True
-        live = [i for i in live if not episodes[i].over]
         if not live:
             break
-        row_seeds = [common.row_seed(args.seed, *stream, first + i, turn) for i in live]
+        row_seeds = [common.row_seed(args.seed, *stream, begin + i, turn) for i in live]
         replies = actors.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature,
-                               seeds=row_seeds, prefill=word)
+                               seeds=row_seeds, prefill=word * args.prefill)
         for i, reply, complete in zip(live, replies.texts, replies.complete):
             episodes[i].said.append(["act", reply])
             episodes[i].cut += not complete
             take_turn(worlds[i], episodes[i], reply)
+            actors.extend([i], [worlds[i].observation])
     for i, episode in enumerate(episodes):
         episode.ids, episode.mask, episode.logprob = actors.sampled(i)
         if episode.actions:
-            episode.flaws = process_flaws(worlds[i], episode)
-            episode.gold = getattr(worlds[i], "gold", "")
+            look_back(worlds[i], episode)
         else:  # the loss need not read its prompt
             episode.ids, episode.mask, episode.left_out = episode.ids[:1], [0], True
         worlds[i].close()
@@ -705,6 +608,12 @@ def take_turn(world, episode, reply):
     episode.won, episode.score = info["won"], info["score"]
     episode.over = terminated or truncated
     return info
+
+
+def look_back(world, episode):
+    """Of an episode that is over, what metrics and a program that judges (`annotate`) read."""
+    episode.flaws = process_flaws(world, episode)
+    episode.gold = getattr(world, "gold", "")
 
 
 # --------------------------------------------------------------------------------------- advantages
@@ -874,13 +783,14 @@ class State:
 
 def phase(state, name, count, lr, learner):
     """The steps of a phase that are left, counted from 1; each phase has a fresh optimizer."""
-    first, done = state.last, state.progress["step"]
-    state.phase, state.last = name, first + count
-    if done <= first and learner.reference is not None:
+    begun, done = state.last, state.progress["step"]
+    state.phase, state.last = name, begun + count
+    if done <= begun and learner.reference is not None:
         learner.reference.load_state_dict(learner.model.state_dict())
-    for step in state.run.steps(max(done, first), state.last) if done < state.last else []:
-        common.set_rate(learner.optimizer, lr * min(1, (step - first) / 5))
-        yield step - first
+    if done < state.last:
+        for step in state.run.steps(max(done, begun), state.last):
+            common.set_rate(learner.optimizer, lr * min(1, (step - begun) / 5))
+            yield step - begun
     if done <= state.last:  # not of a phase that a resumed run left behind
         learner.optimizer.state.clear()
 
@@ -890,18 +800,19 @@ def end_step(state, step, metrics, episodes=(), judgements=()):
     args, run, progress = state.args, state.run, state.progress
     run.lap("update")
     progress["step"] = run.step
-    if state.phase == "learn" and step % args.eval_every == 0 and run.step != state.last:
+    ends = run.step == state.last
+    if state.phase == "learn" and step % args.eval_every == 0 and not ends:
         numbers, _ = evaluate(state, ["test"], fewer=5)
         metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
-    if state.phase == "cold-start" and run.step == state.last:
+    if state.phase == "cold-start" and ends:
         progress["cold_started"], _ = evaluate(state, state.world.splits)
-    if state.phase.startswith("judge") and run.step == state.last:
+    if state.phase.startswith("judge") and ends:
         progress["judge"][state.phase] = quality(state)
         common.save_model(run.dir / "rrm", state.rrm.model, state.rrm.chat)
     tokens = sum(sum(episode.mask) for episode in episodes)
+    tokens += sum(judgement.tokens for judgement in judgements)
     run.count(episodes=len(episodes), env_steps=sum(len(e.actions) for e in episodes),
-              tokens=tokens + sum(judgement.tokens for judgement in judgements),
-              gradient_steps=args.updates if episodes or judgements else 1)
+              tokens=tokens, gradient_steps=args.updates if episodes or judgements else 1)
     run.write_rollouts([{"step": run.step, **record(episode)} for episode in episodes])
     run.log({"phase": state.phase, "phase_step": step, **metrics}, LIMITS)
     run.save_if_due(progress, **parts(state))
@@ -912,48 +823,52 @@ def parts(state):
     found = {}
     for who, learner in ("agent", state.agent), ("rrm", state.rrm):
         if learner and learner.optimizer:
-            found |= {who: learner.model, f"{who}_optimizer": learner.optimizer,
-                      f"{who}_reference": learner.reference}
-    return {name: part for name, part in found.items() if part is not None}
+            found |= {who: learner.model, f"{who}_optimizer": learner.optimizer}
+        if learner and learner.reference:
+            found[f"{who}_reference"] = learner.reference
+    return found
 
 
 # --------------------------------------------------------------------------------------- evaluation
 
 
-def watch(episodes) -> dict:
-    """What can be counted over episodes."""
+def watch(episodes, prefix="") -> dict:
+    """What can be counted over episodes, its names behind a prefix."""
     if not episodes:
         return {}
     valid = [ok for episode in episodes for ok in episode.valid]
     words = [text.lower() for e in episodes for who, text in e.said if who == "act"]
-    return {"success": common.mean(episode.won for episode in episodes),
-            "score": common.mean(episode.score for episode in episodes),
-            "turns": len(valid) / len(episodes),
-            "invalid": valid.count(False) / max(1, len(valid)),
-            "flaws": common.mean(len(episode.flaws) for episode in episodes),
-            "truncated": common.mean(episode.truncated for episode in episodes),
-            "cut_act": sum(episode.cut for episode in episodes) / max(1, len(valid)),
-            "speaks_of_a_critique": common.mean("reviewer" in text or "critique" in text
-                                                for text in words)}
+    found = {
+        "success": common.mean(episode.won for episode in episodes),
+        "score": common.mean(episode.score for episode in episodes),
+        "turns": len(valid) / len(episodes),
+        "invalid": valid.count(False) / max(1, len(valid)),
+        "flaws": common.mean(len(episode.flaws) for episode in episodes),
+        "truncated": common.mean(episode.truncated for episode in episodes),
+        "cut_act": sum(episode.cut for episode in episodes) / max(1, len(valid)),
+        "speaks_of_a_critique": common.mean("reviewer" in text or "critique" in text
+                                            for text in words)}
+    return {f"{prefix}{name}": value for name, value in found.items()}
 
 
 def watch_judgements(episodes, judgements) -> dict:
     """What can be counted over judgements, and over the episodes that they are about."""
-    asked = sum(judgement.asked for judgement in judgements)
     if not judgements:
         return {}
-    found = {"judge_readable": common.mean(judgement.readable for judgement in judgements),
-             "judge_score": common.mean(judgement.score for judgement in judgements),
-             "critiques": len({judgement.critique for judgement in judgements}),
-             "not_judged": common.mean(not judgement.asked for judgement in judgements),
-             "cut_judge": sum(judgement.cut for judgement in judgements) / max(1, asked)}
+    found = {
+        "judge_readable": common.mean(judgement.readable for judgement in judgements),
+        "judge_score": common.mean(judgement.score for judgement in judgements),
+        "critiques": len({judgement.critique for judgement in judgements}),
+        "not_judged": common.mean(not judgement.asked for judgement in judgements),
+        "cut_judge": sum(j.cut for j in judgements) / max(1, sum(j.asked for j in judgements))}
     if kept := [episode for episode in episodes if not episode.left_out]:
-        found |= {"judge_auc": auroc([(e.judge_score, e.won) for e in kept]), "leaks": leaks(kept)}
+        found["judge_auc"] = auroc([(e.judge_score, e.won) for e in kept])
+        found["leaks"] = leaks(kept)
     return found
 
 
 def auroc(pairs) -> float | None:
-    """How often a (score, True) is above a (score, False), ties counting half; None without both."""
+    """How often a (score, True) is above a (score, False), ties count half; None without both."""
     above = [score for score, label in pairs if label]
     below = [score for score, label in pairs if not label]
     if not above or not below:
@@ -972,25 +887,6 @@ def leaks(episodes) -> float | None:
     return common.mean(found) if found else None
 
 
-def quality(state) -> dict:
-    """What the judge is worth on trajectories of the test split, of players and of the agent apart.
-
-    `auc_process`: of its score against a process without flaws (`judge_auc`: against success);
-    `error`: mean distance to the reference score; `same_critique`: share equal to the reference's.
-    """
-    count, found = min(200, state.args.eval_episodes), {}
-    sides = mixed_episodes(state, "test", range(10_000, 10_000 + 2 * count), ("quality",))
-    for who, episodes in zip(("players", "agent"), sides):
-        judgements = review(state, episodes, ("quality", who))
-        kept = [episode for episode in episodes if not episode.left_out]
-        references = [reference(episode.flaws) for episode in kept]
-        found[who] = watch_judgements(kept, judgements) | {
-            "auc_process": auroc([(e.judge_score, not e.flaws) for e in kept]),
-            "error": common.mean(abs(e.judge_score - r[2]) for e, r in zip(kept, references)),
-            "same_critique": common.mean(e.critique == r[1] for e, r in zip(kept, references))}
-    return found
-
-
 def evaluate(state, splits, fewer=1, again=False):
     """The agent on fixed episodes of each split -> ({split: metrics}, an episode of the last).
 
@@ -999,14 +895,12 @@ def evaluate(state, splits, fewer=1, again=False):
     count, found = max(1, state.args.eval_episodes // fewer), {}
     for split in [split for split in ("test", "ood") if split in splits]:
         if again:
-            first, judgements, played = critique_only(state, split, range(count))
-            found[split] = watch(played) | watch_judgements(first, judgements)
-            found[split] |= {f"first_{name}": value for name, value in watch(first).items()}
+            played, metrics = critique_only(state, split, range(count))
         else:
             played = attempt(state, split, range(count), ("evaluate",))
-            found[split] = watch(played)
+            metrics = watch(played)
         _, se = common.mean_se([float(episode.won) for episode in played])
-        found[split] |= {"se": se, "n": count}
+        found[split] = metrics | {"se": se, "n": count}
         tqdm.write(common.result_line(split, found[split]))
     shown = {"flaws": [list(flaw) for flaw in played[0].flaws]}  # plain, for checkpoints
     return found, record(played[0]) | shown
@@ -1023,7 +917,6 @@ LIMITS = {"act": "--max-new-tokens", "judge": "--judge-tokens"}
 AT_LEAST = {"updates": 1, "judge_tokens": 1, "judge_epochs": 1, "cold_epochs": 1, "examples": 1,
             "sft_batch_size": 1, "group_size": 2, "clip": 0, "clip_high": 0, "kl": 0, "sft_lr": 0,
             "score_weight": 0, "judge_retries": 0, "judge_steps": 0, "judged": 0, "cold_start": 0}
-JUDGED, DEMONSTRATED = 300_000_000, 500_000_000  # where the seeds of these data begin
 
 
 def check_args(args):
@@ -1035,21 +928,22 @@ def check_args(args):
     common.check(judging or not args.rrm, "--variant none has no judge: --rrm is of no use")
     common.check(not args.judgements or judging and args.judged and not args.rrm,
                  "--judgements are for the training of a judge (--judged, without --rrm)")
-    common.check(args.variant != "C" or not args.demos, "--variant C imitates nothing: no --demos")
+    imitating = args.variant != "C"
+    common.check(imitating or not args.demos, "--variant C imitates nothing: no --demos")
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
     listed = world.reset(seed=0)[1]["admissible"]
     common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
-    expert = type(world).expert is not envs.World.expert
-    common.check(expert or args.demos or not args.cold_start or args.variant == "C" or args.eval_only,
-                 f"--env {args.env} has no expert: give --demos, or --cold-start 0")
+    if imitating and args.cold_start and not args.demos and not args.eval_only:
+        common.check(type(world).expert is not envs.World.expert,
+                     f"--env {args.env} has no expert: give --demos, or --cold-start 0")
     demos = judged = None
     if args.demos:
-        demos = common.read_rows("--demos", args.demos, functools.partial(check_row, judged=False))
+        demos = common.read_rows("--demos", args.demos, check_row)
     if args.judgements:
-        judged = common.read_rows("--judgements", args.judgements,
-                                  functools.partial(check_row, judged=True))
+        judged = common.read_rows("--judgements", args.judgements, check_judged)
         needed = judge_grpo_rows(args) + 1
-        common.check(len(judged) >= needed, f"--judgements: {len(judged)} rows, --judge-steps need {needed}")
+        common.check(len(judged) >= needed,
+                     f"--judgements: {len(judged)} rows, --judge-steps need {needed}")
     return world, demos, judged
 
 
@@ -1064,16 +958,16 @@ def check_room(args, chat, model, messages, room):
 
 
 def judge_of(args, agent) -> Learner | None:
-    """The judge, where there is one: --rrm or the model as it is, frozen; or a copy to be trained."""
+    """The judge, if any: --rrm or the model as it is, frozen; or a copy that will be trained."""
     if args.variant == "none" or args.eval_only and args.variant != "C":
         return None
+    model, chat = agent.model, agent.chat
     if args.rrm:
         model, chat = common.load(args.rrm, option="--rrm", device=args.device, dtype=args.dtype,
                                   thinking=args.thinking, max_context=args.max_context)
-        return Learner(common.frozen_copy(model), chat)
-    if args.judged and not args.eval_only:
-        return trained(args, common.copy_of(agent.model), agent.chat)
-    return Learner(common.frozen_copy(agent.model), agent.chat)
+    elif args.judged and not args.eval_only:
+        return trained(args, common.copy_of(model), chat)
+    return Learner(common.frozen_copy(model), chat)
 
 
 def trained(args, model, chat) -> Learner:
@@ -1081,6 +975,17 @@ def trained(args, model, chat) -> Learner:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
                                   fused=model.device.type == "cuda")  # no copies in the step
     return Learner(model, chat, optimizer, common.frozen_copy(model) if args.kl else None)
+
+
+def check_prompts(state):
+    """Refuses a context without room for a first reply or judgement."""
+    args, world = state.args, state.world
+    said = [["world", world.reset(seed=0)[0]]]
+    for learner, messages, limit in (
+            (state.agent, dialogue(world, args, said), args.max_new_tokens),
+            (state.rrm, judge_messages(world, args, said), args.judge_tokens)):
+        if learner:
+            check_room(args, learner.chat, learner.model, messages, FORCED + limit)
 
 
 def main():
@@ -1091,12 +996,7 @@ def main():
     agent = trained(args, *load(world, args))
     rrm = judge_of(args, agent)
     state = State(args, world, run, agent, rrm)
-    observation, _ = world.reset(seed=0)
-    said = [["world", observation]]
-    check_room(args, agent.chat, agent.model, dialogue(world, args, said), FORCED + args.max_new_tokens)
-    if rrm:
-        asked = judge_messages(world, args, said)
-        check_room(args, rrm.chat, rrm.model, asked, FORCED + args.judge_tokens)
+    check_prompts(state)
     if args.eval_only:
         return evaluate(state, world.splits, again=args.variant == "C")
     run.start({"judge": common.fingerprint(rrm.model)} if args.rrm else None, model=agent.model)
@@ -1111,8 +1011,8 @@ def main():
     if rrm and "before" not in progress["judge"]:
         progress["judge"]["before"] = quality(state)
     if rrm and rrm.optimizer:
-        judged = judged or run.collect("judged.jsonl", progress, functools.partial(judged_rows, state))
-        state.judged = judgeable(state, judged)
+        make = functools.partial(judged_rows, state)
+        state.judged = judgeable(state, judged or run.collect("judged.jsonl", progress, make))
         judge_sft(state)
         judge_grpo(state)
     if learns:
@@ -1122,11 +1022,151 @@ def main():
     run.complete(agent.model, agent.chat, "reagent", args.variant, progress["before"], after,
                  envs.ends(args.env, args.eval_episodes), shown=[progress["shown"], last],
                  judge=progress["judge"], cold_started=progress.get("cold_started"),
-                 cold_start=len(state.demos))
+                 cold_start=len(state.demos), judged=len(state.judged))
 
 
 # ---------------------------------------------------------------------------- only for --model tiny
-# What a model made from nothing is taught before it learns by itself, and the defaults that suit it.
+# ... and where there is no stronger model: its trajectories come from the worlds' players, its
+# judgements from a program that names the flaws of a process, and so does what `quality` compares
+# a judge with.
+
+JUDGED, DEMONSTRATED = 300_000_000, 500_000_000  # where the seeds of these data begin
+
+
+def process_flaws(world, episode) -> list[envs.Flaw]:
+    """What a program finds wrong with a process: what the world says, or what anybody can count.
+
+    It reads what the agent could read, never the answer.
+    """
+    if hasattr(world, "flaws"):
+        return world.flaws()
+    actions, found = episode.actions, []
+    impossible = [not ok for ok in episode.valid]
+    repeated = [action == last for action, last in zip(actions[1:], actions)]
+    for name, wrong, said, advice in (
+            ("impossible", impossible, "could not be done", "Do without"),
+            ("repeated", repeated, "was done twice in a row", "Do not repeat")):
+        if any(wrong):
+            action = envs.one_line(actions[wrong.index(True)])[:100]
+            found.append(envs.Flaw(name, 0.4, f"This {said}: {action}.", f"{advice}: {action}."))
+    return found
+
+
+def annotate(flaws) -> tuple[str, str, float]:
+    """The judgement that follows from the flaws of a process: think, critique, score."""
+    think = " ".join(flaw.found for flaw in flaws) or "Every step was needed."
+    critique = " ".join(flaw.advice for flaw in flaws) or "Go on like this."
+    return think, critique, max(0.0, 1.0 - sum(flaw.cost for flaw in flaws))
+
+
+def written(world, action, thought="") -> str:
+    """A reply as the policy writes it: a thought, if any, and the action."""
+    reply = action if world.tools else f"Action: {action}"
+    return f"{thought}\n{reply}" if thought else reply
+
+
+def play(world, split, seed, player, rng, thinks=False):
+    """An episode of a player; with `thinks`, what the expert thinks stands before each action."""
+    observation, info = world.reset(seed=seed, options={"split": split})
+    episode = Episode(split, seed, [["world", observation]])
+    while not episode.over:
+        thought = world.thought() if thinks else ""
+        reply = written(world, player(world, info, rng), thought)
+        episode.said.append(["act", reply])
+        info = take_turn(world, episode, reply)
+    look_back(world, episode)
+    return episode
+
+
+def players_of(world):
+    """Players of different strength."""
+    experts = [envs.expert_player] if type(world).expert is not envs.World.expert else []
+    return [*experts, *world.players, envs.random_player]
+
+
+@functools.lru_cache(maxsize=8)
+def judged_examples(env, count, show_actions):
+    """--shots of the judge: a random player's episodes on train, judged by the program.
+
+    Nobody knows the outcome. Of ten times as many episodes, those that spread most in score.
+    """
+    world, plays, messages = envs.make(env, show_actions=show_actions), [], []
+    for seed in range(10**6, 10**6 + 10 * count):
+        plays.append(play(world, "train", seed, envs.random_player, random.Random(seed)))
+    world.close()
+    plays.sort(key=lambda episode: annotate(episode.flaws)[2])
+    for i in np.linspace(0, len(plays) - 1, count, dtype=int):
+        reply = judgement_text(*annotate(plays[i].flaws))
+        messages += [case(plays[i].said), {"role": "assistant", "content": reply, "shot": True}]
+    return messages
+
+
+def demonstrations(args):
+    """Rows of the expert's correct trajectories, each with another player's attempt (`earlier`)."""
+    world, rows = envs.make(args.env, show_actions=args.show_actions), []
+    start = args.seed * 1_000_000_007 + DEMONSTRATED
+    for seed in range(start, start + args.cold_start):
+        rng = random.Random(f"demonstrations {seed}")
+        expert = play(world, "train", seed, envs.expert_player, rng, thinks=True)
+        other = play(world, "train", seed, rng.choice(players_of(world)), rng, rng.random() < 0.5)
+        if expert.won:
+            rows.append({"messages": messages_of(expert.said)[:-1],
+                         "earlier": messages_of(other.said)[:-1]})
+    world.close()
+    return rows
+
+
+def mixed_episodes(state, split, seeds, stream):
+    """Episodes of players of different strength, and as many of the agent as it is now."""
+    world, players = envs.make(state.args.env, show_actions=state.args.show_actions), []
+    for seed in seeds[::2]:
+        rng = random.Random(f"players {split} {seed}")
+        player = rng.choice(players_of(world))
+        players.append(play(world, split, seed, player, rng, thinks=rng.random() < 0.5))
+    world.close()
+    return players, attempt(state, split, seeds[1::2], stream)
+
+
+def judged_rows(state, done):
+    """What the judge learns from: rows but the first `done`, which judged.jsonl has already."""
+    args = state.args
+    if "judged.jsonl" in state.progress:  # all of them
+        return
+    start = args.seed * 1_000_000_007 + JUDGED
+    seeds = range(start, start + args.judged + judge_grpo_rows(args))
+    players, agent = mixed_episodes(state, "train", seeds, ("judged",))
+    state.run.count(episodes=len(agent), env_steps=sum(len(e.actions) for e in agent),
+                    tokens=sum(sum(e.mask) for e in agent))
+    mixed = itertools.chain(*itertools.zip_longest(players, agent))
+    for episode in [episode for episode in mixed if episode and episode.actions][done:]:
+        think, critique, score = annotate(episode.flaws)
+        yield {"messages": messages_of(episode.said)[:-1], "think": think, "critique": critique,
+               "score": score, "won": episode.won}
+
+
+def quality(state) -> dict:
+    """What the judge is worth on trajectories of the test split, of players and of the agent apart.
+
+    `auc_process`: of its score against a process without flaws (`judge_auc`: against success);
+    `error`: mean distance to the program's score; `same_critique`: share equal to the program's.
+    """
+    count, found = min(200, state.args.eval_episodes), {}
+    sides = mixed_episodes(state, "test", range(10_000, 10_000 + 2 * count), ("quality",))
+    for who, episodes in zip(("players", "agent"), sides):
+        judgements = review(state, episodes, ("quality", who))
+        kept = [episode for episode in episodes if not episode.left_out]
+        errors, same = [], []
+        for episode in kept:
+            _, critique, score = annotate(episode.flaws)
+            errors.append(abs(episode.judge_score - score))
+            same.append(episode.critique == critique)
+        found[who] = watch_judgements(kept, judgements) | {
+            "auc_process": auroc([(e.judge_score, not e.flaws) for e in kept]),
+            "error": common.mean(errors), "same_critique": common.mean(same)}
+    return found
+
+
+# What a model made from nothing is taught before it learns by itself, and what suits it.
 
 TINY = dict(
     steps=50, lr=5e-4, batch_size=128, micro_batch_size=16, rollout_batch_size=256, max_new_tokens=32, eval_episodes=500,
@@ -1158,7 +1198,7 @@ def constants_of(world):
     phrases = [part for _, *told in envs.FLAWS.values() for text in told for part in text.split("{}")]
     calls = [part for name in envs.TOOLS for part in envs.tool_call(name, "\0").split("\\u0000")]
     facts = [re.split(r"{\w}", relation.sentence)[1] for relation in envs.RELATIONS.values()]
-    fixed = reference([])[:2]
+    fixed = annotate([])[:2]
     return [world.system, CALL, ACT, JUDGE.format(rubric=rubric, system=""), NEXT, *prompts, *blocks, *fixed, "\nAgent: ",
             "\nObservation: ", *common.CHANGES_OF_SPEAKER, *(calls + facts + phrases if world.tools else [])]
 
@@ -1173,7 +1213,7 @@ def warmup(world, args):
     apart: all actions that take up what is seen. The judge learns its form from judgements of other
     episodes than the one it reads. No part sees an expert.
     """
-    rng, examples, done, told = random.Random("warm-up"), [], [], reference([])
+    rng, examples, done, told = random.Random("warm-up"), [], [], annotate([])
     args = dataclasses.replace(args, shots=0)
     for seed in range(args.examples):
         first, recent = warmup_play(world, seed, rng, done)
@@ -1184,7 +1224,7 @@ def warmup(world, args):
             asked = {"role": "user", "content": f"{last['content']}\n{NEXT}"}
             examples.append([*earlier, asked, {"role": "assistant", "content": "\n".join(recent[turn])}])
         if seed % 2:
-            told, other = reference(first.flaws), told
+            told, other = annotate(first.flaws), told
             reply = {"role": "assistant", "content": judgement_text(*other)}
             examples.append([*judge_messages(world, args, first.said), reply])
             first.critique = told[1]

@@ -58,7 +58,7 @@ def judged_trajectories(state, count):
 
 def reference_score(episode):
     """What the program says that a judge is trained by."""
-    return reagent.reference(episode.flaws)[2]
+    return reagent.annotate(episode.flaws)[2]
 
 
 def mean(values):

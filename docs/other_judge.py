@@ -50,7 +50,7 @@ def by_reference(episodes):
     """The reference judgements of episodes, written down in them, too."""
     found = []
     for episode in episodes:
-        think, critique, score = reagent.reference(episode.flaws)
+        think, critique, score = reagent.annotate(episode.flaws)
         text = reagent.judgement_text(think, critique, score)
         episode.critique, episode.judge_score = critique, score
         episode.said.append(["judge", text])

@@ -43,7 +43,7 @@ def attempts(state, split, seeds):
     said = [episode.critique for episode in first]
     again = {
         "judge": won_again(said),
-        "annotator": won_again([reagent.reference(episode.flaws)[1] for episode in first]),
+        "annotator": won_again([reagent.annotate(episode.flaws)[1] for episode in first]),
         "other": won_again([*said[1:], said[0]]),
         "nothing": won_again([""] * len(first)),
         "afresh": won(reagent.attempt(state, split, seeds, ("evaluate", "second")))}

@@ -744,7 +744,7 @@ def test_second_attempts_differ_in_the_critique_alone(trained, monkeypatch, caps
     assert all([e.said for e in before] == [e.said for e in first] for before, *_ in again[:4])
     by_judge, by_annotator, other, nothing = ([e.critique for e in before] for before, *_ in again[:4])
     assert by_judge == [f"Number {i}." for i in range(6)] and other == by_judge[1:] + by_judge[:1] and nothing == [""] * 6
-    assert by_annotator == [reagent.reference(e.flaws)[1] for e in first] and all(e.flaws and e.split == "test" for e in first)
+    assert by_annotator == [reagent.annotate(e.flaws)[1] for e in first] and all(e.flaws and e.split == "test" for e in first)
     rows = json.loads((trained / "second_attempts.json").read_text())
     assert tuple(rows) == ("first", *second_attempts.WAYS) and rows["judge"]["all"]["n"] == 6
     assert "annotator" in capsys.readouterr().out
@@ -778,7 +778,7 @@ def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypat
     for episodes in sides:
         assert len(episodes) == 8
         for i, e in enumerate(episodes):
-            reference = reagent.reference([envs.Flaw(*flaw) for flaw in e["flaws"]])
+            reference = reagent.annotate([envs.Flaw(*flaw) for flaw in e["flaws"]])
             number = (i + 4) % 8  # of the other question
             text, score = ((reagent.judgement_text(*reference), reference[2]) if judging == "annotator"
                            else (f"Number {number}.", number / 100))
