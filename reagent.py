@@ -52,7 +52,6 @@ import itertools
 import math
 import random
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -147,9 +146,9 @@ def learn(state):
         for pool in groups(batch, pool_size):
             pool_advantages([episode for episode in pool if not episode.left_out])  # (5)
         state.run.lap("rollout")
-        losses = update(agent.model, agent.reference, agent.chat, args, agent.optimizer, batch,
-                        (args.clip, args.clip_high))  # (6)
-        metrics = watch(first) | watch(second, "second_") | losses
+        metrics = update(agent.model, agent.reference, agent.chat, args, agent.optimizer, batch,
+                         (args.clip, args.clip_high))  # (6)
+        metrics |= watch(first) | watch(second, "second_")
         metrics |= watch_judgements(batch, judgements)
         metrics["return"] = common.mean(episode.earned for episode in batch)
         metrics["groups_flat"] = without_spread([e.advantage for e in batch], pool_size)
@@ -252,9 +251,9 @@ def judge_grpo(state):
                 judgement.earned = judge_reward(judgement, row["score"])
             pool_advantages(group)
         state.run.lap("rollout")
-        losses = update(rrm.model, rrm.reference, rrm.chat, args, rrm.optimizer, batch,
-                        (args.clip, args.clip_high))
-        metrics = losses | watch_judgements([], batch)
+        metrics = update(rrm.model, rrm.reference, rrm.chat, args, rrm.optimizer, batch,
+                         (args.clip, args.clip_high))
+        metrics |= watch_judgements([], batch)
         metrics["reward"] = common.mean(judgement.earned for judgement in batch)
         metrics["groups_flat"] = without_spread([j.advantage for j in batch], size)
         end_step(state, step, metrics, judgements=batch)
@@ -500,19 +499,17 @@ def check_judged(row):
 
 
 def judgeable(state, rows) -> list[dict]:
-    """The judged rows that the judge has room for, in random order; says how many it has not."""
-    fit, args = [], state.args
+    """Those that the judge has room for, in random order; says how many these are."""
+    args, fit = state.args, []
     for row in random.Random(f"judged {args.seed}").sample(rows, len(rows)):
         prompt = judge_prompt(state, said_in(row["messages"]))
         reply = judgement_text(row["think"], row["critique"], row["score"])
-        short = len(state.rrm.chat.encode(reply)) < args.judge_tokens  # with its end
-        if short and len(prompt) <= judge_room(state):
+        length = len(state.rrm.chat.encode(reply)) + 1  # with its end
+        if len(prompt) <= judge_room(state) and length <= args.judge_tokens:
             fit.append(row)
-    lost, needed = len(rows) - len(fit), judge_grpo_rows(args) + 1
-    told = f"{lost} of {len(rows)} judged trajectories exceed the judge's context or --judge-tokens"
-    common.check(len(fit) >= needed, f"{told}: it needs {needed}")
-    if lost:
-        tqdm.write(f"warning: {told}: left out", file=sys.stderr)
+    told = f"{len(fit)} of {len(rows)} judged trajectories fit the judge's context and --judge-tokens"
+    common.check(len(fit) > judge_grpo_rows(args), f"{told}: too few for its GRPO and SFT")
+    tqdm.write(f"the judge's training: {told}")
     return fit
 
 
@@ -534,7 +531,7 @@ class Episode:
     over: bool = False
     truncated: bool = False  # the context was full
     second: bool = False
-    flaws: list[envs.Flaw] = field(default_factory=list)  # for references and metrics alone
+    flaws: list[envs.Flaw] = field(default_factory=list)  # for `annotate` and metrics alone
     gold: str = ""  # the right answer, where there is one: to count leaks
     critique: str = ""
     judge_score: float = 0.0
@@ -801,12 +798,13 @@ def end_step(state, step, metrics, episodes=(), judgements=()):
     run.lap("update")
     progress["step"] = run.step
     ends = run.step == state.last
-    if state.phase == "learn" and step % args.eval_every == 0 and not ends:
-        numbers, _ = evaluate(state, ["test"], fewer=5)
-        metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
-    if state.phase == "cold-start" and ends:
+    if state.phase == "learn":
+        if step % args.eval_every == 0 and not ends:
+            numbers, _ = evaluate(state, ["test"], fewer=5)
+            metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
+    elif state.phase == "cold-start" and ends:
         progress["cold_started"], _ = evaluate(state, state.world.splits)
-    if state.phase.startswith("judge") and ends:
+    elif ends:
         progress["judge"][state.phase] = quality(state)
         common.save_model(run.dir / "rrm", state.rrm.model, state.rrm.chat)
     tokens = sum(sum(episode.mask) for episode in episodes)
@@ -838,17 +836,17 @@ def watch(episodes, prefix="") -> dict:
         return {}
     valid = [ok for episode in episodes for ok in episode.valid]
     words = [text.lower() for e in episodes for who, text in e.said if who == "act"]
-    found = {
-        "success": common.mean(episode.won for episode in episodes),
-        "score": common.mean(episode.score for episode in episodes),
-        "turns": len(valid) / len(episodes),
-        "invalid": valid.count(False) / max(1, len(valid)),
-        "flaws": common.mean(len(episode.flaws) for episode in episodes),
-        "truncated": common.mean(episode.truncated for episode in episodes),
-        "cut_act": sum(episode.cut for episode in episodes) / max(1, len(valid)),
-        "speaks_of_a_critique": common.mean("reviewer" in text or "critique" in text
-                                            for text in words)}
-    return {f"{prefix}{name}": value for name, value in found.items()}
+    counted = {
+        "success": [episode.won for episode in episodes],
+        "score": [episode.score for episode in episodes],
+        "turns": [len(episode.valid) for episode in episodes],
+        "invalid": [not ok for ok in valid],
+        "flaws": [len(episode.flaws) for episode in episodes],
+        "truncated": [episode.truncated for episode in episodes],
+        "speaks_of_a_critique": ["reviewer" in text or "critique" in text for text in words]}
+    found = {f"{prefix}{name}": common.mean(values) for name, values in counted.items()}
+    found[f"{prefix}cut_act"] = sum(episode.cut for episode in episodes) / max(1, len(valid))
+    return found
 
 
 def watch_judgements(episodes, judgements) -> dict:
@@ -902,8 +900,8 @@ def evaluate(state, splits, fewer=1, again=False):
         _, se = common.mean_se([float(episode.won) for episode in played])
         found[split] = metrics | {"se": se, "n": count}
         tqdm.write(common.result_line(split, found[split]))
-    shown = {"flaws": [list(flaw) for flaw in played[0].flaws]}  # plain, for checkpoints
-    return found, record(played[0]) | shown
+    flaws = [list(flaw) for flaw in played[0].flaws]  # plain, for checkpoints
+    return found, record(played[0]) | {"flaws": flaws}
 
 
 def record(episode):
@@ -928,12 +926,12 @@ def check_args(args):
     common.check(judging or not args.rrm, "--variant none has no judge: --rrm is of no use")
     common.check(not args.judgements or judging and args.judged and not args.rrm,
                  "--judgements are for the training of a judge (--judged, without --rrm)")
-    imitating = args.variant != "C"
-    common.check(imitating or not args.demos, "--variant C imitates nothing: no --demos")
+    learns = args.variant != "C"
+    common.check(learns or not args.demos, "--variant C imitates nothing: no --demos")
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
     listed = world.reset(seed=0)[1]["admissible"]
     common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
-    if imitating and args.cold_start and not args.demos and not args.eval_only:
+    if learns and args.cold_start and not args.demos and not args.eval_only:
         common.check(type(world).expert is not envs.World.expert,
                      f"--env {args.env} has no expert: give --demos, or --cold-start 0")
     demos = judged = None
@@ -979,13 +977,13 @@ def trained(args, model, chat) -> Learner:
 
 def check_prompts(state):
     """Refuses a context without room for a first reply or judgement."""
-    args, world = state.args, state.world
+    args, world, agent, rrm = state.args, state.world, state.agent, state.rrm
     said = [["world", world.reset(seed=0)[0]]]
-    for learner, messages, limit in (
-            (state.agent, dialogue(world, args, said), args.max_new_tokens),
-            (state.rrm, judge_messages(world, args, said), args.judge_tokens)):
-        if learner:
-            check_room(args, learner.chat, learner.model, messages, FORCED + limit)
+    messages = dialogue(world, args, said)
+    check_room(args, agent.chat, agent.model, messages, FORCED + args.max_new_tokens)
+    if rrm:
+        messages = judge_messages(world, args, said)
+        check_room(args, rrm.chat, rrm.model, messages, FORCED + args.judge_tokens)
 
 
 def main():
