@@ -189,10 +189,10 @@ def pool_advantages(pool):
 
 
 def critique_only(state, split, seeds):
-    """(1), (2), (3) -> second attempts, metrics. One that has no room is lost."""
-    first = attempt(state, split, seeds, ("evaluate",))
-    judgements = review(state, first, ("evaluate", split))
-    second = attempt(state, split, seeds, ("evaluate", 2), first)
+    """Second attempts -> (episodes, metrics). One that has no room is lost."""
+    first = attempt(state, split, seeds, ("evaluate",))  # (1)
+    judgements = review(state, first, ("evaluate", split))  # (2)
+    second = attempt(state, split, seeds, ("evaluate", 2), first)  # (3)
     metrics = watch(second) | watch(first, "first_")
     return second, metrics | watch_judgements(first, judgements)
 
@@ -320,15 +320,16 @@ def dialogue(world, args, said, earlier=None) -> list[dict]:
 
 def judge_messages(world, args, said) -> list[dict]:
     """(2) The judge's view of an episode, with all that the agent was told, tools too."""
-    system = JUDGE.format(rubric=TOOLS if world.tools else ACTIONS, system=world.system)
+    rubric = TOOLS if world.tools else ACTIONS
+    system = JUDGE.format(rubric=rubric, system=world.system)
     shots = judged_examples(args.env, args.shots, args.show_actions)
     return [{"role": "system", "content": system}, *shots, case(said)]
 
 
 def case(said) -> dict:
     """The message that shows a transcript to the judge."""
-    text = CASE.format(task=envs.bare(said[0][1]), transcript=transcript(said))
-    return {"role": "user", "content": text}
+    task = envs.bare(said[0][1])
+    return {"role": "user", "content": CASE.format(task=task, transcript=transcript(said))}
 
 
 def transcript(said) -> str:
@@ -361,17 +362,6 @@ def said_in(messages) -> list[list[str]]:
     return [["world" if m["role"] == "user" else "act", m["content"]] for m in messages]
 
 
-@functools.lru_cache(maxsize=8)
-def worked_examples(env, count, show_actions):
-    """--shots: what a random player met and did on train. The judge's: `judged_examples`."""
-    world, messages = envs.make(env, show_actions=show_actions), []
-    for seed in range(10**6, 10**6 + count):  # far from what is learnt from
-        episode = play(world, "train", seed, envs.random_player, random.Random(seed))
-        messages += [message | {"shot": True} for message in messages_of(episode.said[:2])]
-    world.close()
-    return messages
-
-
 # -------------------------------------------------------------------------------------- a judgement
 
 
@@ -395,8 +385,8 @@ class Judgement:
 
 
 BLOCKS = re.compile(  # from the end of the analysis on; no tag stands within the critique
-    r"</think>[^<]*<critique>((?:(?!</?(?:think|critique|score)>).)*)</critique>[^<]*"
-    r"<score>([^<]*)", re.DOTALL | re.IGNORECASE)
+    r"</think>[^<]*<critique>(?P<critique>(?:(?!</?(?:think|critique|score)>).)*)</critique>"
+    r"[^<]*<score>(?P<score>[^<]*)", re.DOTALL | re.IGNORECASE)
 SCORE = re.compile(  # the only number, in [0, 1]: .8, 0.8/1, **0.8**; not 8/10, 80%, -1, 0.6-0.8
     r"[^\d.,\u2212-]*(0(?:\.\d*)?|\.\d+|1(?:\.0*)?)(?:\s*/\s*1(?:\.0)?)?(?:[^\w/%][^\d/%]*)?")
 
@@ -408,11 +398,14 @@ def parse_judgement(reply) -> dict | None:
     the chat template opened has no opening tag.
     """
     found = [*BLOCKS.finditer(reply)]
-    score = SCORE.fullmatch(found[-1][2]) if found else None
+    score = SCORE.fullmatch(found[-1]["score"]) if found else None
     if not score:
         return None
-    think = re.split("<think>", reply[:found[-1].start()], flags=re.IGNORECASE)[-1]
-    return {"think": think.strip(), "critique": found[-1][1].strip(), "score": float(score[1])}
+    opening = reply[:found[-1].start()]
+    return {
+        "think": re.split("<think>", opening, flags=re.IGNORECASE)[-1].strip(),
+        "critique": found[-1]["critique"].strip(),
+        "score": float(score[1])}
 
 
 def judgement_text(think, critique, score) -> str:
@@ -444,8 +437,9 @@ def judge(state, transcripts, stream) -> list[Judgement]:
             if len(prompt) <= judge_room(state) and len(transcripts[i]) > 1]
     for retry in range(1 + args.judge_retries):
         temperature = args.temperature if retry else 0.0  # greedily it would repeat itself
-        asked = [prompts[i] for i in left]
-        for i, reply in zip(left, ask_judge(state, asked, (*stream, retry), temperature)):
+        some = [prompts[i] for i in left]
+        replies = ask_judge(state, some, (*stream, retry), temperature)
+        for i, reply in zip(left, replies):
             reply.asked += judgements[i].asked
             reply.cut += judgements[i].cut
             reply.tokens += judgements[i].tokens
@@ -563,10 +557,10 @@ def side_by_side(model, chat, args, split, seeds, begin, *, temperature, stream,
     for number, seed in enumerate(seeds, begin):
         world = envs.make(args.env, show_actions=args.show_actions)
         observation, _ = world.reset(seed=seed, options={"split": split})
-        episode = Episode(split, seed, [["world", observation]], second=bool(earlier))
-        told = earlier[number] if earlier else None
-        prompts.append(chat.dialogue(dialogue(world, args, episode.said, told)))
-        episodes.append(episode)
+        said = [["world", observation]]
+        messages = dialogue(world, args, said, earlier[number] if earlier else None)
+        prompts.append(chat.dialogue(messages))
+        episodes.append(Episode(split, seed, said, second=bool(earlier)))
         worlds.append(world)
     actors = common.Dialogues(model, chat, prompts)
     room = model.max_context - FORCED - args.max_new_tokens
@@ -809,8 +803,11 @@ def end_step(state, step, metrics, episodes=(), judgements=()):
         common.save_model(run.dir / "rrm", state.rrm.model, state.rrm.chat)
     tokens = sum(sum(episode.mask) for episode in episodes)
     tokens += sum(judgement.tokens for judgement in judgements)
-    run.count(episodes=len(episodes), env_steps=sum(len(e.actions) for e in episodes),
-              tokens=tokens, gradient_steps=args.updates if episodes or judgements else 1)
+    run.count(
+        episodes=len(episodes),
+        env_steps=sum(len(episode.actions) for episode in episodes),
+        tokens=tokens,
+        gradient_steps=args.updates if episodes or judgements else 1)
     run.write_rollouts([{"step": run.step, **record(episode)} for episode in episodes])
     run.log({"phase": state.phase, "phase_step": step, **metrics}, LIMITS)
     run.save_if_due(progress, **parts(state))
@@ -853,12 +850,13 @@ def watch_judgements(episodes, judgements) -> dict:
     """What can be counted over judgements, and over the episodes that they are about."""
     if not judgements:
         return {}
+    asked = sum(judgement.asked for judgement in judgements)
     found = {
         "judge_readable": common.mean(judgement.readable for judgement in judgements),
         "judge_score": common.mean(judgement.score for judgement in judgements),
         "critiques": len({judgement.critique for judgement in judgements}),
         "not_judged": common.mean(not judgement.asked for judgement in judgements),
-        "cut_judge": sum(j.cut for j in judgements) / max(1, sum(j.asked for j in judgements))}
+        "cut_judge": sum(judgement.cut for judgement in judgements) / max(1, asked)}
     if kept := [episode for episode in episodes if not episode.left_out]:
         found["judge_auc"] = auroc([(e.judge_score, e.won) for e in kept])
         found["leaks"] = leaks(kept)
@@ -1017,16 +1015,20 @@ def main():
         learn(state)
 
     after, last = evaluate(state, world.splits, again=not learns)
-    run.complete(agent.model, agent.chat, "reagent", args.variant, progress["before"], after,
-                 envs.ends(args.env, args.eval_episodes), shown=[progress["shown"], last],
-                 judge=progress["judge"], cold_started=progress.get("cold_started"),
-                 cold_start=len(state.demos), judged=len(state.judged))
+    ends = envs.ends(args.env, args.eval_episodes)
+    run.complete(
+        agent.model, agent.chat, "reagent", args.variant, progress["before"], after, ends,
+        shown=[progress["shown"], last],
+        judge=progress["judge"],
+        judged=len(state.judged),
+        cold_start=len(state.demos),
+        cold_started=progress.get("cold_started"))
 
 
-# ---------------------------------------------------------------------------- only for --model tiny
-# ... and where there is no stronger model: its trajectories come from the worlds' players, its
-# judgements from a program that names the flaws of a process, and so does what `quality` compares
-# a judge with.
+# --------------------------- in place of a stronger model, and then what is only for --model tiny
+# Trajectories come from the worlds' players, judgements from a program that names the flaws of a
+# process. Who brings --demos and --judgements needs of it the examples of --shots, and what
+# `quality` compares a judge with.
 
 JUDGED, DEMONSTRATED = 300_000_000, 500_000_000  # where the seeds of these data begin
 
@@ -1080,6 +1082,17 @@ def players_of(world):
     """Players of different strength."""
     experts = [envs.expert_player] if type(world).expert is not envs.World.expert else []
     return [*experts, *world.players, envs.random_player]
+
+
+@functools.lru_cache(maxsize=8)
+def worked_examples(env, count, show_actions):
+    """--shots: what a random player met and did on train. The judge's: `judged_examples`."""
+    world, messages = envs.make(env, show_actions=show_actions), []
+    for seed in range(10**6, 10**6 + count):  # far from what is learnt from
+        episode = play(world, "train", seed, envs.random_player, random.Random(seed))
+        messages += [message | {"shot": True} for message in messages_of(episode.said[:2])]
+    world.close()
+    return messages
 
 
 @functools.lru_cache(maxsize=8)
@@ -1164,7 +1177,8 @@ def quality(state) -> dict:
     return found
 
 
-# What a model made from nothing is taught before it learns by itself, and what suits it.
+# ---------------------------------------------------------------------------- only for --model tiny
+# What a model made from nothing is taught before it learns by itself, and the defaults that suit it.
 
 TINY = dict(
     steps=50, lr=5e-4, batch_size=128, micro_batch_size=16, rollout_batch_size=256, max_new_tokens=32, eval_episodes=500,

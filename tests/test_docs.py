@@ -731,8 +731,8 @@ def test_second_attempts_by_hand():
 
 def test_second_attempts_differ_in_the_critique_alone(trained, monkeypatch, capsys):
     played, rollout = [], reagent.rollout
-    monkeypatch.setattr(reagent, "rollout", lambda *given, before=None, **rest: played.append(
-        (before, rest, rollout(*given, before=before, **rest))) or played[-1][2])
+    monkeypatch.setattr(reagent, "rollout", lambda *given, earlier=None, **rest: played.append(
+        (earlier, rest, rollout(*given, earlier=earlier, **rest))) or played[-1][2])
     monkeypatch.setattr(reagent, "judge", lambda state, transcripts, stream: [
         reagent.Judgement(critique=f"Number {i}.", asked=1) for i in range(len(transcripts))])
     monkeypatch.setattr(sys, "argv", ["second_attempts.py", str(trained), "--episodes", "6"])

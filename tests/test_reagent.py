@@ -113,26 +113,24 @@ def test_quick_is_small_and_the_commands_of_the_docstring_are_accepted(monkeypat
 WITHOUT_THINK, WITHOUT_CRITIQUE = (
     re.sub(rf"<{name}>.*</{name}>\n", "", GOOD) for name in ("think", "critique"))
 SCORES = {
-    0.7: ["0.7", " 0.7\n", "**0.7**", "`0.7`", "Score: 0.7", "0.7.", "0.7 (good)", "(0.7)", "70%",
-          "0.7 - a good start", "7/10", "7 out of 10", "0.7/1", "0.7 / 1.0", "\n\n0.7\nfor 3 calls"],
-    0.5: [".5", "0.5/1", "50 %", "5.0/10"], 0.0: ["0", "0.0", "0/10", "0%"],
-    1.0: ["1", "1.", "1.0", "1/1", "100%"],
-    None: ["1.01", "2", "8", "-0.1", "\u22120.1", "nan", "inf", "1e-3", "9" * 400, "11/10", "0,7",
-           "0.8/10", "0.8%", "120%", "0.6-0.8", "0.6 or 0.8", "0.5/0", "1/0.5", "0.3/0.5", "", "v2",
-           "high", "0.7x", "1.2.3", "1/10/2020", "1/10,poor", "0.7 from 0 to 1", "zero", "1/2/3"],
+    0.7: ["0.7", " 0.7\n", "**0.7**", "`0.7`", "Score: 0.7", "0.7.", "0.7 (good)", "(0.7)", "0.7/1",
+          "0.7 / 1.0", "0.7 - a good start"],
+    0.5: [".5", "0.5/1"], 0.0: ["0", "0.0", "0."], 1.0: ["1", "1.", "1.0", "1/1"],
+    None: ["1.01", "2", "8", "10", "-0.1", "\u22120.1", "nan", "inf", "1e-3", "9" * 400, "11/10", "0,7",
+           "7/10", "1/10", "70%", "0%", "0.6-0.8", "0.6 or 0.8", "0.5/0", "1/0.5", "0.3/0.5", "", "v2",
+           "high", "0.7x", "1.2.3", "1/10/2020", "1/1/2", "0.7 from 0 to 1", "zero"],
 }  # fmt: skip
 READ = [
     f" {GOOD}\n\n", f"```xml\n{GOOD}\n```", f"Here it is:\n\n{GOOD}", GOOD + "\n\nI hope it helps!",
-    GOOD.upper(), GOOD.replace("score", "Score"), GOOD.replace("<", "< ").replace("< /", "</ "),
-    f"**1.** {GOOD}".replace("\n", "\n\n### Next\n"), GOOD.replace("</score>", ""),
-    GOOD.replace("</think>\n<critique>", "</think> and so <critique>"), GOOD * 2,
-    blocks("0.1") + "\nNo, rather:\n" + GOOD, GOOD + " The <score> is high.",
+    GOOD.upper(), GOOD.replace("score", "Score"), f"**1.** {GOOD}".replace("\n", "\n\n### Next\n"),
+    GOOD.replace("</score>", ""), GOOD.replace("</think>\n<critique>", "</think> and so <critique>"),
+    GOOD * 2, blocks("0.1") + "\nNo, rather:\n" + GOOD, GOOD + " The <score> is high.",
     blocks("0.5", think="What a <score> would be fair?"),
     f"<think>a thinking model's own</think>\n\n{GOOD}", f"its template began</think>\n\n{GOOD}",
     GOOD.removeprefix("<think>"), f"</think>{GOOD}", f"a</think>b</think>{GOOD}",
     f"<think>First <think>, then <critique> and <score>.</think>\n\n{GOOD}",
     f"<think>Perhaps {blocks('0.9')}? No.</think>\n{GOOD}", f"<think>own</think>\n{WITHOUT_THINK}",
-    blocks("0.5", "", ""),
+    blocks("0.5", "", ""), blocks("0.5", critique="Call <open> with 1 < 2."),
 ]  # fmt: skip
 UNREADABLE = [
     "", "0.5", WITHOUT_THINK, WITHOUT_CRITIQUE, GOOD.split("<score>")[0],
@@ -186,8 +184,8 @@ def test_no_text_upsets_what_reads_it(text):
     seen = ra.transcript(said)
     turns = [line for line in seen.split("\n") if re.match("(Agent|Observation):", line)]
     assert len(turns) == 3 and "the end" not in seen  # nobody can pretend to be another turn
-    before = ra.Episode("train", 0, said, critique=text)
-    asked = ra.dialogue(WORLD, ARGS, [["world", text]], before)[1]["content"]
+    earlier = ra.Episode("train", 0, said, critique=text)
+    asked = ra.dialogue(WORLD, ARGS, [["world", text]], earlier)[1]["content"]
     assert asked.startswith(text) and asked.endswith("\n\nTry again from the start, with your first turn.")
 
 
@@ -260,14 +258,14 @@ def test_worked_examples_are_random_play_and_know_no_outcome(env, monkeypatch):
     monkeypatch.setattr(envs.World, "reset", lambda self, **how: splits.append(
         how["options"]["split"]) or reset(self, **how))
     monkeypatch.setattr(type(envs.make(env)), "expert", None)
-    ra.worked_examples.cache_clear()
-    acted, judged = (ra.worked_examples(env, 3, False, of_judge) for of_judge in (False, True))
-    assert ra.worked_examples(env, 0, False) == [] and set(splits) == {"train"}
+    shows = ra.worked_examples, ra.judged_examples
+    acted, judged = (show.__wrapped__(env, 3, False) for show in shows)
+    assert [show(env, 0, False) for show in shows] == [[], []] and set(splits) == {"train"}
     assert all(m.get("shot", m["role"] == "user") for m in acted + judged)
     world = envs.make(env)
     plays = [ra.play(world, "train", seed, envs.random_player, random.Random(seed))
              for seed in range(10**6, 10**6 + 30)]
-    told = {ra.case(e.said)["content"]: ra.reference(e.flaws) for e in plays}
+    told = {ra.case(e.said)["content"]: ra.annotate(e.flaws) for e in plays}
     assert [(q["content"], a["content"]) for q, a in zip(acted[::2], acted[1::2], strict=True)] == [
         (e.said[0][1], e.said[1][1]) for e in plays[:3]]
     assert all(("<tool_call>" in m["content"]) == bool(world.tools) for m in acted[1::2])
@@ -288,6 +286,7 @@ class Run:
 
     def __init__(self, path=None):
         self.dir, self.logged, self.episodes, self.counted = path, [], [], Counter()
+        self.write_rollouts, self.count = self.episodes.extend, self.counted.update
 
     def steps(self, done, last):
         for self.step in range(done + 1, last + 1):
@@ -296,17 +295,10 @@ class Run:
     def log(self, record, limits):
         self.logged.append(record)
 
-    def write_rollouts(self, records):
-        self.episodes += records
-
-    def count(self, **counts):
-        self.counted.update(counts)
-
-    def lap(self, name):
+    def lap(self, *given, **parts):
         pass
 
-    def save_if_due(self, progress, **parts):
-        pass
+    save_if_due = lap
 
 
 def state_of(tiny, path=None, world=WORLD, **settings):
@@ -430,18 +422,18 @@ def test_what_anybody_can_count_by_hand():
         shop, flaw(actions=["a", "fly\naway", "b", "b"], valid=[True, False, True, True]))
     assert impossible == ("impossible", 0.4, "This could not be done: fly away.", "Do without: fly away.")
     assert repeated == ("repeated", 0.4, "This was done twice in a row: b.", "Do not repeat: b.")
-    think, critique, score = ra.reference([impossible, repeated])
+    think, critique, score = ra.annotate([impossible, repeated])
     assert think == f"{impossible.found} {repeated.found}" and score == pytest.approx(0.2)
     assert critique == "Do without: fly away. Do not repeat: b."
-    assert ra.reference([]) == ("Every step was needed.", "Go on like this.", 1.0)
-    assert ra.reference([impossible] * 3)[2] == 0
+    assert ra.annotate([]) == ("Every step was needed.", "Go on like this.", 1.0)
+    assert ra.annotate([impossible] * 3)[2] == 0
     searched = ra.play(WORLD, "train", 3, envs.guess_player, random.Random(0))
     assert searched.flaws == WORLD.flaws() and searched.flaws  # what the world itself says
 
 
 @pytest.mark.parametrize("env", ["search", "search-full"])
-def test_references_know_neither_outcome_nor_answer(env, monkeypatch):
-    """With other right answers players and reference judgements say the same, though nobody wins."""
+def test_annotations_know_neither_outcome_nor_answer(env, monkeypatch):
+    """With other right answers players and the program say the same, though nobody wins."""
 
     def played():
         world = envs.make(env)
@@ -457,20 +449,21 @@ def test_references_know_neither_outcome_nor_answer(env, monkeypatch):
     assert [ra.judge_messages(WORLD, ARGS, e.said) for e in found] == [
         ra.judge_messages(WORLD, ARGS, e.said) for e in other]
     assert len({flaw.name for e in found for flaw in e.flaws}) >= 5
-    assert len({ra.reference(e.flaws)[1] for e in found}) > 20  # they quote evidence
+    assert len({ra.annotate(e.flaws)[1] for e in found}) > 20  # they quote evidence
 
 
 # ---------------------------------------------------------------------------- (4) and (5): the pool
 
 
 def pool_of(*rows):
-    """Episodes of (score of the rule, score of the judge[, left out])."""
-    return [ra.Episode("train", 0, [], score=rule, judge_score=score, left_out=bool(out))
-            for rule, score, *out in rows]
+    """Episodes of (score of the rule, score of the judge)."""
+    return [ra.Episode("train", 0, [], score=rule, judge_score=score) for rule, score in rows]
 
 
 def advantages(pool, args=ARGS):
-    ra.pool_advantages(args, pool)
+    for e in pool:
+        e.earned = ra.judged_return(args, e)
+    ra.pool_advantages(pool)
     return [e.advantage for e in pool]
 
 
@@ -486,20 +479,16 @@ def test_returns_and_advantages_of_a_pool_by_hand():
     assert advantages(rule, changed(score_weight=0.0)) == alone and [e.earned for e in rule] == [0, 1]
 
 
-def test_what_is_left_out_moves_nobodys_advantage():
-    low, high = advantages(pool_of((0, 0), (1, 0)))
-    assert low < 0 < high
-    assert advantages(pool_of((0, 0), (9, 9, True), (1, 0), (0, 0, True))) == [low, 0, high, 0]
-    for flat in (pool_of((0.1, 0.5), (0.1, 0.5), (9, 9, True)), pool_of((1, 1)), pool_of((1, 1, True)),
-                 pool_of((0.3, 0), (0, 1))):  # equal returns
-        assert set(advantages(flat)) == {0}
+def test_a_pool_without_spread_has_no_advantages():
+    for flat in (pool_of((0.1, 0.5), (0.1, 0.5)), pool_of((1, 1)), pool_of((0.3, 0), (0, 1)), []):
+        assert set(advantages(flat)) <= {0}
 
 
 # ----------------------------------------------------------------------------------------- attempts
 
 
-def attempts(tiny, seeds, before=None, args=ARGS, stream=("test",)):
-    return ra.rollout(*tiny, args, "train", seeds, temperature=0.7, stream=stream, before=before)
+def attempts(tiny, seeds, earlier=None, args=ARGS, stream=("test",)):
+    return ra.rollout(*tiny, args, "train", seeds, temperature=0.7, stream=stream, earlier=earlier)
 
 
 CRITIQUES = ["Read every page.", "", "Mind the {braces} <|im_end|>.", "Go on like this."] * 2
@@ -525,10 +514,10 @@ def test_the_mask_is_what_was_sampled(tiny, flags):
     for episode, critique in zip(first, CRITIQUES):
         episode.critique = critique
     second = attempts(tiny, range(4), first, args)
-    for e, before in [*zip(first, [None] * 4), *zip(second, first)]:
-        assert e.second == bool(before) and not e.left_out and len(e.ids) == len(e.mask)
+    for e, earlier in [*zip(first, [None] * 4), *zip(second, first)]:
+        assert e.second == bool(earlier) and not e.left_out and len(e.ids) == len(e.mask)
         position, cut = 0, 0
-        given = chat.dialogue(ra.dialogue(world, args, e.said[:1], before))
+        given = chat.dialogue(ra.dialogue(world, args, e.said[:1], earlier))
         for (_, reply), (_, seen) in zip(e.said[1::2], e.said[2::2]):
             given = given + chat.encode(word)
             assert e.ids[position:position + len(given)] == given
@@ -642,7 +631,7 @@ def test_u_learns_from_first_and_second_attempts_in_one_pool(tiny, judge_says, u
     for step, (model, batch, clip) in enumerate(updates):
         (_, how, first), (_, again, second) = luck[2 * step:2 * step + 2]
         assert model is state.agent.model and clip == (0.2, 0.34)
-        assert how["before"] is None and again["before"] is first and how["stream"] != again["stream"]
+        assert how["earlier"] is None and again["earlier"] is first and how["stream"] != again["stream"]
         pools = [first[:4] + second[:4], first[4:] + second[4:]]
         assert all(x is y for x, y in zip(batch, pools[0] + pools[1], strict=True))
         for pool in pools:
@@ -666,6 +655,20 @@ def test_u_learns_from_first_and_second_attempts_in_one_pool(tiny, judge_says, u
         len(tiny[1].encode(text)) for text in spoken)
 
 
+def test_what_is_left_out_moves_nobodys_advantage(tiny, updates, luck, monkeypatch):
+    def review(state, episodes, stream):
+        episodes[1].left_out, episodes[1].score = True, 9.0
+        return []
+
+    monkeypatch.setattr(ra, "review", review)
+    ra.learn(state_of(tiny, steps=1))
+    [(_, batch, _)] = updates
+    kept = [e for e in batch[:8] if not e.left_out]
+    assert [i for i, e in enumerate(batch) if e.left_out] == [1, 5] and batch[1].earned == 9
+    assert [e.advantage for e in kept] == ra.group_advantages([e.earned for e in kept])
+    assert batch[1].advantage == batch[5].advantage == 0 and any(e.advantage for e in kept)
+
+
 @pytest.mark.parametrize("variant, says, added", [
     ("R", GOOD, 0.15), ("none", GOOD, 0), ("R", "garbage", 0)])  # fmt: skip
 def test_r_and_none_have_no_second_attempts_and_garbage_leaves_the_rule(
@@ -675,7 +678,7 @@ def test_r_and_none_have_no_second_attempts_and_garbage_leaves_the_rule(
     state = state_of(tiny, steps=1, variant=variant)
     ra.learn(state)
     [(_, batch, _)], [(_, how, first)], [metrics] = updates, luck, state.run.logged
-    assert how["before"] is None and batch == first and bool(calls) == (variant == "R")
+    assert how["earlier"] is None and batch == first and bool(calls) == (variant == "R")
     assert [e.earned for e in batch] == pytest.approx([e.score + added for e in batch])
     assert metrics.get("judge_readable") == (None if variant == "none" else says == GOOD)
     assert "second_success" not in metrics and batch[0].advantage != 0
@@ -788,7 +791,7 @@ def test_demonstrations_are_correct_and_of_train():
     assert len(rows) == 12 and len(questions) > 10 and questions.isdisjoint(
         row["messages"][0]["content"] for row in again)
     for row in rows:
-        ra.check_row(row, False)
+        ra.check_row(row)
         assert row["earlier"][0] == row["messages"][0] and row["messages"][-1]["role"] == "assistant"
         world, thought = envs.make("search"), 0
         seeds = range(ra.DEMONSTRATED, ra.DEMONSTRATED + 12)
@@ -801,7 +804,7 @@ def test_demonstrations_are_correct_and_of_train():
     assert sum(row["earlier"] == row["messages"] for row in rows) < 12
 
 
-def test_judged_trajectories_are_of_players_and_of_the_agent(tiny, tmp_path):
+def test_judged_trajectories_are_of_players_and_of_the_agent(tiny, tmp_path, capsys):
     state = state_of(tiny, tmp_path, judged=8, judge_steps=1)
     players, own = ra.mixed_episodes(state, "train", range(70, 76), ("x",))
     assert [e.seed for e in players] == [70, 72, 74] and [e.seed for e in own] == [71, 73, 75]
@@ -809,14 +812,16 @@ def test_judged_trajectories_are_of_players_and_of_the_agent(tiny, tmp_path):
     assert len(rows) == 10 and len({row["score"] for row in rows}) > 1
     assert state.run.counted["episodes"] == 5 and state.run.counted["tokens"] > 50  # the agent's
     for row in rows:
-        ra.check_row(row, True)
+        ra.check_judged(row)
         assert set(row) == {"messages", "think", "critique", "score", "won"}
     assert list(ra.judged_rows(state, 4)) == rows[4:]  # a run that was cut goes on
     state.progress["judged.jsonl"] = "its hash"
     assert list(ra.judged_rows(state, 10)) == []
     replies = [len(tiny[1].encode(ra.judgement_text(*list(row.values())[1:4]))) for row in rows]
     state.args.judge_tokens = max(replies)  # no room for the end of the longest ones
-    assert len(ra.judgeable(state, rows)) == sum(length < max(replies) for length in replies)
+    fit = sum(length < max(replies) for length in replies)
+    assert len(ra.judgeable(state, rows)) == fit < 10
+    assert f": {fit} of 10 judged trajectories fit" in capsys.readouterr().out
     state.args.judge_tokens += 1
     mixed = ra.judgeable(state, rows)
     assert mixed != rows and sorted(map(str, mixed)) == sorted(map(str, rows))
@@ -845,9 +850,9 @@ BAD_JUDGED += [ROW | {"think": None}, ROW | {"critique": 3}]
 def test_a_bad_row_is_refused_by_its_line(row, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, (ROW, row))))
-    for option, judged in ("--demos", False), ("--judgements", True):
-        read = partial(common.read_rows, option, str(path), partial(ra.check_row, judged=judged))
-        if row in BAD_JUDGED and not judged:
+    for option, check in ("--demos", ra.check_row), ("--judgements", ra.check_judged):
+        read = partial(common.read_rows, option, str(path), check)
+        if row in BAD_JUDGED and option == "--demos":
             assert read() == [ROW, row] or row["score"] != row["score"]  # nan equals nothing
             continue
         with pytest.raises(SystemExit) as end:
@@ -903,20 +908,20 @@ def test_quality_of_a_judge(tiny, judge_says, monkeypatch):
 
 
 def test_first_attempts_count_at_test_time_and_second_ones_in_c(tiny, judge_says, monkeypatch):
-    def rollout(model, chat, args, split, seeds, *, temperature, stream, before=None):
-        played.append((split, stream, before, temperature))
-        return [ra.Episode(split, seed, list(A), ["x"], [True], won=before is not None, score=0.25,
+    def rollout(model, chat, args, split, seeds, *, temperature, stream, earlier=None):
+        played.append((split, stream, earlier, temperature))
+        return [ra.Episode(split, seed, list(A), ["x"], [True], won=earlier is not None, score=0.25,
                            gold="Go") for seed in seeds]  # fmt: skip
 
     monkeypatch.setattr(ra, "rollout", rollout)
     calls, played, state = judge_says(GOOD), [], state_of(tiny, eval_episodes=10)
     numbers, shown = ra.evaluate(state, ("train", "test", "ood"))
-    assert [(split, before) for split, _, before, _ in played] == [("test", None), ("ood", None)]
+    assert [(split, earlier) for split, _, earlier, _ in played] == [("test", None), ("ood", None)]
     assert numbers["test"]["success"] == 0 and numbers["test"]["n"] == 10 and not calls
     assert {temperature for *_, temperature in played} == {0.6} and shown["won"] is False
     played.clear()
     numbers, shown = ra.evaluate(state, ("test",), fewer=5, again=True)
-    assert [before is None for _, _, before, _ in played] == [True, False]
+    assert [earlier is None for _, _, earlier, _ in played] == [True, False]
     assert [e.critique for e in played[1][2]] == ["Go on like this."] * 2 and shown["won"] is True
     found = numbers["test"]
     assert (found["success"], found["first_success"], found["n"], found["leaks"]) == (1, 0, 2, 1)
@@ -1067,7 +1072,10 @@ def test_phases_come_in_order_and_metrics_follow_from_what_is_kept(whole, tiny):
     assert set(summary["judge"]) == {"before", "judge-sft", "judge-grpo"} and summary["cold_start"] == 16
     assert set(summary["judge"]["before"]["players"]) >= {"judge_auc", "auc_process", "leaks"}
     assert set(summary["cold_started"]) == {"test", "ood"}
-    assert len(lines(whole / "judged.jsonl")) == 22
+    judged = lines(whole / "judged.jsonl")
+    texts = [ra.judgement_text(row["think"], row["critique"], row["score"]) for row in judged]
+    fit = sum(len(tiny[1].encode(text)) < 64 for text in texts)  # --judge-tokens
+    assert summary["judged"] == fit < len(judged) == 22
     trained, rrm = weights(whole / "model"), weights(whole / "rrm")
     for name, value in tiny[0].named_parameters():  # every parameter moved
         assert not torch.equal(value, trained[name]) and not torch.equal(value, rrm[name])
