@@ -354,7 +354,8 @@ def transcript(said) -> str:
 def messages_of(said) -> list[dict]:
     """The turns of an episode as messages."""
     roles = {"world": "user", "act": "assistant"}
-    return [{"role": roles[who], "content": text} for who, text in said if who in roles]
+    return [{"role": roles[who], "content": text}
+            for who, text in said if who in roles]
 
 
 def said_in(messages) -> list[list[str]]:
@@ -501,9 +502,9 @@ def judgeable(state, rows) -> list[dict]:
         length = len(state.rrm.chat.encode(reply)) + 1  # with its end
         if len(prompt) <= judge_room(state) and length <= args.judge_tokens:
             fit.append(row)
-    told = f"{len(fit)} of {len(rows)} judged trajectories fit the judge's context and --judge-tokens"
-    common.check(len(fit) > judge_grpo_rows(args), f"{told}: too few for its GRPO and SFT")
-    tqdm.write(f"the judge's training: {told}")
+    told = f"{len(fit)} of {len(rows)} judged trajectories fit its context and --judge-tokens"
+    common.check(len(fit) > judge_grpo_rows(args), f"the judge: {told}, too few for GRPO and SFT")
+    tqdm.write(f"the judge: {told}")
     return fit
 
 
@@ -832,7 +833,8 @@ def watch(episodes, prefix="") -> dict:
     if not episodes:
         return {}
     valid = [ok for episode in episodes for ok in episode.valid]
-    words = [text.lower() for e in episodes for who, text in e.said if who == "act"]
+    said = [turn for episode in episodes for turn in episode.said]
+    words = [text.lower() for who, text in said if who == "act"]
     counted = {
         "success": [episode.won for episode in episodes],
         "score": [episode.score for episode in episodes],
@@ -842,7 +844,8 @@ def watch(episodes, prefix="") -> dict:
         "truncated": [episode.truncated for episode in episodes],
         "speaks_of_a_critique": ["reviewer" in text or "critique" in text for text in words]}
     found = {f"{prefix}{name}": common.mean(values) for name, values in counted.items()}
-    found[f"{prefix}cut_act"] = sum(episode.cut for episode in episodes) / max(1, len(valid))
+    cut = sum(episode.cut for episode in episodes)
+    found[f"{prefix}cut_act"] = cut / max(1, len(valid))
     return found
 
 
@@ -863,13 +866,14 @@ def watch_judgements(episodes, judgements) -> dict:
     return found
 
 
-def auroc(pairs) -> float | None:
+def auroc(labelled) -> float | None:
     """How often a (score, True) is above a (score, False), ties count half; None without both."""
-    above = [score for score, label in pairs if label]
-    below = [score for score, label in pairs if not label]
+    above = [score for score, label in labelled if label]
+    below = [score for score, label in labelled if not label]
     if not above or not below:
         return None
-    return common.mean((a > b) + (a == b) / 2 for a, b in itertools.product(above, below))
+    pairs = itertools.product(above, below)
+    return common.mean((a > b) + (a == b) / 2 for a, b in pairs)
 
 
 def leaks(episodes) -> float | None:
@@ -895,7 +899,8 @@ def evaluate(state, splits, fewer=1, again=False):
         else:
             played = attempt(state, split, range(count), ("evaluate",))
             metrics = watch(played)
-        _, se = common.mean_se([float(episode.won) for episode in played])
+        won = [float(episode.won) for episode in played]
+        _, se = common.mean_se(won)
         found[split] = metrics | {"se": se, "n": count}
         tqdm.write(common.result_line(split, found[split]))
     flaws = [list(flaw) for flaw in played[0].flaws]  # plain, for checkpoints
@@ -959,8 +964,9 @@ def judge_of(args, agent) -> Learner | None:
         return None
     model, chat = agent.model, agent.chat
     if args.rrm:
-        model, chat = common.load(args.rrm, option="--rrm", device=args.device, dtype=args.dtype,
-                                  thinking=args.thinking, max_context=args.max_context)
+        model, chat = common.load(
+            args.rrm, option="--rrm", device=args.device, dtype=args.dtype,
+            thinking=args.thinking, max_context=args.max_context)
     elif args.judged and not args.eval_only:
         return trained(args, common.copy_of(model), chat)
     return Learner(common.frozen_copy(model), chat)
@@ -968,9 +974,11 @@ def judge_of(args, agent) -> Learner | None:
 
 def trained(args, model, chat) -> Learner:
     """A model that will be trained."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
-                                  fused=model.device.type == "cuda")  # no copies in the step
-    return Learner(model, chat, optimizer, common.frozen_copy(model) if args.kl else None)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
+        fused=model.device.type == "cuda")  # no copies in the step
+    reference = common.frozen_copy(model) if args.kl else None
+    return Learner(model, chat, optimizer, reference)
 
 
 def check_prompts(state):
@@ -995,7 +1003,8 @@ def main():
     check_prompts(state)
     if args.eval_only:
         return evaluate(state, world.splits, again=args.variant == "C")
-    run.start({"judge": common.fingerprint(rrm.model)} if args.rrm else None, model=agent.model)
+    judge_is = {"judge": common.fingerprint(rrm.model)} if args.rrm else None
+    run.start(judge_is, model=agent.model)
 
     state.progress = progress = run.resume(**parts(state)) or state.progress
     if not progress["step"]:
@@ -1008,7 +1017,8 @@ def main():
         progress["judge"]["before"] = quality(state)
     if rrm and rrm.optimizer:
         make = functools.partial(judged_rows, state)
-        state.judged = judgeable(state, judged or run.collect("judged.jsonl", progress, make))
+        judged = judged or run.collect("judged.jsonl", progress, make)
+        state.judged = judgeable(state, judged)
         judge_sft(state)
         judge_grpo(state)
     if learns:
@@ -1178,14 +1188,16 @@ def quality(state) -> dict:
 
 
 # ---------------------------------------------------------------------------- only for --model tiny
-# What a model made from nothing is taught before it learns by itself, and the defaults that suit it.
+# What a model made from nothing is taught before it learns by itself; defaults that suit it.
 
 TINY = dict(
-    steps=50, lr=5e-4, batch_size=128, micro_batch_size=16, rollout_batch_size=256, max_new_tokens=32, eval_episodes=500,
-    save_every=20, device="cpu", judge_tokens=80, cold_again=True, judged=3000, sft_batch_size=16, sft_lr=5e-4)
+    steps=50, lr=5e-4, batch_size=128, micro_batch_size=16, rollout_batch_size=256,
+    max_new_tokens=32, eval_episodes=500, save_every=20, device="cpu", judge_tokens=80,
+    cold_again=True, judged=3000, sft_batch_size=16, sft_lr=5e-4)
 QUICK = dict(
-    steps=2, batch_size=16, group_size=4, eval_episodes=16, eval_every=1, save_every=2, cold_start=8, cold_epochs=1,
-    sft_batch_size=8, judged=16, judge_steps=1, judge_epochs=1, examples=150)
+    steps=2, batch_size=16, group_size=4, eval_episodes=16, eval_every=1, save_every=2,
+    cold_start=8, cold_epochs=1, sft_batch_size=8, judged=16, judge_steps=1, judge_epochs=1,
+    examples=150)
 NEXT = "Write all the calls that take up what you see here."  # practises copying
 
 
@@ -1196,23 +1208,31 @@ def load(world, args):
     common.check(not args.dose or hasattr(world, "heeding"),
                  f"--dose: --env {args.env} cannot say which actions follow a critique")
     if common.is_tiny(args.model) and args.device == "cpu":
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors: more threads only wait for each other
-    return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants_of(world), device=args.device,
-                       dtype=args.dtype, thinking=args.thinking, max_context=args.max_context,
-                       gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank)
+        # small tensors: more threads only wait for each other
+        torch.set_num_threads(min(2, torch.get_num_threads()))
+    return common.load(
+        args.model, corpus=lambda: warmup(world, args), constants=constants_of(world),
+        device=args.device, dtype=args.dtype, thinking=args.thinking,
+        max_context=args.max_context, lora_rank=args.lora_rank,
+        gradient_checkpointing=args.gradient_checkpointing)
 
 
 def constants_of(world):
     """Lines that are one token of a tiny model."""
     rubric = TOOLS if world.tools else ACTIONS
-    prompts = [part for text in (CASE, AGAIN) for part in re.split(r"{\w+}|\n", text)]
-    blocks = re.split("0.0", judgement_text("\0", "\0", 0.0).replace("\0", "0.0"))
-    phrases = [part for _, *told in envs.FLAWS.values() for text in told for part in text.split("{}")]
-    calls = [part for name in envs.TOOLS for part in envs.tool_call(name, "\0").split("\\u0000")]
-    facts = [re.split(r"{\w}", relation.sentence)[1] for relation in envs.RELATIONS.values()]
-    fixed = annotate([])[:2]
-    return [world.system, CALL, ACT, JUDGE.format(rubric=rubric, system=""), NEXT, *prompts, *blocks, *fixed, "\nAgent: ",
-            "\nObservation: ", *common.CHANGES_OF_SPEAKER, *(calls + facts + phrases if world.tools else [])]
+    texts = [world.system, CALL, ACT, JUDGE.format(rubric=rubric, system=""), NEXT]
+    for text in CASE, AGAIN:
+        texts += re.split(r"{\w+}|\n", text)
+    texts += re.split("\0|0.0", judgement_text("\0", "\0", 0.0))
+    texts += [*annotate([])[:2], "\nAgent: ", "\nObservation: ", *common.CHANGES_OF_SPEAKER]
+    if world.tools:
+        for name in envs.TOOLS:
+            texts += envs.tool_call(name, "\0").split("\\u0000")
+        for relation in envs.RELATIONS.values():
+            texts.append(re.split(r"{\w}", relation.sentence)[1])
+        for _, *told in envs.FLAWS.values():
+            texts += [part for text in told for part in text.split("{}")]
+    return texts
 
 
 def warmup(world, args):
@@ -1225,16 +1245,19 @@ def warmup(world, args):
     apart: all actions that take up what is seen. The judge learns its form from judgements of other
     episodes than the one it reads. No part sees an expert.
     """
-    rng, examples, done, told = random.Random("warm-up"), [], [], annotate([])
+    rng, examples, done = random.Random("warm-up"), [], []
+    told = annotate([])
     args = dataclasses.replace(args, shots=0)
     for seed in range(args.examples):
         first, recent = warmup_play(world, seed, rng, done)
-        said, turn = dialogue(world, args, first.said)[:-1], rng.randrange(len(recent))
-        examples.append(said)
+        messages = dialogue(world, args, first.said)[:-1]
+        examples.append(messages)
+        turn = rng.randrange(len(recent))
         if recent[turn]:
-            *earlier, last = said[:2 + 2 * turn]
+            *above, last = messages[:2 + 2 * turn]
             asked = {"role": "user", "content": f"{last['content']}\n{NEXT}"}
-            examples.append([*earlier, asked, {"role": "assistant", "content": "\n".join(recent[turn])}])
+            reply = {"role": "assistant", "content": "\n".join(recent[turn])}
+            examples.append([*above, asked, reply])
         if seed % 2:
             told, other = annotate(first.flaws), told
             reply = {"role": "assistant", "content": judgement_text(*other)}
@@ -1248,7 +1271,10 @@ def warmup(world, args):
 
 
 def warmup_play(world, seed, rng, done, critique=None):
-    """An episode, and for each observation the actions that take up its words. `done`: all actions so far."""
+    """An episode, and for each observation the actions that take up its words.
+
+    `done`: all actions so far.
+    """
 
     def topic(action):
         return envs.read_call(action)[1] or action

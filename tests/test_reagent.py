@@ -152,12 +152,10 @@ def test_parse_judgement(text, score):
 def test_parse_judgement_keeps_the_words():
     said = {"think": "a\nb", "critique": "Do it again.", "score": 0.2}
     assert ra.parse_judgement(blocks("0.2", " a\nb ", "\nDo it again. ")) == said
-    assert ra.parse_judgement(f"<think>native</think>{GOOD}")["think"] == "No flaw."
-    assert ra.parse_judgement(GOOD.removeprefix("<think>"))["think"] == "No flaw."
-    assert ra.parse_judgement(blocks("1", "", ""))["critique"] == ""
-    assert ra.parse_judgement(blocks("0.1") + GOOD)["critique"] == "Go on like this."
-    told = "One thing.", "Another.", 0.4
-    assert tuple(ra.parse_judgement(ra.judgement_text(*told)).values()) == told
+    assert ra.parse_judgement(ra.judgement_text(*said.values())) == said
+    for text in f"<think>native</think>{GOOD}", GOOD.removeprefix("<think>"), blocks("0.1") + GOOD:
+        found = ra.parse_judgement(text)
+        assert (found["think"], found["critique"]) == ("No flaw.", "Go on like this.")
 
 
 TAGS = [f"<{slash}{name}>" for name in ("think", "critique", "score") for slash in ("", "/")]
@@ -477,9 +475,6 @@ def test_returns_and_advantages_of_a_pool_by_hand():
     assert alone == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-5)
     rule = pool_of((0, 1), (1, 0))
     assert advantages(rule, changed(score_weight=0.0)) == alone and [e.earned for e in rule] == [0, 1]
-
-
-def test_a_pool_without_spread_has_no_advantages():
     for flat in (pool_of((0.1, 0.5), (0.1, 0.5)), pool_of((1, 1)), pool_of((0.3, 0), (0, 1)), []):
         assert set(advantages(flat)) <= {0}
 
@@ -785,23 +780,19 @@ def test_a_supervised_phase_passes_over_its_rows(tiny, monkeypatch, rows, epochs
 
 
 def test_demonstrations_are_correct_and_of_train():
-    rows = ra.demonstrations(changed(cold_start=12))
-    again = ra.demonstrations(changed(cold_start=12, seed=1))
-    questions = {row["messages"][0]["content"] for row in rows}
-    assert len(rows) == 12 and len(questions) > 10 and questions.isdisjoint(
-        row["messages"][0]["content"] for row in again)
-    for row in rows:
+    rows, other = (ra.demonstrations(changed(cold_start=12, seed=seed)) for seed in (0, 1))
+    asked, others = ({row["messages"][0]["content"] for row in some} for some in (rows, other))
+    assert len(asked) > 10 and asked.isdisjoint(others)
+    for seed, row in enumerate(rows, ra.DEMONSTRATED):
         ra.check_row(row)
-        assert row["earlier"][0] == row["messages"][0] and row["messages"][-1]["role"] == "assistant"
-        world, thought = envs.make("search"), 0
-        seeds = range(ra.DEMONSTRATED, ra.DEMONSTRATED + 12)
-        seed = next(s for s in seeds if world.reset(seed=s)[0] == row["messages"][0]["content"])
-        world.reset(seed=seed, options={"split": "train"})
+        world, thoughts = envs.make("search"), 0
+        question, _ = world.reset(seed=seed, options={"split": "train"})
+        assert row["earlier"][0] == row["messages"][0] == {"role": "user", "content": question}
         for message in row["messages"][1::2]:
-            thought += message["content"].startswith('"')
+            thoughts += message["content"].startswith('"')
             won = world.step(message["content"])[4]["won"]
-        assert won and thought > 1
-    assert sum(row["earlier"] == row["messages"] for row in rows) < 12
+        assert won and thoughts > 1
+    assert len(rows) == 12 > sum(row["earlier"] == row["messages"] for row in rows)
 
 
 def test_judged_trajectories_are_of_players_and_of_the_agent(tiny, tmp_path, capsys):
