@@ -548,14 +548,14 @@ def rollout(model, chat, args, split, seeds, **how) -> list[Episode]:
 
 
 @torch.no_grad()
-def side_by_side(model, chat, args, split, seeds, begin, *, temperature, stream, earlier=None):
-    """Episodes that share a cache, numbered from `begin`.
+def side_by_side(model, chat, args, split, seeds, start, *, temperature, stream, earlier=None):
+    """Episodes that share a cache, numbered from `start`.
 
     `stream` names the randomness: replies depend on (--seed, stream, number, turn) alone.
     `earlier`: first attempts, to which these are the second ones, by number.
     """
     worlds, episodes, prompts = [], [], []
-    for number, seed in enumerate(seeds, begin):
+    for number, seed in enumerate(seeds, start):
         world = envs.make(args.env, show_actions=args.show_actions)
         observation, _ = world.reset(seed=seed, options={"split": split})
         said = [["world", observation]]
@@ -573,7 +573,7 @@ def side_by_side(model, chat, args, split, seeds, begin, *, temperature, stream,
         live = [i for i, episode in enumerate(episodes) if not episode.over]
         if not live:
             break
-        row_seeds = [common.row_seed(args.seed, *stream, begin + i, turn) for i in live]
+        row_seeds = [common.row_seed(args.seed, *stream, start + i, turn) for i in live]
         replies = actors.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature,
                                seeds=row_seeds, prefill=word * args.prefill)
         for i, reply, complete in zip(live, replies.texts, replies.complete):

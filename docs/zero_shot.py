@@ -110,7 +110,7 @@ def count_cut(said):
 def reagent(script, args):
     """First attempts, judgements of them by the same model, second attempts with the critique in view."""
     world, *_ = script.check_args(args)
-    both = script.Learner(*script.load(world, args, "--model", args.dtype))
+    both = script.Learner(*script.load(world, args))
     state, seeds = script.State(args, world, None, both, both), range(args.eval_episodes)
     first = script.attempt(state, "test", seeds, ("evaluate", "first"))
     judged = script.review(state, first, ("zero-shot",))
