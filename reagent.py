@@ -777,7 +777,7 @@ def phase(state, name, count, lr, learner):
     """The steps of a phase that are left, counted from 1; each phase has a fresh optimizer."""
     begun, done = state.last, state.progress["step"]
     state.phase, state.last = name, begun + count
-    if done <= begun and learner.reference is not None:
+    if done <= begun and learner.reference:
         learner.reference.load_state_dict(learner.model.state_dict())
     if done < state.last:
         for step in state.run.steps(max(done, begun), state.last):
