@@ -63,7 +63,7 @@ from common import flag
 
 @dataclass
 class Args:
-    """The paper's setting. "not in the paper" marks what it leaves open; TINY has a tiny model's."""
+    """The paper's setting. "not in the paper": what it leaves open; TINY has a tiny model's."""
 
     # shared by all scripts
     model: str = flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
@@ -483,7 +483,7 @@ def micro_batches(episodes, args):
 
 @torch.no_grad()
 def old_logprobs(model, chat, args, steps):
-    """`sampled_logprobs` of all `micro_batches` by these weights: a training forward, no decoding."""
+    """`sampled_logprobs` of all `micro_batches` by these weights, in a training forward."""
     found = []
     for batches in steps:
         found.append([])
@@ -493,13 +493,13 @@ def old_logprobs(model, chat, args, steps):
 
 
 def surrogate(logprobs, old, advantages, low, high):
-    """(6) - min(rho A, clip(rho, 1 - low, 1 + high) A) per token, rho = exp(logprobs - old); A [B, 1]."""
+    """(6) - min(rho A, clip(rho, 1 - low, 1 + high) A) per token, rho = pi / pi_old; A [B, 1]."""
     ratio = (logprobs - old).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
 def kl_estimate(logprobs, reference):
-    """KL(pi || reference) per token, of low variance: e^d - d - 1 with d = log reference - log pi."""
+    """KL(pi || reference) per token, low in variance: e^d - d - 1, d = log reference - log pi."""
     d = reference - logprobs
     return d.exp() - d - 1
 

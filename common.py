@@ -1450,7 +1450,7 @@ class Run:
         self._bar = tqdm(total=last, initial=done, desc=self.script, dynamic_ncols=True,
                          disable=not last)
         for self.step in range(done + 1, last + 1):
-            self.clock = Clock(self.seconds)
+            self.clock, self._sampled = Clock(self.seconds), self.totals["tokens"]
             yield self.step
             self._bar.update()
             if self.stopping:
@@ -1493,6 +1493,9 @@ class Run:
             record = {"step": self.step, **record, **self.totals, **self.clock.seconds()}
             told = {name: record[name] for name in ("success", "loss")
                     if record.get(name) is not None}
+            sampled = self.totals["tokens"] - self._sampled
+            if sampled:
+                told["tokens/s"] = round(sampled / sum(self.clock.laps.values()))
             self._bar.set_postfix(told)
         warn_cut(record, limits or {}, self._told)
         self._append("metrics.jsonl", [record])

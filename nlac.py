@@ -703,7 +703,7 @@ def check_args(args) -> envs.World:
 
 
 def check_room(args, chat, model, messages, room):
-    """Refuses a first prompt that leaves no room for `room` more tokens, and words before a thought."""
+    """Refuses a first prompt without room for `room` more tokens, and words before a thought."""
     length = len(chat.dialogue(messages))
     common.check(length + room <= model.max_context,
                  f"the first prompt has {length} tokens, replies may have {room}: "

@@ -66,7 +66,7 @@ from common import flag
 
 @dataclass
 class Args:
-    """The paper's setting. "not in the paper" marks what it leaves open; TINY has a tiny model's."""
+    """The paper's setting. "not in the paper": what it leaves open; TINY has a tiny model's."""
 
     # shared by all scripts
     model: str = flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
@@ -648,7 +648,7 @@ def micro_batches(episodes, args):
 
 @torch.no_grad()
 def old_logprobs(model, chat, args, steps):
-    """`sampled_logprobs` of all `micro_batches` by these weights: a training forward, no decoding."""
+    """`sampled_logprobs` of all `micro_batches` by these weights, in a training forward."""
     found = []
     for batches in steps:
         found.append([])
@@ -658,7 +658,7 @@ def old_logprobs(model, chat, args, steps):
 
 
 def token_weights(mask, count, tokens=None):
-    """What a token counts in the loss, [B, T - 1]; the divisors are those of the whole gradient step.
+    """What a token counts in the loss, [B, T - 1]; divisors are those of the whole gradient step.
 
     GRPO: the mean over `count` trajectories of the mean over their tokens. DAPO: the mean over
     `tokens`.
@@ -669,13 +669,13 @@ def token_weights(mask, count, tokens=None):
 
 
 def surrogate(logprobs, old, advantages, low, high):
-    """(6) - min(rho A, clip(rho, 1 - low, 1 + high) A) per token, rho = exp(logprobs - old); A [B, 1]."""
+    """(6) - min(rho A, clip(rho, 1 - low, 1 + high) A) per token, rho = pi / pi_old; A [B, 1]."""
     ratio = (logprobs - old).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
 def kl_estimate(logprobs, reference):
-    """KL(pi || reference) per token, of low variance: e^d - d - 1 with d = log reference - log pi."""
+    """KL(pi || reference) per token, low in variance: e^d - d - 1, d = log reference - log pi."""
     d = reference - logprobs
     return d.exp() - d - 1
 
@@ -683,7 +683,7 @@ def kl_estimate(logprobs, reference):
 def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=False):
     """--updates gradient steps, each on its share of the groups -> metrics per sampled token.
 
-    `clip`: (low, high). With one step the ratio is 1, and the old log-probs are those of its forward.
+    `clip`: (low, high). With one step the ratio is 1; old log-probs are those of its forward.
     """
     steps = micro_batches(episodes, args)
     old = old_logprobs(model, chat, args, steps) if args.updates > 1 else None
@@ -708,7 +708,8 @@ def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=F
             ratio = (logprobs.detach() - before).exp()
             sums["clipped"] += ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])).sum().item()
             sums["entropy"] -= before.sum().item()  # an estimate, from what was sampled
-            sums["logprob_gap"] += sum(e.logprob for e in batch) - before.sum().item()  # of decoding
+            decoded = sum(episode.logprob for episode in batch)
+            sums["logprob_gap"] += decoded - before.sum().item()
         kept = [(episode.ids, episode.mask, episode.advantage) for episode in share]
         norms.append(common.gradient_step(model, optimizer, step_loss, kept))
         sums.update(tokens=tokens, loss=step_loss * tokens)

@@ -166,37 +166,6 @@ def opening(world, args, guided):
     return [{"role": "system", "content": system}, *shots, first]
 
 
-@functools.lru_cache(maxsize=8)
-def worked_examples(env, count, show_actions, guided):
-    """--shots: what a random player met and did on train; with guidance also how a step is rated.
-
-    By turns a possible step, shown as positive, and an impossible one: from two on both are seen.
-    """
-    world, messages = envs.make(env, show_actions=show_actions), []
-    for seed in range(10**6, 10**6 + count):  # far from the seeds that are learnt from
-        rng = random.Random(seed)
-        observation, info = world.reset(seed=seed, options={"split": "train"})
-        wasted = guided and seed % 2 == 1
-        step = "sing a song" if wasted else envs.random_player(world, info, rng)
-        seen, _, over, _, info = world.step(step)
-        said = [observation, written(step)]
-        if guided and not over:  # the last step is never rated
-            rating = f"Reason: I have learnt this: {event(seen)}\nLabel: positive"
-            if not info["valid"]:
-                rating = "Reason: It changed nothing.\nLabel: negative"
-            action = envs.random_player(world, info, rng)
-            said += [to_rate(seen), rating, to_act(seen), written(action)]
-        for role, text in zip(itertools.cycle(["user", "assistant"]), said):
-            messages.append({"role": role, "content": text, "shot": True})
-    world.close()
-    return messages
-
-
-def event(observation):
-    """What an observation says first."""
-    return re.split(r"(?<=[.?!])\s", observation.strip(), maxsplit=1)[0]
-
-
 # ------------------------------------------------------------------------------------------ rollout
 
 
@@ -406,7 +375,7 @@ def micro_batches(episodes, args):
 
 @torch.no_grad()
 def old_logprobs(model, chat, args, steps):
-    """`sampled_logprobs` of all `micro_batches` by these weights: a training forward, no decoding."""
+    """`sampled_logprobs` of all `micro_batches` by these weights, in a training forward."""
     found = []
     for batches in steps:
         found.append([])
@@ -416,7 +385,7 @@ def old_logprobs(model, chat, args, steps):
 
 
 def token_weights(mask, count, tokens=None):
-    """What a token counts in the loss, [B, T - 1]; the divisors are those of the whole gradient step.
+    """What a token counts in the loss, [B, T - 1]; divisors are those of the whole gradient step.
 
     GRPO: the mean over `count` trajectories of the mean over their tokens. DAPO: the mean over
     `tokens`.
@@ -427,13 +396,13 @@ def token_weights(mask, count, tokens=None):
 
 
 def surrogate(logprobs, old, advantages, low, high):
-    """(6) - min(rho A, clip(rho, 1 - low, 1 + high) A) per token, rho = exp(logprobs - old); A [B, 1]."""
+    """(6) - min(rho A, clip(rho, 1 - low, 1 + high) A) per token, rho = pi / pi_old; A [B, 1]."""
     ratio = (logprobs - old).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
 def kl_estimate(logprobs, reference):
-    """KL(pi || reference) per token, of low variance: e^d - d - 1 with d = log reference - log pi."""
+    """KL(pi || reference) per token, low in variance: e^d - d - 1, d = log reference - log pi."""
     d = reference - logprobs
     return d.exp() - d - 1
 
@@ -441,7 +410,7 @@ def kl_estimate(logprobs, reference):
 def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=False):
     """--updates gradient steps, each on its share of the groups -> metrics per sampled token.
 
-    `clip`: (low, high). With one step the ratio is 1, and the old log-probs are those of its forward.
+    `clip`: (low, high). With one step the ratio is 1; old log-probs are those of its forward.
     """
     steps = micro_batches(episodes, args)
     old = old_logprobs(model, chat, args, steps) if args.updates > 1 else None
@@ -466,7 +435,8 @@ def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=F
             ratio = (logprobs.detach() - before).exp()
             sums["clipped"] += ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])).sum().item()
             sums["entropy"] -= before.sum().item()  # an estimate, from what was sampled
-            sums["logprob_gap"] += sum(e.logprob for e in batch) - before.sum().item()  # of decoding
+            decoded = sum(episode.logprob for episode in batch)
+            sums["logprob_gap"] += decoded - before.sum().item()
         kept = [(episode.ids, episode.mask, episode.advantage) for episode in share]
         norms.append(common.gradient_step(model, optimizer, step_loss, kept))
         sums.update(tokens=tokens, loss=step_loss * tokens)
@@ -475,6 +445,118 @@ def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=F
 
 
 # --------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(model, chat, args, splits, count, guided, rater=None):
+    """`count` fixed episodes of each split -> ({split: metrics}, an episode of the last)."""
+    found = {}
+    for split in splits:
+        played = rollout(model, chat, args, split, range(count), guided=guided, rater=rater,
+                         temperature=args.eval_temperature, stream=("evaluate",))
+        found[split] = watch(played) | {"n": count}
+        tqdm.write(common.result_line(split, found[split]))
+    return found, record(played[0])
+
+
+def record(episode):
+    """An episode as rollouts.jsonl keeps it: words, not ids."""
+    return {name: value for name, value in vars(episode).items() if name not in ("ids", "mask")}
+
+
+# --------------------------------------------------------------------------------------------- main
+
+def main():
+    """The loop of the docstring."""
+    args = common.parse_args(Args, TINY, quick=QUICK)
+    world = check_args(args)
+    guided, guided_after = args.guide == "on", args.guide != "off"  # in training, at the end
+    scheduled = guided and args.trust in ("schedule", "no-anneal")  # lambda is of shares of --steps
+    run = common.Run("self_guide", args, fixed=("steps",) if scheduled else ())
+    model, chat = load(world, args)
+    splits = [split for split in ("test", "ood") if split in world.splits]
+    if args.eval_only:
+        for with_ratings in sorted({guided, guided_after}):  # inference compares both
+            evaluate(model, chat, args, splits, args.eval_episodes, with_ratings)
+        return
+    run.start(model=model)
+
+    steps = 0 if args.guide == "inference" else args.steps
+    needed = steps and (args.kl or args.frozen_rater)
+    reference = common.frozen_copy(model) if needed else None  # before resuming: the start policy
+    rater = reference if args.frozen_rater else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
+                                  fused=model.device.type == "cuda")  # no copies in the step
+    state = run.resume(model=model, optimizer=optimizer)
+    if not state:
+        before, episode = evaluate(model, chat, args, splits, args.eval_episodes, guided)
+        state = {"step": 0, "task": 0, "before": before, "episode": episode}
+    dapo = args.estimator == "dapo"
+    clip = (args.clip, args.clip_high if dapo else args.clip)
+    for step in run.steps(state["step"], steps):
+        trust = trust_schedule(args, (step - 1) / steps) if guided else 0.0  # (4)
+        batch, played = sample_groups(model, chat, args, step, state["task"], trust,
+                                      guided=guided, rater=rater)  # (1), (2), (3), (5)
+        run.lap("rollout")
+        common.set_rate(optimizer, args.lr * min(1, step / 5))
+        losses = update(model, reference, chat, args, optimizer, batch, clip, dapo)  # (6)
+        run.lap("update")
+
+        state |= {"step": step, "task": state["task"] + len(played) // args.group_size}
+        metrics = watch(played) | watch_rewards(args, batch, trust) | losses
+        metrics["groups_replaced"] = (len(played) - len(batch)) // args.group_size
+        if step % args.eval_every == 0 and step < steps:
+            fewer = max(1, args.eval_episodes // 5)
+            numbers, _ = evaluate(model, chat, args, ["test"], fewer, guided, rater)
+            metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
+        run.count(episodes=len(played), env_steps=sum(len(e.valid) for e in played),
+                  tokens=sum(e.tokens for e in played), gradient_steps=args.updates)
+        run.log(metrics, LIMITS)
+        run.write_rollouts([{"step": step, **record(episode)} for episode in played])
+        run.save_if_due(state, model=model, optimizer=optimizer)
+
+    after, last = evaluate(model, chat, args, splits, args.eval_episodes, guided_after, rater)
+    arm = {"on": args.trust, "off": args.estimator}.get(args.guide, args.guide)
+    if guided and dapo:
+        arm += "-dapo"
+    run.complete(model, chat, "self-guide", arm, state["before"], after,
+                 envs.ends(args.env, args.eval_episodes), shown=[state["episode"], last])
+
+
+# ---------------------------------------- beside the paper, and at the end only for --model tiny
+# What is refused and logged, worked examples.
+
+LIMITS = {"act": "--max-new-tokens", "rate": "--rate-tokens"}
+AT_LEAST = {"updates": 1, "rate_tokens": 1, "examples": 1, "group_size": 2, "clip": 0,
+            "clip_high": 0, "kl": 0, "resample": 0, "invalid_penalty": 0}
+
+
+def check_args(args) -> envs.World:
+    """Everything that can be refused before a model is loaded."""
+    common.check_common(args)
+    common.check_at_least(args, AT_LEAST)
+    common.check_multiple(args, "batch_size", "group_size", "updates")
+    points = args.trust_points
+    common.check(len(points) == 4 and 0 <= points[0] < points[1] < points[2] < points[3] <= 1,
+                 f"--trust-points must be four growing shares of --steps, not {points}")
+    common.check(args.reward_scale > 0, f"--reward-scale must be above 0, not {args.reward_scale}")
+    for name, value in (("trust", "schedule"), ("mean_rating", False), ("flat_groups", True),
+                        ("frozen_rater", False)):
+        common.check(args.guide == "on" or getattr(args, name) == value,
+                     f"--{name.replace('_', '-')} belongs to --guide on")
+    world = common.checked(envs.make, args.env, show_actions=args.show_actions)
+    listed = world.reset(seed=0)[1]["admissible"]
+    common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
+    return world
+
+
+def check_room(args, chat, model, messages, room):
+    """Refuses a first prompt without room for `room` more tokens, and words before a thought."""
+    length = len(chat.dialogue(messages))
+    common.check(length + room <= model.max_context,
+                 f"the first prompt has {length} tokens, replies may have {room}: "
+                 f"beyond the context of {model.max_context}")
+    common.check(not args.prefill or not chat.opened,
+                 "--prefill: the chat template of this model opens a thought before each reply")
 
 
 def watch_rewards(args, batch, trust):
@@ -536,116 +618,35 @@ def errors(episode):
     return [name for name, shown in found.items() if shown]
 
 
-def evaluate(model, chat, args, splits, count, guided, rater=None):
-    """`count` fixed episodes of each split -> ({split: metrics}, an episode of the last)."""
-    found = {}
-    for split in splits:
-        played = rollout(model, chat, args, split, range(count), guided=guided, rater=rater,
-                         temperature=args.eval_temperature, stream=("evaluate",))
-        found[split] = watch(played) | {"n": count}
-        tqdm.write(common.result_line(split, found[split]))
-    return found, record(played[0])
+@functools.lru_cache(maxsize=8)
+def worked_examples(env, count, show_actions, guided):
+    """--shots: what a random player met and did on train; with guidance also how a step is rated.
+
+    By turns a possible step, shown as positive, and an impossible one: from two on both are seen.
+    """
+    world, messages = envs.make(env, show_actions=show_actions), []
+    for seed in range(10**6, 10**6 + count):  # far from the seeds that are learnt from
+        rng = random.Random(seed)
+        observation, info = world.reset(seed=seed, options={"split": "train"})
+        wasted = guided and seed % 2 == 1
+        step = "sing a song" if wasted else envs.random_player(world, info, rng)
+        seen, _, over, _, info = world.step(step)
+        said = [observation, written(step)]
+        if guided and not over:  # the last step is never rated
+            rating = f"Reason: I have learnt this: {event(seen)}\nLabel: positive"
+            if not info["valid"]:
+                rating = "Reason: It changed nothing.\nLabel: negative"
+            action = envs.random_player(world, info, rng)
+            said += [to_rate(seen), rating, to_act(seen), written(action)]
+        for role, text in zip(itertools.cycle(["user", "assistant"]), said):
+            messages.append({"role": role, "content": text, "shot": True})
+    world.close()
+    return messages
 
 
-def record(episode):
-    """An episode as rollouts.jsonl keeps it: words, not ids."""
-    return {name: value for name, value in vars(episode).items() if name not in ("ids", "mask")}
-
-
-# --------------------------------------------------------------------------------------------- main
-
-LIMITS = {"act": "--max-new-tokens", "rate": "--rate-tokens"}
-AT_LEAST = {"updates": 1, "rate_tokens": 1, "examples": 1, "group_size": 2, "clip": 0,
-            "clip_high": 0, "kl": 0, "resample": 0, "invalid_penalty": 0}
-
-
-def check_args(args) -> envs.World:
-    """Everything that can be refused before a model is loaded."""
-    common.check_common(args)
-    common.check_at_least(args, AT_LEAST)
-    common.check_multiple(args, "batch_size", "group_size", "updates")
-    points = args.trust_points
-    common.check(len(points) == 4 and 0 <= points[0] < points[1] < points[2] < points[3] <= 1,
-                 f"--trust-points must be four growing shares of --steps, not {points}")
-    common.check(args.reward_scale > 0, f"--reward-scale must be above 0, not {args.reward_scale}")
-    for name, value in (("trust", "schedule"), ("mean_rating", False), ("flat_groups", True),
-                        ("frozen_rater", False)):
-        common.check(args.guide == "on" or getattr(args, name) == value,
-                     f"--{name.replace('_', '-')} belongs to --guide on")
-    world = common.checked(envs.make, args.env, show_actions=args.show_actions)
-    listed = world.reset(seed=0)[1]["admissible"]
-    common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
-    return world
-
-
-def check_room(args, chat, model, messages, room):
-    """Refuses a first prompt without room for `room` more tokens, and words before a thought."""
-    length = len(chat.dialogue(messages))
-    common.check(length + room <= model.max_context,
-                 f"the first prompt has {length} tokens, replies may have {room}: "
-                 f"beyond the context of {model.max_context}")
-    common.check(not args.prefill or not chat.opened,
-                 "--prefill: the chat template of this model opens a thought before each reply")
-
-
-def main():
-    """The loop of the docstring."""
-    args = common.parse_args(Args, TINY, quick=QUICK)
-    world = check_args(args)
-    guided, guided_after = args.guide == "on", args.guide != "off"  # in training, at the end
-    scheduled = guided and args.trust in ("schedule", "no-anneal")  # lambda is of shares of --steps
-    run = common.Run("self_guide", args, fixed=("steps",) if scheduled else ())
-    model, chat = load(world, args)
-    world.reset(seed=0)
-    room = FORCED + args.max_new_tokens + args.rate_tokens * guided_after
-    check_room(args, chat, model, opening(world, args, guided_after), room)
-    splits = [split for split in ("test", "ood") if split in world.splits]
-    if args.eval_only:
-        for with_ratings in sorted({guided, guided_after}):  # inference compares both
-            evaluate(model, chat, args, splits, args.eval_episodes, with_ratings)
-        return
-    run.start(model=model)
-
-    steps = 0 if args.guide == "inference" else args.steps
-    needed = steps and (args.kl or args.frozen_rater)
-    reference = common.frozen_copy(model) if needed else None  # before resuming: the start policy
-    rater = reference if args.frozen_rater else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
-                                  fused=model.device.type == "cuda")  # no copies in the step
-    state = run.resume(model=model, optimizer=optimizer)
-    if not state:
-        before, episode = evaluate(model, chat, args, splits, args.eval_episodes, guided)
-        state = {"step": 0, "task": 0, "before": before, "episode": episode}
-    clip = (args.clip, args.clip_high if args.estimator == "dapo" else args.clip)
-    for step in run.steps(state["step"], steps):
-        trust = trust_schedule(args, (step - 1) / steps) if guided else 0.0
-        batch, played = sample_groups(model, chat, args, step, state["task"], trust,
-                                      guided=guided, rater=rater)
-        run.lap("rollout")
-        common.set_rate(optimizer, args.lr * min(1, step / 5))
-        losses = update(model, reference, chat, args, optimizer, batch, clip,
-                        token_mean=args.estimator == "dapo")
-        run.lap("update")
-
-        state |= {"step": step, "task": state["task"] + len(played) // args.group_size}
-        metrics = watch(played) | watch_rewards(args, batch, trust) | losses
-        metrics["groups_replaced"] = (len(played) - len(batch)) // args.group_size
-        if step % args.eval_every == 0 and step < steps:
-            fewer = max(1, args.eval_episodes // 5)
-            numbers, _ = evaluate(model, chat, args, ["test"], fewer, guided, rater)
-            metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
-        run.count(episodes=len(played), env_steps=sum(len(e.valid) for e in played),
-                  tokens=sum(e.tokens for e in played), gradient_steps=args.updates)
-        run.log(metrics, LIMITS)
-        run.write_rollouts([{"step": step, **record(episode)} for episode in played])
-        run.save_if_due(state, model=model, optimizer=optimizer)
-
-    after, last = evaluate(model, chat, args, splits, args.eval_episodes, guided_after, rater)
-    arm = {"on": args.trust, "off": args.estimator}.get(args.guide, args.guide)
-    if guided and args.estimator == "dapo":
-        arm += "-dapo"
-    run.complete(model, chat, "self-guide", arm, state["before"], after,
-                 envs.ends(args.env, args.eval_episodes), shown=[state["episode"], last])
+def event(observation):
+    """What an observation says first."""
+    return re.split(r"(?<=[.?!])\s", observation.strip(), maxsplit=1)[0]
 
 
 # ---------------------------------------------------------------------------- only for --model tiny
@@ -672,10 +673,15 @@ def load(world, args):
     plain = f"{world.system}\n{POLICY}"
     constants = [plain, f"{plain}\n{GUIDED}", RATE, ACT, READ, "Action: ", "Reason: ", "\nLabel: ",
                  *common.CHANGES_OF_SPEAKER]
-    return common.load(args.model, corpus=lambda: warmup(world, args), constants=constants,
-                       device=args.device, dtype=args.dtype, thinking=args.thinking,
-                       max_context=args.max_context,
-                       gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank)
+    model, chat = common.load(
+        args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device,
+        dtype=args.dtype, thinking=args.thinking, max_context=args.max_context,
+        gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank)
+    guided = args.guide != "off"
+    room = FORCED + args.max_new_tokens + args.rate_tokens * guided
+    world.reset(seed=0)
+    check_room(args, chat, model, opening(world, args, guided), room)
+    return model, chat
 
 
 def warmup(world, args):

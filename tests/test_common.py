@@ -1815,7 +1815,7 @@ def test_killed_and_resumed_equals_uninterrupted(elsewhere, toy, capsys):
     assert elsewhere.statuses == {"early": -9, "middle": -9, "asked": 143, "diverged": 1}
     assert [line["step"] for line in lines(path / "asked" / "rollouts.jsonl")] == [1, 2, 3]
     # "<": what is left
-    assert re.search(r"[1-3]/6 \[\d\d:\d\d<\d\d:\d\d", (path / "asked.err").read_text())
+    assert re.search(r"[1-3]/6 \[\d\d:\d\d<\d\d:\d\d.*tokens/s=\d", (path / "asked.err").read_text())
     assert torch.load(path / "asked" / "checkpoint" / "state.pt")["state"]["progress"]["done"] == 3
     run, model = toy.main(path / "whole")
     whole = [[without_seconds(line) for line in lines(run.dir / file)] for file in run.LOGS]
