@@ -912,7 +912,7 @@ TINY = dict(
     steps=150, lr=1e-3, batch_size=64, micro_batch_size=16, rollout_batch_size=256, device="cpu",
     max_new_tokens=64, forecast_tokens=64, critique_tokens=64, eval_episodes=500, k=4,
     reader_temperature=0.0, ema=0.95, episodes_per_step=64, actor_states=64,
-    distil="best", margin=3, frozen_parts=True, anchor=0.3, critic_gate=0.75, even_turns=True)
+    distil="best", margin=3, frozen_parts=True, anchor=0.3, critic_gate=0.7, even_turns=True)
 QUICK = dict(
     steps=4, critic_gate=0.0, episodes_per_step=8, updates=1, batch_size=16, actor_states=8,
     eval_episodes=16, eval_every=2, save_every=2, examples=600)

@@ -53,6 +53,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def put_back(monkeypatch):
+    """What programs of docs/ replace in a script, for the tests that come after."""
+    for owner, names in {act: "Args load", reagent: "Args review", self_guide: "Args side_by_side take_turn", common.Dialogues: "read_by"}.items():
+        for name in names.split():
+            monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
@@ -753,8 +761,6 @@ def test_second_attempts_differ_in_the_critique_alone(trained, monkeypatch, caps
 @pytest.mark.parametrize("judging", ["annotator", "shuffled"])
 def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypatch, judging):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    for name in "Args", "review":  # so that they are put back
-        monkeypatch.setattr(reagent, name, getattr(reagent, name))
     streams = []
 
     def numbered(state, transcripts, stream):
@@ -790,8 +796,6 @@ def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypat
 @pytest.mark.parametrize("rating", ["exact", "shuffled"])
 def test_other_raters_are_right_or_of_another_task_and_never_trained(cache, tmp_path, monkeypatch, rating):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    for owner, name in ((self_guide, "Args"), (self_guide, "side_by_side"), (self_guide, "take_turn"), (common.Dialogues, "read_by")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # so that they are put back
     batches, update = [], self_guide.update
     monkeypatch.setattr(self_guide, "update", lambda *args, **how: batches.append(args[5]) or update(*args, **how))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -456,7 +456,7 @@ def test_experiments_names_every_run_once_and_skips_what_is_finished(dry, kept):
     outs = [line.split()[-1] for line in told]
     assert len(set(outs)) == len(outs) > 60 and "ppo-s0 is unfinished" in errors
     names = {Path(out).name for out in outs}
-    assert {"nlac-s3", "nlac-s4", "frozen-critic-s4", "ppo-s1", "m4-s0", "no-ema-s0"} <= names
+    assert {"nlac-s3", "nlac-s4", "frozen-critic-s2", "ppo-s1", "m2-s0", "no-ema-s0"} <= names
     assert {"self-distillation-s2", "ceiling-s2"} <= names
     assert "nlac-s0" not in names and "ppo-s0" not in names  # finished, unfinished
     [nlql] = [line for line in told if line.endswith("/nlql-s1")]
