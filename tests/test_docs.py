@@ -56,8 +56,9 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def put_back(monkeypatch):
     """What programs of docs/ replace in a script, for the tests that come after."""
-    for owner, names in {act: "Args load", reagent: "Args review", self_guide: "Args side_by_side take_turn", common.Dialogues: "read_by"}.items():
-        for name in names.split():
+    for owner, *names in ((act, "Args", "load"), (reagent, "Args", "review"), (common.Dialogues, "read_by"),
+                          (self_guide, "Args", "side_by_side", "take_turn")):  # fmt: skip
+        for name in names:
             monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
