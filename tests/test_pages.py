@@ -63,3 +63,11 @@ def test_the_worlds_of_the_pages_exist():
     for name in SCRIPTS:
         for world in re.findall(r"--env ([\w:-]+)", page_of(name)):
             assert envs.make(world)
+
+
+def test_readme_knows_how_long_the_scripts_are():
+    rows = re.findall(r"^\| \[`(\w+)\.py`\].*?\| .*? \| ([\d,]+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert {name for name, _ in rows} == set(SCRIPTS)
+    for name, told in rows:
+        count = len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines())
+        assert abs(count - int(told.replace(",", ""))) <= 100, f"README: {name}.py has {count} lines, not about {told}"
