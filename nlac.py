@@ -33,7 +33,7 @@ that nobody trains from the start weights, as they are forgotten (the paper repo
 alone until M tells actions of one turn apart (the start weights act meanwhile); imitation of what
 was just played; late turns oversampled. Their code stands below main.
 
-    python nlac.py                            # repair shop, tiny: .16 -> 1.00 in minutes
+    python nlac.py                            # repair shop, tiny: .16 -> 1.00, 5 minutes
     python nlac.py --ablation frozen-critic --out-dir runs/frozen   # a floor: M never learns
     python nlac.py --model smollm2 --shots 2 --prefill --show-actions --quick
     python nlac.py --model Qwen/Qwen2.5-1.5B-Instruct --env 20q     # the paper's algorithm, a day
