@@ -34,7 +34,7 @@ The table of R is version 1's for act, as third parties report it; of rl the pap
 what the expert does is rewarded: the same table is our choice. Demonstrations have no thoughts, so
 il teaches to act at once. The prompts and the settings of GRPO are not public: these are ours.
 
-    python act.py                                        # tiny, household: .08 -> .45, 10 min
+    python act.py                                        # tiny, household: .07 -> .43, minutes
     python act.py --pipeline il,il --out-dir runs/il,il  # a control with equal epochs
     python act.py --pairs runs/act-household-s0/pairs.jsonl --model tiny:32x2 --out-dir runs/small
     python act.py --model smollm2 --pipeline il --num-demos 20
