@@ -212,18 +212,20 @@ def side_by_side(
     """
     worlds, episodes, prompts = [], [], []
     for seed in seeds:
-        worlds.append(envs.make(args.env, show_actions=args.show_actions))
-        observation, _ = worlds[-1].reset(seed=seed, options={"split": split})
+        world = envs.make(args.env, show_actions=args.show_actions)
+        observation, _ = world.reset(seed=seed, options={"split": split})
+        worlds.append(world)
         episodes.append(Episode(split, seed, said=[["world", observation]]))
-        prompts.append(chat.dialogue(opening(worlds[-1], args, guided)))
+        prompts.append(chat.dialogue(opening(world, args, guided)))
     actors = common.Dialogues(model, chat, prompts)
     raters = actors.read_by(rater) if rater else actors  # the same dialogues, other weights
     limits = {"rate": args.rate_tokens, "act": args.max_new_tokens}
 
     def ask(part, dialogues, prefill):
         seeds = [common.row_seed(args.seed, *stream, first + row, turn, part) for row in live]
-        replies = dialogues.reply(live, max_new_tokens=limits[part], temperature=temperature,
-                                  seeds=seeds, prefill=prefill if args.prefill else "")
+        replies = dialogues.reply(
+            live, max_new_tokens=limits[part], temperature=temperature, seeds=seeds,
+            prefill=prefill if args.prefill else "")
         for row, ids, text, complete in zip(live, replies.ids, replies.texts, replies.complete):
             episodes[row].said.append([part, text])
             episodes[row].tokens += len(ids)
@@ -231,11 +233,13 @@ def side_by_side(
         return zip(live, replies.texts)
 
     for turn in itertools.count():
-        live, rating = [], guided and turn > 0
+        live = []
+        rating = guided and turn > 0
         for row, (world, episode) in enumerate(zip(worlds, episodes)):
             if episode.over:
                 continue
-            seen, room = world.observation, FORCED + args.max_new_tokens
+            seen = world.observation
+            room = FORCED + args.max_new_tokens
             if turn:
                 actors.extend([row], [to_rate(seen) if guided else seen])
             if rating:
@@ -275,13 +279,16 @@ def sample_groups(model, chat, args, step, task, trust, **how):
     DAPO's dynamic sampling: groups without advantages are replaced by others, --resample times;
     what is left of them fills the batch up in the end. Writes `Episode.advantage`.
     """
-    kept, played, first = [], [], args.seed * 1_000_000_007 + task
+    kept, played = [], []
+    first = args.seed * 1_000_000_007 + task
     last = args.resample if args.estimator == "dapo" else 0
     for attempt in range(last + 1):
-        start, missing = len(played), args.batch_size - args.group_size * len(kept)
+        start = len(played)
+        missing = args.batch_size - args.group_size * len(kept)
         seeds = [first + i // args.group_size for i in range(start, start + missing)]
-        played += rollout(model, chat, args, "train", seeds, temperature=args.temperature,
-                          stream=("train", step, attempt), **how)
+        played += rollout(
+            model, chat, args, "train", seeds, temperature=args.temperature,
+            stream=("train", step, attempt), **how)
         for group in groups(played[start:], args.group_size):
             guided_advantages(args, group, trust)
             if attempt == last or any(episode.advantage for episode in group):
@@ -296,8 +303,11 @@ def sample_groups(model, chat, args, step, task, trust, **how):
 # ------------------------------------------------------------------------------ returns, advantages
 
 TRUST = {  # lambda at the four --trust-points: a line between them, level before and after
-    "schedule": [0, 1, 1, 0], "zero": [0, 0, 0, 0],  # the others are the paper's ablations
-    "immediate": [1, 1, 1, 1], "no-anneal": [0, 1, 1, 1]}
+    "schedule": [0, 1, 1, 0],
+    "zero": [0, 0, 0, 0],  # this and the next: the paper's ablations
+    "immediate": [1, 1, 1, 1],
+    "no-anneal": [0, 1, 1, 1],
+}
 
 
 def trust_schedule(args, share):
@@ -451,8 +461,9 @@ def evaluate(model, chat, args, splits, count, guided, rater=None):
     """`count` fixed episodes of each split -> ({split: metrics}, an episode of the last)."""
     found = {}
     for split in splits:
-        played = rollout(model, chat, args, split, range(count), guided=guided, rater=rater,
-                         temperature=args.eval_temperature, stream=("evaluate",))
+        played = rollout(
+            model, chat, args, split, range(count), guided=guided, rater=rater,
+            temperature=args.eval_temperature, stream=("evaluate",))
         found[split] = watch(played) | {"n": count}
         tqdm.write(common.result_line(split, found[split]))
     return found, record(played[0])
@@ -469,7 +480,8 @@ def main():
     """The loop of the docstring."""
     args = common.parse_args(Args, TINY, quick=QUICK)
     world = check_args(args)
-    guided, guided_after = args.guide == "on", args.guide != "off"  # in training, at the end
+    guided = args.guide == "on"
+    guided_after = args.guide != "off"  # in the last evaluation
     scheduled = guided and args.trust in ("schedule", "no-anneal")  # lambda is of shares of --steps
     run = common.Run("self_guide", args, fixed=("steps",) if scheduled else ())
     model, chat = load(world, args)
@@ -484,8 +496,9 @@ def main():
     needed = steps and (args.kl or args.frozen_rater)
     reference = common.frozen_copy(model) if needed else None  # before resuming: the start policy
     rater = reference if args.frozen_rater else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
-                                  fused=model.device.type == "cuda")  # no copies in the step
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
+        fused=model.device.type == "cuda")  # no copies in the step
     state = run.resume(model=model, optimizer=optimizer)
     if not state:
         before, episode = evaluate(model, chat, args, splits, args.eval_episodes, guided)
@@ -494,8 +507,9 @@ def main():
     clip = (args.clip, args.clip_high if dapo else args.clip)
     for step in run.steps(state["step"], steps):
         trust = trust_schedule(args, (step - 1) / steps) if guided else 0.0  # (4)
-        batch, played = sample_groups(model, chat, args, step, state["task"], trust,
-                                      guided=guided, rater=rater)  # (1), (2), (3), (5)
+        batch, played = sample_groups(
+            model, chat, args, step, state["task"], trust,
+            guided=guided, rater=rater)  # (1), (2), (3), (5)
         run.lap("rollout")
         common.set_rate(optimizer, args.lr * min(1, step / 5))
         losses = update(model, reference, chat, args, optimizer, batch, clip, dapo)  # (6)
@@ -508,8 +522,11 @@ def main():
             fewer = max(1, args.eval_episodes // 5)
             numbers, _ = evaluate(model, chat, args, ["test"], fewer, guided, rater)
             metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
-        run.count(episodes=len(played), env_steps=sum(len(e.valid) for e in played),
-                  tokens=sum(e.tokens for e in played), gradient_steps=args.updates)
+        run.count(
+            episodes=len(played),
+            env_steps=sum(len(episode.valid) for episode in played),
+            tokens=sum(episode.tokens for episode in played),
+            gradient_steps=args.updates)
         run.log(metrics, LIMITS)
         run.write_rollouts([{"step": step, **record(episode)} for episode in played])
         run.save_if_due(state, model=model, optimizer=optimizer)
@@ -518,16 +535,19 @@ def main():
     arm = {"on": args.trust, "off": args.estimator}.get(args.guide, args.guide)
     if guided and dapo:
         arm += "-dapo"
-    run.complete(model, chat, "self-guide", arm, state["before"], after,
-                 envs.ends(args.env, args.eval_episodes), shown=[state["episode"], last])
+    ends = envs.ends(args.env, args.eval_episodes)
+    run.complete(
+        model, chat, "self-guide", arm, state["before"], after, ends,
+        shown=[state["episode"], last])
 
 
 # ---------------------------------------- beside the paper, and at the end only for --model tiny
 # What is refused and logged, worked examples.
 
 LIMITS = {"act": "--max-new-tokens", "rate": "--rate-tokens"}
-AT_LEAST = {"updates": 1, "rate_tokens": 1, "examples": 1, "group_size": 2, "clip": 0,
-            "clip_high": 0, "kl": 0, "resample": 0, "invalid_penalty": 0}
+AT_LEAST = {
+    "updates": 1, "rate_tokens": 1, "examples": 1, "group_size": 2,
+    "clip": 0, "clip_high": 0, "kl": 0, "resample": 0, "invalid_penalty": 0}
 
 
 def check_args(args) -> envs.World:
@@ -563,10 +583,14 @@ def watch_rewards(args, batch, trust):
     """Both parts of (3), and how many groups have no advantages by each."""
     returns = [episode.earned for episode in batch]
     environment = [environment_return(args, episode) for episode in batch]
-    return {"trust": trust, "return": common.mean(returns), "reward_env": common.mean(environment),
-            "reward_guide": common.mean(rating_return(args, episode) for episode in batch),
-            "groups_flat": without_spread(returns, args.group_size),
-            "groups_flat_env": without_spread(environment, args.group_size)}
+    return {
+        "trust": trust,
+        "return": common.mean(returns),
+        "reward_env": common.mean(environment),
+        "reward_guide": common.mean(rating_return(args, episode) for episode in batch),
+        "groups_flat": without_spread(returns, args.group_size),
+        "groups_flat_env": without_spread(environment, args.group_size),
+    }
 
 
 def watch(episodes):
@@ -575,17 +599,23 @@ def watch(episodes):
     labels = [label for episode in episodes for label in episode.labels]
     lost = [errors(episode) for episode in episodes if not episode.won]
     success, se = common.mean_se(episode.won for episode in episodes)
-    found = {"success": success, "se": se,
-             "score": common.mean(episode.score for episode in episodes),
-             "turns": len(valid) / len(episodes),
-             "invalid": valid.count(False) / max(1, len(valid)),
-             "truncated": common.mean(episode.truncated for episode in episodes),
-             "cut_act": sum(episode.cut["act"] for episode in episodes) / max(1, len(valid))}
+    cut = Counter()
+    for episode in episodes:
+        cut.update(episode.cut)
+    found = {
+        "success": success,
+        "se": se,
+        "score": common.mean(episode.score for episode in episodes),
+        "turns": len(valid) / len(episodes),
+        "invalid": valid.count(False) / max(1, len(valid)),
+        "truncated": common.mean(episode.truncated for episode in episodes),
+        "cut_act": cut["act"] / max(1, len(valid)),
+    }
     for pattern in ("looping", "redundant_exploration", "wrong_object"):
         found[f"lost_by_{pattern}"] = common.mean_se(pattern in seen for seen in lost)[0]
     if labels:
         found["unrated_steps"] = len(valid) - len(labels)  # the last of each episode
-        found["cut_rate"] = sum(episode.cut["rate"] for episode in episodes) / len(labels)
+        found["cut_rate"] = cut["rate"] / len(labels)
         for label, name in zip([None, -1, 0, 1], ["malformed", *LABELS]):
             found[f"label_{name}"] = labels.count(label) / len(labels)
         found |= watch_outcomes([episode for episode in episodes if episode.labels])
@@ -597,10 +627,14 @@ def watch_outcomes(episodes):
     won = np.array([episode.won for episode in episodes])
     sums = np.array([sum(label or 0 for label in episode.labels) for episode in episodes])
     means = sums / [len(episode.labels) for episode in episodes]
-    varied = won.std() > 0 and means.std() > 0
-    return {"ratings_if_won": common.mean_se(sums[won])[0],
-            "ratings_if_lost": common.mean_se(sums[~won])[0],
-            "label_outcome_correlation": np.corrcoef(means, won)[0, 1].item() if varied else None}
+    correlation = None
+    if won.std() > 0 and means.std() > 0:
+        correlation = np.corrcoef(means, won)[0, 1].item()
+    return {
+        "ratings_if_won": common.mean_se(sums[won])[0],
+        "ratings_if_lost": common.mean_se(sums[~won])[0],
+        "label_outcome_correlation": correlation,
+    }
 
 
 def errors(episode):
@@ -613,8 +647,11 @@ def errors(episode):
     seen = [re.sub(r"\d+ turns? left", "", text) for who, text in episode.said if who == "world"]
     done = Counter(zip(seen, episode.actions))
     again = [text for text, ok in zip(seen[1:], episode.valid) if ok]
-    found = {"looping": max(done.values(), default=0) > 2, "wrong_object": episode.wrong,
-             "redundant_exploration": len(again) - len(set(again)) > 2}
+    found = {
+        "looping": max(done.values(), default=0) > 2,
+        "redundant_exploration": len(again) - len(set(again)) > 2,
+        "wrong_object": episode.wrong,
+    }
     return [name for name, shown in found.items() if shown]
 
 
@@ -653,10 +690,14 @@ def event(observation):
 # What a model made from nothing is taught before it learns, and the defaults that suit it.
 
 TINY = dict(
-    lr=5e-4, batch_size=128, micro_batch_size=16, rollout_batch_size=256, device="cpu",
-    max_new_tokens=16, rate_tokens=16, eval_episodes=500, updates=4, kl=0.03, reward_scale=10.0)
+    device="cpu",
+    lr=5e-4, batch_size=128, updates=4, kl=0.03, reward_scale=10.0,
+    micro_batch_size=16, rollout_batch_size=256,
+    max_new_tokens=16, rate_tokens=16,
+    eval_episodes=500)
 QUICK = dict(
-    steps=4, batch_size=16, group_size=4, updates=2, eval_episodes=16, eval_every=2, save_every=2,
+    steps=4, batch_size=16, group_size=4, updates=2,
+    eval_episodes=16, eval_every=2, save_every=2,
     examples=600)
 HINTS = 2  # acts after each label that tells what to do, practised apart, of each episode
 READ = "Repeat the task, and what the last action brought."  # practises reading
@@ -674,8 +715,9 @@ def load(world, args):
     constants = [plain, f"{plain}\n{GUIDED}", RATE, ACT, READ, "Action: ", "Reason: ", "\nLabel: ",
                  *common.CHANGES_OF_SPEAKER]
     model, chat = common.load(
-        args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device,
-        dtype=args.dtype, thinking=args.thinking, max_context=args.max_context,
+        args.model, corpus=lambda: warmup(world, args), constants=constants,
+        device=args.device, dtype=args.dtype,
+        thinking=args.thinking, max_context=args.max_context,
         gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank)
     guided = args.guide != "off"
     room = FORCED + args.max_new_tokens + args.rate_tokens * guided
@@ -726,14 +768,16 @@ def warmup(world, args):
                 if prospects and rng.random() < args.dose:
                     label = prospects.label(world, info["valid"])
                 rating = rating_text(world, prospects, label)
-                messages.append({"role": "assistant", "content": rating})
-                messages.append({"role": "user", "content": to_act(observation)})
+                messages += [
+                    {"role": "assistant", "content": rating},
+                    {"role": "user", "content": to_act(observation)}]
         for some in hints["negative"], hints["positive"]:
             examples += rng.sample(some, min(HINTS, len(some)))
         messages = messages[:4 + each * rng.randint(0, (len(messages) - 4) // each)]
         last = messages.pop()["content"].removesuffix(f"\n{RATE}")
-        messages += [{"role": "user", "content": f"{last}\n{READ}"},
-                     {"role": "assistant", "content": f"{world.task}\n{event(last)}"}]
+        messages += [
+            {"role": "user", "content": f"{last}\n{READ}"},
+            {"role": "assistant", "content": f"{world.task}\n{event(last)}"}]
         examples.append(messages)
     rng.shuffle(examples)
     return examples
