@@ -101,16 +101,18 @@ class Args:
     actor_states: int = flag(256, "states refined per step (not in the paper)")
     actor_weight: float = flag(1.0, "of L2; L1 has weight 1 (not in the paper)")
     ablation: str = flag(
-        "none", "no bootstrap; futures of other states; M as it started; pi_r reads verdicts alone",
+        "none", "not in the paper. mc-backup: no bootstrap; blind-critic: futures of other states;"
+        " frozen-critic: M as it started; label-only: pi_r reads verdicts alone",
         choices=["none", "mc-backup", "blind-critic", "frozen-critic", "label-only"])
     # departures that can be switched on
     distil: str = flag("all", "L2 teaches every refinement (paper), or the best of judged tries",
                        choices=["all", "best"])
-    margin: int = flag(1, "best: verdicts from the worst try that make a lesson (not in the paper)")
+    margin: int = flag(1, "best: by how many steps of bad...great the chosen try must beat the worst other one (not in the paper)")
     frozen_parts: bool = flag(False, "B_L, E, pi_r by the start weights; False: by theta, B_L by theta_bar (paper)")
     anchor: float = flag(0.0, "weight of imitating the actions just played; 0: none (paper)")
     critic_gate: float = flag(0.0, "AUC of M (see auc) from which on L2 teaches; 0: from the start (paper)")
     even_turns: bool = flag(False, "late turns sampled more often; False: a plain buffer (paper)")
+    # a tiny model
     examples: int = flag(3000, "rounds of warm-up examples that make a tiny model")
 
 
@@ -206,7 +208,7 @@ def evaluator_messages(world, state, action, futures):
 
 def refiner_messages(world, state, tries, part=REFINER):
     """pi_r(. | s, a^1, Q_L(s, a^1), ...); part: CHOOSER, to compare the tries."""
-    lines = []
+    lines = [] if tries else [None]
     for number, t in enumerate(tries, 1):
         lines.append(f"Try {number}: {envs.one_line(t.action)}")
         lines += numbered("Future", t.futures)
@@ -221,7 +223,7 @@ def next_action(action):
 
 def in_hindsight(t):
     """What came of a transition, as a forecast would tell it."""
-    follows = f" Then: {envs.one_line(t.then)}." if t.then else ""
+    follows = f" Then: {shortened(envs.one_line(t.then))}." if t.then else ""
     return f"Next: {first_sentence(t.result)}{follows} End: {ending(t)}."
 
 
@@ -375,8 +377,9 @@ class Parts:
         return self.target if averaged or part == "backup" else self.model
 
     def ask(self, part, messages, stream, samples=1, averaged=False) -> list[str]:
-        """What a part says aloud: `samples` replies per entry of `messages`, prompt-major.
+        """`samples` replies of a part per entry of `messages`, prompt-major.
 
+        Native thoughts stay where a reply is an action, as L2 teaches them; no part reads them.
         Empty: the reply to None, to a prompt beyond the context, and one that is lost: its limit
         cut it, and it is a backup or its action had not ended.
         """
@@ -400,7 +403,8 @@ class Parts:
         for row, ids, text, complete in zip(rows, replies.ids, replies.texts, replies.complete):
             said, cut = common.aloud(word + text), not complete
             lost = cut and (part == "backup" or mark == "Action" and not is_whole(self.world, said))
-            texts[row] = "" if lost else said
+            kept = (word + text).strip() if mark == "Action" else said
+            texts[row] = "" if lost else kept
             counts.update(tokens=len(ids), parse=is_readable(mark, said), cut=cut, lost=lost)
         return texts
 
@@ -449,15 +453,15 @@ class Try:
 
 def proposal(world, reply) -> Try:
     """What a reply proposes."""
-    return Try(common.aloud(reply), action_of(world, reply))
+    return Try(reply, action_of(world, reply))
 
 
 def critique(parts, states, tries, stream):
     """(4) Q_L(s, a) = E(s, a, d^(1..k)): writes the futures and the critique of a try per state."""
     k, ablation = parts.args.k, parts.args.ablation
     futures = groups(parts.foresee(states, [t.action for t in tries], stream, k), k)
-    if ablation == "blind-critic":  # futures of other states: a floor
-        futures = futures[1:] + futures[:1]
+    if ablation == "blind-critic":  # futures of other states: a floor; none of a state that is alone
+        futures = futures[1:] + futures[:1] if len(futures) > 1 else [[]]
     asked = [evaluator_messages(parts.world, state, t.action, told)
              for state, t, told in zip(states, tries, futures)]
     for t, told, text in zip(tries, futures, parts.ask("evaluator", asked, stream)):
@@ -482,7 +486,8 @@ def refine(parts, states, stream, replies=None) -> list[list[Try]]:
     for turn in range(parts.args.m + best):
         critique(parts, states, [some[-1] for some in tries], (*stream, turn))
         if turn < parts.args.m:
-            asked = [refiner_messages(world, *row) for row in zip(states, tries)]
+            judged = [[t for t in some if t.critique] for some in tries]
+            asked = [refiner_messages(world, *row) for row in zip(states, judged)]
             for some, reply in zip(tries, parts.ask("refiner", asked, (*stream, turn))):
                 some.append(proposal(world, reply))
     return tries
@@ -538,20 +543,21 @@ def nll(parts, pairs, weight) -> float:
 def update(parts, optimizer, forecasts, refinements, imitated) -> dict:
     """--updates gradient steps on L1 + weight L2 + the anchor, and (7) after each -> metrics.
 
-    Each takes its share of the lessons, [(prompt ids, target ids)]; a loss is logged as the mean
-    over the steps that had any.
+    Each takes its share of the lessons, [(prompt ids, target ids)]; a loss is the mean over the
+    gradient steps that had any, and missing where none had.
     """
     args, found = parts.args, Counter()
-    taught = len(refinements) / args.actor_states  # states without a lesson count, too
+    taught = len(refinements) / args.actor_states  # rare lessons must not be louder than many
     losses = {"l1": (1.0, forecasts), "l2": (args.actor_weight * taught, refinements),
               "anchor": (args.anchor, imitated)}
     for u in range(args.updates):
         batch, loss = {}, 0.0
         for name, (weight, pairs) in losses.items():
             batch[name] = pairs[u::args.updates]
-            value = nll(parts, batch[name], weight)
-            found[name] += value / max(1, min(args.updates, len(pairs)))
-            loss += value  # finite if each is
+            if batch[name]:
+                value = nll(parts, batch[name], weight)
+                found[name] += value / min(args.updates, len(pairs))
+                loss += value  # finite if each is
         norm = common.gradient_step(parts.model, optimizer, loss, batch)
         common.ema_update(parts.target, parts.model, args.ema)
         found["grad_norm"] += norm / args.updates
@@ -609,7 +615,7 @@ def main():
         losses = update(parts, optimizer, forecasts, refinements, imitated)  # (3), (6), (7)
         run.lap("update")
 
-        metrics = losses | watch_lessons(batch, forecasts, refinements) | watch_refinement(tries)
+        metrics = losses | watch_lessons(parts, batch, forecasts, refinements) | watch_refinement(tries)
         write_step(run, parts, played, metrics | {"auc": auc(state["told"])})
         state |= {"step": step, "buffer": [vars(t) for t in buffer]}
         run.save_if_due(state, **trained)
@@ -650,25 +656,47 @@ def action_of(world, reply):
 
 
 def in_form(world, reply):
-    """A reply as the policy learns it: its thought, Action:, its action, and nothing behind that.
+    """A reply as the policy learns it: native thought, thought, Action:, its action, no more.
 
-    "" where there is no action, or where another one would be read in this text.
+    "" where there is no action, where only the first line of several could be meant, or where
+    another action would be read in this text.
     """
-    action, marks = action_of(world, reply), list(envs.MARKER.finditer(reply))
-    thought = reply[:marks[-1].start()].rstrip(" \n*_#`-") if marks else ""
-    text = f"{thought}\n{written(action)}".lstrip()
-    return text if action and action_of(world, text) == action else ""
+    spoken, start = common.aloud(reply), 0
+    action = world.read(spoken)
+    if not action:
+        return ""
+    marks = [*envs.MARKER.finditer(spoken)] or [*envs.HEADING.finditer(spoken)]
+    if marks and world.read(spoken[marks[-1].start():]) == action:
+        start = marks[-1].start()
+    elif stands_out(world, spoken, action):  # a tool call; one line of it is found in any case
+        start = max(0, spoken.rfind(action if action in spoken else action.split("\n")[0]))
+    elif spoken.partition(action)[2].strip(" \n*_`.\"'"):
+        return ""
+    thought = spoken[:start].rstrip(" \n*_`#>-")
+    native, _, _ = reply.rpartition(spoken)  # "" too where it stands amid what is said
+    text = native + f"{thought}\n{written(action)}".lstrip()
+    return text if action_of(world, text) == action else ""
+
+
+def stands_out(world, spoken, action) -> bool:
+    """Whether an action is read in a place of its own, not as the first line there is."""
+    return world.read(f"Thought:\n{spoken}") == action != ""
 
 
 def is_whole(world, reply):
     """Whether the action of a reply that the limit cut had ended: its last line is not needed."""
     lines = common.aloud(reply).rpartition("\n")[0]
-    return bool(common.marked(lines, "Action")) and world.read(lines) == action_of(world, reply)
+    return stands_out(world, lines, action_of(world, reply))
 
 
 def first_sentence(observation):
     """What a forecast repeats of an observation: not the turns left, the tally, the list."""
-    return re.split(r"(?<=[.?!]) ", in_one_line(envs.bare(observation)), maxsplit=1)[0]
+    return shortened(re.split(r"(?<=[.?!]) ", in_one_line(envs.bare(observation)), maxsplit=1)[0])
+
+
+def shortened(text):
+    """So that a forecast which tells it has room for its end."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST].rstrip()} ..."
 
 
 def rank(critique) -> int | None:
@@ -676,6 +704,7 @@ def rank(critique) -> int | None:
     return common.chosen(critique, "Verdict", VERDICTS)
 
 
+LONGEST = 300  # characters
 ENDS = "failure", "fails", "no success", "success", "succeeds"
 
 
@@ -778,10 +807,17 @@ def watch_parts(parts) -> dict:
     return found
 
 
-def watch_lessons(batch, forecasts, refinements) -> dict:
-    """What came of a step's transitions and states; targets_terminal: composed of an outcome."""
-    return {"lessons": len(refinements), "targets_dropped": len(batch) - len(forecasts),
-            "targets_terminal": common.mean(t.done for t in batch)}
+def watch_lessons(parts, batch, forecasts, refinements) -> dict:
+    """What came of a step's states, and of its transitions where M is taught: targets_terminal,
+    composed of an outcome; targets_overlong, longer than M may write.
+    """
+    args, found = parts.args, {"lessons": len(refinements)}
+    if args.ablation == "frozen-critic":
+        return found
+    overlong = [len(target) > args.forecast_tokens for _, target in forecasts]
+    return found | {"targets_dropped": len(batch) - len(forecasts),
+                    "targets_terminal": common.mean(t.done for t in batch),
+                    "targets_overlong": sum(overlong)}
 
 
 def watch_refinement(tries) -> dict:
@@ -1031,11 +1067,13 @@ def examples_of(world, args, t, possible, draw, rng) -> dict:
 def random_episode(world, seed, rng, actions=(), slips=0.0) -> list[tuple]:
     """A random player's episode on train, after `actions` -> [(transition, what was possible)].
 
-    `slips`: how often it says the first word of one action with the rest of another.
+    `slips`: how often it says the first word of one action with the rest of another. Where the
+    world lists nothing, it says any word that it has just read.
     """
     episode, possible, given = begin(world, "train", seed), [], iter(actions)
     while not episode.over:
-        possible.append(world.admissible() or [""])
+        seen = envs.bare(episode.said[-1][1]).split()
+        possible.append(world.admissible() or seen or ["wait"])
         action = next(given, None)
         if action is None:
             action = rng.choice(possible[-1])
