@@ -985,22 +985,25 @@ class Future:
     result: str
     then: str
     turns: int | None  # to success
-    score = 0.0
-    told = in_hindsight
+    score: float = 0.0
 
 
-def critique_text(futures):
+def critique_text(futures, reason=""):
     """How to read futures: how many succeed, how soon, what one goes on with, or one fails by."""
-    won = [future for future in futures if future.turns is not None]
-    text = f"Futures: {len(won)} of {len(futures)} succeed"
-    if won:
-        text += f", at best in {envs.count(min(future.turns for future in won), 'turn')}"
+    text = f"Futures: {tally(futures)}"
+    lost = [future for future in futures if future.turns is None]
     if hint := hinted(futures):
         text += f". One goes on with: {envs.one_line(hint)}"
-    elif len(won) < len(futures):
-        lost = next(future for future in futures if future.turns is None)
-        text += f". One fails: {first_sentence(lost.result).rstrip('.')}"
-    return f"{text}. Verdict: {VERDICTS[worth(futures)]}."
+    elif lost:
+        text += f". One fails: {first_sentence(lost[0].result).rstrip('.')}"
+    return f"{text}.{reason} Verdict: {VERDICTS[worth(futures)]}."
+
+
+def tally(futures):
+    """How many futures succeed, and how soon."""
+    turns = [future.turns for future in futures if future.turns is not None]
+    text = f"{len(turns)} of {len(futures)} succeed"
+    return f"{text}, at best in {envs.count(min(turns), 'turn')}" if turns else text
 
 
 def hinted(futures):
@@ -1020,48 +1023,71 @@ def soonest(futures):
     return len(turns), -min(turns, default=0)
 
 
-def tried(world, action, futures):
+def tried(action, futures):
     """A judged try, in words."""
-    told = [future.told() for future in futures]
+    told = [in_hindsight(future) for future in futures]
     return Try(written(action), action, told, critique_text(futures))
 
 
-def examples_of(world, args, t, possible, draw, rng) -> dict:
+def examples_of(world, args, t, possible, draw, rng, reasons=False) -> dict:
     """{part: (messages, reply)} about a transition of random play; `draw(action)`: k futures of it.
 
     The successor tells a future, B_L counts one turn on, the evaluator reads outcomes. The refiner
     repeats what was judged good, else takes the critique's hint, else does anything untried; asked
     to compare, it names the try with more successes, then the sooner one. A share of the critiques
-    is shown as --ablation label-only shows them.
+    is shown as --ablation label-only shows them. `reasons`: say why, too, in words that are true.
     """
-    label_only = rng.random() < 0.15
+    label_only = args.ablation == "label-only" if reasons else rng.random() < 0.15
+    thoughts = reasons and not args.prefill
     left = world.max_turns - len(t.state) // 2  # turns, this one counted
     first, (future, *_) = draw(t.action), draw(t.action)
-    found = {
-        "policy": (policy_messages(world, t.state), written(rng.choice(possible))),
-        "successor": (successor_messages(world, t.state, t.action), first[0].told())}
+    action = rng.choice(possible)
+    found = {"policy": (policy_messages(world, t.state), thoughts * thought(world, t, action) + written(action)),
+             "successor": (successor_messages(world, t.state, t.action), in_hindsight(first[0]))}
     turns = future.turns + 1 if future.turns and future.turns < left else None
     merged = Future(t.result, rng.choice(possible), turns)
-    found["backup"] = backup_messages(world, t, merged.then, future.told()), merged.told()
-    told = [one.told() for one in first]
-    found["evaluator"] = evaluator_messages(world, t.state, t.action, told), critique_text(first)
+    messages = backup_messages(world, t, merged.then, in_hindsight(future))
+    found["backup"] = messages, in_hindsight(merged)
     actions = rng.sample(possible, min(args.m + 1, len(possible)))
     futures = [draw(action) for action in actions]
-    tries = [tried(world, *row) for row in zip(actions, futures)]
+    told = [in_hindsight(one) for one in first]
+    reason = reasons * compared(first, actions, futures)
+    found["evaluator"] = evaluator_messages(world, t.state, t.action, told), critique_text(first, reason)
+    tries = [tried(*row) for row in zip(actions, futures)]
     if label_only:
         tries = [Try(one.reply, one.action, [], label(one.critique)) for one in tries]
     count = rng.randint(1, max(1, len(tries) - 1))
     untried = [action for action in possible if action not in actions[:count]] or possible
     hint = "" if label_only else hinted(futures[count - 1])
-    reply = hint if hint in untried else rng.choice(untried)
+    action = hint if hint in untried else rng.choice(untried)
     if worth(futures[count - 1]) >= VERDICTS.index("good"):
-        reply = actions[count - 1]
-    found["refiner"] = refiner_messages(world, t.state, tries[:count]), written(reply)
+        action = actions[count - 1]
+    reply = thoughts * thought(world, t, action) + written(action)
+    found["refiner"] = refiner_messages(world, t.state, tries[:count]), reply
     values = [worth(some) if label_only else soonest(some) for some in futures]
     best = values.index(max(values))
     if values.count(values[best]) == 1 < len(values):
-        found["chooser"] = refiner_messages(world, t.state, tries, CHOOSER), f"Best: {best + 1}"
+        seen = [VERDICTS[worth(some)] if label_only else tally(some) for some in futures]
+        reason = "; ".join(f"Try {i}: {text}" for i, text in enumerate(seen, 1))
+        reply = thoughts * f"{reason}. So try {best + 1} is the best.\n" + f"Best: {best + 1}"
+        found["chooser"] = refiner_messages(world, t.state, tries, CHOOSER), reply
     return found
+
+
+def thought(world, t, action):
+    """What a player who knows the episode alone can truly say before an action."""
+    done = [action_of(world, reply) for reply in t.state[1::2]]
+    why = "did this before, and it may help now" if action in done else "have not done this yet"
+    return f"Now I read: {first_sentence(t.state[-1])} I {why}.\n"
+
+
+def compared(futures, actions, others):
+    """What a critique says of an action beside `actions`, whose futures are `others`."""
+    best = max(others, key=soonest)
+    if soonest(best) <= soonest(futures):
+        return " The action is as good as any, as none is known to succeed more often or sooner."
+    better = envs.one_line(actions[others.index(best)])
+    return f" Not the best: what succeeds more often or sooner is {better}."
 
 
 def random_episode(world, seed, rng, actions=(), slips=0.0) -> list[tuple]:
@@ -1083,28 +1109,33 @@ def random_episode(world, seed, rng, actions=(), slips=0.0) -> list[tuple]:
     return list(zip(transitions(episode), possible))
 
 
+SHOWN = "env shots show_actions k m prefill ablation".split()
+
+
 def with_shots(part, messages, args):
     """The messages of a call, --shots worked examples behind the system prompt."""
     if not args.shots:
         return messages
-    shots = worked_examples(args.env, args.shots, args.show_actions, args.k, args.m)
+    shots = worked_examples(*(getattr(args, name) for name in SHOWN))
     return [messages[0], *shots[part], *messages[1:]]
 
 
 @functools.cache
-def worked_examples(env, count, show_actions, k, m):
+def worked_examples(*settings):
     """{part: --shots worked examples, as messages}: random play on train, and what came of it.
 
-    By turns the end of an episode that was won and the start of one that was lost, where a random
-    player does win. Futures are played: where the game goes on, it goes on at random.
+    `settings`: values of SHOWN. By turns the end of an episode that was won and the start of one
+    that was lost, where a random player does win. Futures are played: where the game goes on, it
+    goes on at random. B_L's are single turns of these episodes, with the next one as the forecast.
     """
-    world, rng = envs.make(env, show_actions=show_actions), random.Random(0)
-    args, found = Args(env=env, k=k, m=m), {part: [] for part in PARTS}
+    args = Args(**dict(zip(SHOWN, settings)))
+    world, rng = envs.make(args.env, show_actions=args.show_actions), random.Random(0)
+    found = {part: [] for part in PARTS}
     played = {True: [], False: []}  # by whether they were won
-    for seed in range(10**6, 10**6 + 8 + 8 * count):  # far from the seeds that are learnt from
+    for seed in range(10**6, 10**6 + 8 + 8 * args.shots):  # far from the seeds that are learnt from
         steps = random_episode(world, seed, rng)
         played[steps[0][0].turns is not None].append(steps)
-    for i in range(20 * count):
+    for i in range(20 * args.shots):
         won = i % 2 == 0
         some = played[won] or played[not won]
         steps = some[i // 2 % len(some)]
@@ -1114,18 +1145,29 @@ def worked_examples(env, count, show_actions, k, m):
 
         def draw(action):
             futures = []
-            for _ in range(k):
+            for _ in range(args.k):
                 new, _ = random_episode(world, t.seed, rng, [*before, action])[turn]  # noqa: B023
                 futures.append(Future(new.result, new.then, new.turns))
             return futures
 
-        examples = examples_of(world, args, t, possible, draw, rng)
+        examples = examples_of(world, args, t, possible, draw, rng, reasons=True)
+        del examples["backup"]
+        longer = [steps for steps in some if len(steps) > 1]
+        if longer:
+            steps = longer[i // 2 % len(longer)]
+            examples["backup"] = played_backup(world, *(t for t, _ in steps[turn and -2:][:2]))
         for part, (messages, reply) in examples.items():
-            if messages and len(found[part]) < 2 * count:
+            if messages and len(found[part]) < 2 * args.shots:
                 shot = {"role": "assistant", "content": reply, "shot": True}
                 found[part] += [messages[-1], shot]
     world.close()
     return found
+
+
+def played_backup(world, t, following):
+    """(messages, reply) of B_L: a turn as it was played, the next one as the forecast."""
+    told, merged = (in_hindsight(Future(one.result, one.then, one.turns)) for one in (following, t))
+    return backup_messages(world, t, t.then, told), merged
 
 
 def warmup(world, args):

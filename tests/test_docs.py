@@ -359,12 +359,12 @@ def test_the_rules_of_the_ceiling(base):
     parts = parts_for(ceiling.Parts, base, ceiling, refiner="rule")
     t = played_state(0, [])
     futures = [nlac.Future("It works again. You win.", "", 1), nlac.Future("It is still broken.", "", None)]
-    message = nlac.evaluator_messages(parts.world, t.state, "swap the fuse", [future.told() for future in futures])
+    message = nlac.evaluator_messages(parts.world, t.state, "swap the fuse", [nlac.in_hindsight(future) for future in futures])
     [critique] = parts.ask("evaluator", [message], ("x",))
     assert critique == nlac.critique_text(futures) and critique.startswith("Futures: 1 of 2 succeed, at best in 1 turn.")
 
     def refined(futures):
-        tries = [nlac.tried(parts.world, "swap the fuse", futures)]
+        tries = [nlac.tried("swap the fuse", futures)]
         asked = nlac.refiner_messages(parts.world, t.state, tries)
         return {nlac.action_of(parts.world, reply) for reply in parts.ask("refiner", [asked] * 50, ("x",))}
 
