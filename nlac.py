@@ -3,8 +3,8 @@
 One language model plays every part, each through a prompt of its own. With s the episode so far,
 a an action, d a description of the future, theta_bar the EMA of the weights theta, a step is:
 
-    act       a ~ pi(. | s), a thought and an action; (s, a, s', done) goes to a buffer, as text (1)
-    backup    B_L(s, a, s', d') with d' ~ M(. | s', a'), a' ~ pi(. | s'), all three by theta_bar (2)
+    act       a ~ pi(. | s), a thought and an action; (s, a, r, s', done) is kept as text        (1)
+    backup    B_L(s, a, s', a', d') with d' ~ M(. | s', a'), a' ~ pi(. | s'), all by theta_bar   (2)
     L1        -log M(B_L | s, a): KL(B_L M_bar || M) up to a constant, no gradient through (2)   (3)
     critique  Q_L(s, a) = E(s, a, d^(1..k)) with d ~ M(. | s, a)                                 (4)
     refine    a^r ~ pi_r(. | s, a^1, Q_L(s, a^1), ..., a^m, Q_L(s, a^m)), no gradient            (5)
@@ -16,8 +16,10 @@ Departures from the paper, and why:
  1. The target of a terminal transition is composed of the first sentence seen after it and of the
     outcome, not written by B_L: it grounds M. A full context or a time limit ends without success.
  2. M, B_L, E and pi_r read actions without the thoughts before them, as thoughts would fill their
-    prompts; pi_r sees the futures too. L2 teaches the thought of a^r and its action in the form
-    that the policy writes, nothing behind that, and no action that a limit cut.
+    prompts; pi_r sees the futures too, and B_L sees a', which d' is about. L2 teaches the thought
+    of a^r and its action in the form that the policy writes, nothing behind that, and no action
+    that a limit cut. A native thought (--thinking) stays before them, though it may speak of the
+    critique; L1 leaves B_L's out, as M would learn to think of what it has not seen.
  3. a' in (2) comes from pi_bar, not from the current policy: averaged weights are steadier.
  4. Targets and lessons of a step are made once, before its gradient steps; each of these takes L1
     and L2 together.
@@ -26,7 +28,9 @@ Departures from the paper, and why:
     B_L's form has no place for a score below success: M hears of it in the last turn alone.
  6. L1 and L2 are means over target tokens, at the temperature of sampling; L2 weighs less where few
     states have a lesson. Targets that are empty or have no room are dropped; that they do not speak
-    of what only their writer saw is asked for in the prompts, not checked.
+    of what only their writer saw is asked for in the prompts, not checked. M learns nothing of an
+    action that is empty, and a state has no lesson where a^1 is, or the last a^r, or where a^1 has
+    no critique; tries without one are not shown to pi_r.
 What a tiny model needs besides is the last group of flags, off here, on in TINY: --distil best,
 where refinement is a comparison of judged tries, and a lesson only where they differ clearly; parts
 that nobody trains from the start weights, as they are forgotten (the paper reports forgetting); L1
@@ -150,14 +154,14 @@ next action, with the futures it may lead to and a critique. Success is better t
 sooner is better than later.
 Say in a sentence or two which try is the best, and why. Finish with Best: and its number."""
 VERDICTS = "bad weak fair good great".split()  # the order of sentiments of the paper's theory
-# part: the word that --prefill puts into its mouth, the word that is searched for, its limit
-PARTS = {"policy": ("Action:", "Action", "max_new_tokens"),
-         "successor": ("Next:", "End", "forecast_tokens"),
-         "backup": ("Next:", "End", "forecast_tokens"),
-         "evaluator": ("Futures:", "Verdict", "critique_tokens"),
-         "refiner": ("Action:", "Action", "max_new_tokens"),
-         "chooser": ("Best:", "Best", "critique_tokens")}
-READERS = "backup", "evaluator", "chooser"  # at --reader-temperature
+# part: the word that --prefill puts into its mouth, the word that is searched for, the flags of its
+# limit and of its temperature
+PARTS = {"policy": ("Action:", "Action", "max_new_tokens", "temperature"),
+         "successor": ("Next:", "End", "forecast_tokens", "temperature"),
+         "backup": ("Next:", "End", "forecast_tokens", "reader_temperature"),
+         "evaluator": ("Futures:", "Verdict", "critique_tokens", "reader_temperature"),
+         "refiner": ("Action:", "Action", "max_new_tokens", "temperature"),
+         "chooser": ("Best:", "Best", "critique_tokens", "reader_temperature")}
 
 
 def policy_messages(world, state):
@@ -168,15 +172,15 @@ def policy_messages(world, state):
     return messages
 
 
-def call(part, world, state, *lines):
+def part_messages(prompt, world, state, *lines):
     """Every part but the policy is a call of its own, over a transcript and further `lines`; none
     (None), where one of these came back empty: nothing comes of nothing.
     """
     if not all(lines):
         return None
-    system = f"This is what the player of a game is told:\n<game>\n{world.system}\n</game>\n{part}"
+    told = f"This is what the player of a game is told:\n<game>\n{world.system}\n</game>"
     user = "\n".join(["<episode>", *transcript(world, state), "</episode>", *lines])
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return [{"role": "system", "content": f"{told}\n{prompt}"}, {"role": "user", "content": user}]
 
 
 def transcript(world, state):
@@ -189,31 +193,31 @@ def transcript(world, state):
 
 def successor_messages(world, state, action):
     """M(. | s, a)"""
-    return call(SUCCESSOR, world, state, next_action(action))
+    return part_messages(SUCCESSOR, world, state, next_action(action))
 
 
 def backup_messages(world, t, action, forecast):
-    """B_L(s, a, s', d'), and the action a' that d' is of."""
-    return call(BACKUP, world, t.state, next_action(t.action),
-                f"Seen after it: {envs.bare(t.result)}",
-                f"Then the player does: {envs.one_line(action)}",
-                forecast and f"Forecast from there: {in_one_line(forecast)}")
+    """B_L(s, a, s', a', d'): `action` is a', `forecast` d'."""
+    return part_messages(BACKUP, world, t.state, next_action(t.action),
+                         f"Seen after it: {envs.bare(t.result)}",
+                         f"Then the player does: {envs.one_line(action)}",
+                         forecast and f"Forecast from there: {squeezed(forecast)}")
 
 
 def evaluator_messages(world, state, action, futures):
     """E(s, a, d^(1..k))"""
-    told = numbered("Future", futures) or [None]
-    return call(EVALUATOR, world, state, next_action(action), *told)
+    return part_messages(EVALUATOR, world, state, next_action(action),
+                         *numbered("Future", futures) or [None])
 
 
-def refiner_messages(world, state, tries, part=REFINER):
-    """pi_r(. | s, a^1, Q_L(s, a^1), ...); part: CHOOSER, to compare the tries."""
-    lines = [] if tries else [None]
-    for number, t in enumerate(tries, 1):
-        lines.append(f"Try {number}: {envs.one_line(t.action)}")
-        lines += numbered("Future", t.futures)
-        lines.append(t.critique and f"Critique: {in_one_line(t.critique)}")
-    return call(part, world, state, *lines)
+def refiner_messages(world, state, tries, prompt=REFINER):
+    """pi_r(. | s, a^1, Q_L(s, a^1), ...); prompt: CHOOSER, to compare the tries."""
+    lines = []
+    for number, one in enumerate(tries, 1):
+        lines.append(f"Try {number}: {envs.one_line(one.action)}")
+        lines += numbered("Future", one.futures)
+        lines.append(one.critique and f"Critique: {squeezed(one.critique)}")
+    return part_messages(prompt, world, state, *lines or [None])
 
 
 def next_action(action):
@@ -222,7 +226,7 @@ def next_action(action):
 
 
 def in_hindsight(t):
-    """What came of a transition, as a forecast would tell it."""
+    """What came of a transition (or a Future), as a forecast would tell it."""
     follows = f" Then: {shortened(envs.one_line(t.then))}." if t.then else ""
     return f"Next: {first_sentence(t.result)}{follows} End: {ending(t)}."
 
@@ -261,7 +265,7 @@ class Episode:
 
 @dataclass
 class Transition:
-    """(s, a, s', done), as text."""
+    """(s, a, r, s', done), as text: r is `score` in the last one of an episode, else nothing."""
 
     seed: int
     state: list[str]  # s: observation, reply, observation, ..., observation
@@ -269,7 +273,7 @@ class Transition:
     action: str  # a as the world read it
     result: str  # the observation that makes s' of s and a
     done: bool
-    score: float
+    score: float  # of the whole episode, at its end
     turns: int | None  # from here to success; for logs and --ablation mc-backup, as `then`
     then: str  # the action after this one
     cut: bool  # the limit fell in a
@@ -353,6 +357,12 @@ def transitions(episode) -> list[Transition]:
     return found
 
 
+def sample(buffer, args, rng, count) -> list[Transition]:
+    """The replay draw, uniform; with --even-turns late turns more often than they were played."""
+    weights = even(buffer) if args.even_turns else None
+    return rng.choices(buffer, weights, k=count) if buffer else []  # empty: no prompt had room
+
+
 # -------------------------------------------------------------------------------------------- parts
 
 
@@ -362,19 +372,19 @@ class Parts:
     def __init__(self, model, chat, world, args):
         """Copies of the weights are made where a setting needs them."""
         self.model, self.chat, self.world, self.args = model, chat, world, args  # model: theta
-        self.target = common.copy_of(model) if args.ema else model  # theta_bar
+        self.average = common.copy_of(model) if args.ema else model  # theta_bar
         frozen = args.frozen_parts or args.critic_gate or args.ablation == "frozen-critic"
         self.start = common.frozen_copy(model) if frozen else None
         self.counts = defaultdict(Counter)  # part -> asked, parse, cut, lost, overlong, tokens
         self.forgotten = set()  # parts that a warning has named
 
     def weights(self, part, averaged=False):
-        """Which weights answer; `averaged`: pi_bar and M_bar, in (2)."""
+        """Which weights answer; `averaged`: pi_bar and M_bar, in (2). B_L is averaged always."""
         if part == "successor" and self.args.ablation == "frozen-critic":
             return self.start
         if self.args.frozen_parts and part not in ("policy", "successor"):
             return self.start
-        return self.target if averaged or part == "backup" else self.model
+        return self.average if averaged or part == "backup" else self.model
 
     def ask(self, part, messages, stream, samples=1, averaged=False) -> list[str]:
         """`samples` replies of a part per entry of `messages`, prompt-major.
@@ -383,7 +393,7 @@ class Parts:
         Empty: the reply to None, to a prompt beyond the context, and one that is lost: its limit
         cut it, and it is a backup or its action had not ended.
         """
-        word, mark, limit = PARTS[part]
+        word, mark, limit, heat = PARTS[part]
         model, args, counts = self.weights(part, averaged), self.args, self.counts[part]
         word, room = word if args.prefill else "", getattr(args, limit)
         prompts, rows = [], []
@@ -395,16 +405,16 @@ class Parts:
                 if fits:
                     prompts.append(prompt)
                     rows += range(i * samples, (i + 1) * samples)
-        heat = args.reader_temperature if part in READERS else args.temperature
         seeds = [common.row_seed(args.seed, *stream, part, row) for row in rows]
         replies = common.generate(model, self.chat, prompts, max_new_tokens=room, samples=samples,
-                                  temperature=heat, seeds=seeds, rows=args.rollout_batch_size)
+                                  temperature=getattr(args, heat), seeds=seeds,
+                                  rows=args.rollout_batch_size)
         texts = [""] * (len(messages) * samples)
         for row, ids, text, complete in zip(rows, replies.ids, replies.texts, replies.complete):
             said, cut = common.aloud(word + text), not complete
             lost = cut and (part == "backup" or mark == "Action" and not is_whole(self.world, said))
-            kept = (word + text).strip() if mark == "Action" else said
-            texts[row] = "" if lost else kept
+            if not lost:
+                texts[row] = (word + text).strip() if mark == "Action" else said
             counts.update(tokens=len(ids), parse=is_readable(mark, said), cut=cut, lost=lost)
         return texts
 
@@ -458,16 +468,16 @@ def proposal(world, reply) -> Try:
 
 def critique(parts, states, tries, stream):
     """(4) Q_L(s, a) = E(s, a, d^(1..k)): writes the futures and the critique of a try per state."""
-    k, ablation = parts.args.k, parts.args.ablation
-    futures = groups(parts.foresee(states, [t.action for t in tries], stream, k), k)
-    if ablation == "blind-critic":  # futures of other states: a floor; none of a state that is alone
-        futures = futures[1:] + futures[:1] if len(futures) > 1 else [[]]
-    asked = [evaluator_messages(parts.world, state, t.action, told)
-             for state, t, told in zip(states, tries, futures)]
-    for t, told, text in zip(tries, futures, parts.ask("evaluator", asked, stream)):
-        t.futures, t.critique = told, text
-        if ablation == "label-only" and text:
-            t.futures, t.critique = [], label(text)
+    args = parts.args
+    actions = [one.action for one in tries]
+    futures = groups(parts.foresee(states, actions, stream, args.k), args.k)
+    if args.ablation == "blind-critic":
+        futures = of_others(futures)
+    asked = [evaluator_messages(parts.world, *row) for row in zip(states, actions, futures)]
+    for one, some, text in zip(tries, futures, parts.ask("evaluator", asked, stream)):
+        one.futures, one.critique = some, text
+        if args.ablation == "label-only":
+            one.futures, one.critique = [], text and label(text)
 
 
 # --------------------------------------------------------------------------- the actor: pi and pi_r
@@ -483,12 +493,12 @@ def refine(parts, states, stream, replies=None) -> list[list[Try]]:
         asked = [policy_messages(world, state) for state in states]
         replies = parts.ask("policy", asked, stream)
     tries = [[proposal(world, reply)] for reply in replies]
-    for turn in range(parts.args.m + best):
-        critique(parts, states, [some[-1] for some in tries], (*stream, turn))
-        if turn < parts.args.m:
-            judged = [[t for t in some if t.critique] for some in tries]
+    for number in range(parts.args.m + best):
+        critique(parts, states, [some[-1] for some in tries], (*stream, number))
+        if number < parts.args.m:
+            judged = [[one for one in some if one.critique] for some in tries]
             asked = [refiner_messages(world, *row) for row in zip(states, judged)]
-            for some, reply in zip(tries, parts.ask("refiner", asked, (*stream, turn))):
+            for some, reply in zip(tries, parts.ask("refiner", asked, (*stream, number))):
                 some.append(proposal(world, reply))
     return tries
 
@@ -540,16 +550,16 @@ def nll(parts, pairs, weight) -> float:
     return total
 
 
-def update(parts, optimizer, forecasts, refinements, imitated) -> dict:
+def update(parts, optimizer, l1_pairs, l2_pairs, anchor_pairs) -> dict:
     """--updates gradient steps on L1 + weight L2 + the anchor, and (7) after each -> metrics.
 
     Each takes its share of the lessons, [(prompt ids, target ids)]; a loss is the mean over the
     gradient steps that had any, and missing where none had.
     """
     args, found = parts.args, Counter()
-    taught = len(refinements) / args.actor_states  # rare lessons must not be louder than many
-    losses = {"l1": (1.0, forecasts), "l2": (args.actor_weight * taught, refinements),
-              "anchor": (args.anchor, imitated)}
+    taught = len(l2_pairs) / args.actor_states  # L2 is not to grow louder as lessons get rarer
+    losses = {"l1": (1.0, l1_pairs), "l2": (args.actor_weight * taught, l2_pairs),
+              "anchor": (args.anchor, anchor_pairs)}
     for u in range(args.updates):
         batch, loss = {}, 0.0
         for name, (weight, pairs) in losses.items():
@@ -559,8 +569,8 @@ def update(parts, optimizer, forecasts, refinements, imitated) -> dict:
                 found[name] += value / min(args.updates, len(pairs))
                 loss += value  # finite if each is
         norm = common.gradient_step(parts.model, optimizer, loss, batch)
-        common.ema_update(parts.target, parts.model, args.ema)
         found["grad_norm"] += norm / args.updates
+        common.ema_update(parts.average, parts.model, args.ema)  # (7)
     return dict(found)
 
 
@@ -587,46 +597,49 @@ def main():
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
                                   fused=model.device.type == "cuda")  # no copies in the step
-    trained = {"model": model, "target": parts.target, "optimizer": optimizer}
-    state = run.resume(**trained) or {
-        "step": 0, "buffer": [], "told": [], "learns": not args.critic_gate,
+    trained = {"model": model, "average": parts.average, "optimizer": optimizer}
+    progress = run.resume(**trained) or {
+        "step": 0, "buffer": [], "foretold": [], "learns": not args.critic_gate,
         "before": measure(parts, "before")}
-    buffer = [Transition(**t) for t in state["buffer"]]
-    for step in run.steps(state["step"], args.steps):
+    buffer = [Transition(**t) for t in progress["buffer"]]
+    for step in run.steps(progress["step"], args.steps):
         rng = random.Random(f"{args.seed} {step}")
         parts.counts.clear()
-        played = act(parts, step, state["learns"])  # (1)
+        played = act(parts, step, progress["learns"])  # (1)
         fresh = [t for episode in played for t in transitions(episode)]
         buffer = (buffer + fresh)[-args.buffer_size:]
         run.lap("rollout")
-        state |= gate(parts, state, fresh, ("foretell", step), rng)
+        foretold = foretell(parts, progress["foretold"], fresh, ("foretell", step), rng)
+        metrics = watch_foretold(foretold)
+        learns = progress["learns"] or opens(args, foretold, metrics["auc"])
         run.lap("gate")
 
         batch = sample(buffer, args, rng, args.batch_size * args.updates)
-        forecasts = successor_lessons(parts, batch, ("backup", step))  # (2)
+        l1_pairs = successor_lessons(parts, batch, ("backup", step))  # (2)
         run.lap("backup")
-        count = args.actor_states * state["learns"]
-        states = [t.state for t in sample(buffer, args, rng, count)]
+        states = [t.state for t in sample(buffer, args, rng, args.actor_states * learns)]
         tries = refine(parts, states, ("refine", step))  # (4), (5)
-        refinements = policy_lessons(parts, states, tries, ("choose", step))
+        l2_pairs = policy_lessons(parts, states, tries, ("choose", step))
         run.lap("refinement")
-        imitated = anchor_lessons(parts, fresh, rng)
+        anchor_pairs = anchor_lessons(parts, fresh, rng)
         common.set_rate(optimizer, args.lr * min(1, step / 10))
-        losses = update(parts, optimizer, forecasts, refinements, imitated)  # (3), (6), (7)
+        metrics |= update(parts, optimizer, l1_pairs, l2_pairs, anchor_pairs)  # (3), (6), (7)
         run.lap("update")
 
-        metrics = losses | watch_lessons(parts, batch, forecasts, refinements) | watch_refinement(tries)
-        write_step(run, parts, played, metrics | {"auc": auc(state["told"])})
-        state |= {"step": step, "buffer": [vars(t) for t in buffer]}
-        run.save_if_due(state, **trained)
+        metrics |= watch_lessons(parts, batch, l1_pairs, l2_pairs, tries)
+        write_step(run, parts, played, metrics)
+        progress |= {"step": step, "buffer": [vars(t) for t in buffer], "foretold": foretold,
+                     "learns": learns}
+        run.save_if_due(progress, **trained)
 
-    (before, first), (after, last) = state["before"], measure(parts, "after")
-    ends = envs.ends(args.env, args.eval_episodes)
-    run.complete(model, chat, "nlac", args.ablation, before, after, ends, [first, last])
+    finish(run, parts, progress)
 
 
 # ---------------------------------------- beside the paper, and at the end only for --model tiny
-# Words, what is refused, evaluated and logged, departures that are off by default, worked examples.
+# words, in and out
+
+LONGEST = 300  # characters that a forecast repeats of an observation, or of an action
+ENDS = "failure", "fails", "no success", "success", "succeeds"
 
 
 def groups(items, size):
@@ -636,12 +649,14 @@ def groups(items, size):
 
 def numbered(word, texts):
     """Replies of one part as another reads them, a line each."""
-    texts = filter(None, map(in_one_line, texts))
+    texts = filter(None, map(squeezed, texts))
     return [f"{word} {number}: {text}" for number, text in enumerate(texts, 1)]
 
 
-def in_one_line(text):
-    """A reply without line breaks."""
+def squeezed(text):
+    """A reply in one line, each run of blanks as one. envs.one_line leaves those of an action as
+    they are: it must mean the same when it is said again.
+    """
     return " ".join(text.split())
 
 
@@ -691,7 +706,7 @@ def is_whole(world, reply):
 
 def first_sentence(observation):
     """What a forecast repeats of an observation: not the turns left, the tally, the list."""
-    return shortened(re.split(r"(?<=[.?!]) ", in_one_line(envs.bare(observation)), maxsplit=1)[0])
+    return shortened(re.split(r"(?<=[.?!]) ", squeezed(envs.bare(observation)), maxsplit=1)[0])
 
 
 def shortened(text):
@@ -704,19 +719,18 @@ def rank(critique) -> int | None:
     return common.chosen(critique, "Verdict", VERDICTS)
 
 
-LONGEST = 300  # characters
-ENDS = "failure", "fails", "no success", "success", "succeeds"
-
-
 def foresees_success(forecast) -> bool | None:
     """The end that a forecast tells, None where it tells none; for logs and the gate."""
     end = common.chosen(forecast, "End", ENDS)
     return None if end is None else end > 2
 
 
+# ---------------------------------------------------------- what is refused, evaluated and logged
+
 SIZES = """k m forecast_tokens critique_tokens buffer_size episodes_per_step updates actor_states
     margin examples""".split()
 SHARES = "actor_weight anchor reader_temperature ema critic_gate".split()
+FLAGS = {part: "--" + limit.replace("_", "-") for part, (_, _, limit, _) in PARTS.items()}
 
 
 def check_args(args) -> envs.World:
@@ -776,6 +790,17 @@ def write_step(run, parts, played, metrics):
     run.write_rollouts([{"step": run.step, **record} for record in records])
 
 
+def finish(run, parts, progress):
+    """The last evaluation, and what a run leaves."""
+    args, (before, first) = parts.args, progress["before"]
+    if not progress["learns"]:
+        tqdm.write(f"warning: --critic-gate {args.critic_gate} never opened (see auc in "
+                   "metrics.jsonl): L2 taught nothing to the policy", file=sys.stderr)
+    after, last = measure(parts, "after")
+    ends = envs.ends(args.env, args.eval_episodes)
+    run.complete(parts.model, parts.chat, "nlac", args.ablation, before, after, ends, [first, last])
+
+
 def is_readable(mark, reply) -> bool:
     """Whether what stands behind the mark of a part can be read."""
     read = {"End": foresees_success, "Verdict": rank}.get(mark)
@@ -807,15 +832,15 @@ def watch_parts(parts) -> dict:
     return found
 
 
-def watch_lessons(parts, batch, forecasts, refinements) -> dict:
+def watch_lessons(parts, batch, l1_pairs, l2_pairs, tries) -> dict:
     """What came of a step's states, and of its transitions where M is taught: targets_terminal,
     composed of an outcome; targets_overlong, longer than M may write.
     """
-    args, found = parts.args, {"lessons": len(refinements)}
+    args, found = parts.args, watch_refinement(tries) | {"lessons": len(l2_pairs)}
     if args.ablation == "frozen-critic":
         return found
-    overlong = [len(target) > args.forecast_tokens for _, target in forecasts]
-    return found | {"targets_dropped": len(batch) - len(forecasts),
+    overlong = [len(target) > args.forecast_tokens for _, target in l1_pairs]
+    return found | {"targets_dropped": len(batch) - len(l1_pairs),
                     "targets_terminal": common.mean(t.done for t in batch),
                     "targets_overlong": sum(overlong)}
 
@@ -826,7 +851,7 @@ def watch_refinement(tries) -> dict:
     """
     if not tries:
         return {}
-    ranks = [[rank(t.critique) for t in some] for some in tries]
+    ranks = [[rank(one.critique) for one in some] for some in tries]
     read = [value for some in ranks for value in some if value is not None]
     changed = [some[-1].action != some[0].action for some in tries if some[-1].action]
     better = [some[-1] > some[0] for some in ranks if None not in (some[0], some[-1])]
@@ -848,9 +873,6 @@ def annotated(parts, episode, stream) -> dict:
     return vars(episode) | {"said": said}
 
 
-FLAGS = {part: "--" + limit.replace("_", "-") for part, (_, _, limit) in PARTS.items()}
-
-
 def warn_forgotten(parts):
     """Says once of a part that few of its replies can be read: what it teaches is noise."""
     for part, counts in parts.counts.items():
@@ -860,6 +882,16 @@ def warn_forgotten(parts):
                        "read: see --lr, --frozen-parts, --shots, --prefill", file=sys.stderr)
 
 
+# --------------------------------------------------- ablations and departures, off by default
+
+WINDOW = 256  # the latest transitions whose forecasts --critic-gate counts
+
+
+def of_others(futures):
+    """--ablation blind-critic: futures of other states, a floor; none of a state that is alone."""
+    return futures[1:] + futures[:1] if len(futures) > 1 else [[]]
+
+
 def label(critique) -> str:
     """--ablation label-only: the verdict of a critique, without its reasons."""
     verdict = rank(critique)
@@ -867,31 +899,31 @@ def label(critique) -> str:
 
 
 def best_replies(parts, states, tries, stream) -> list[str]:
-    """--distil best: pi_r names the best of the judged tries; "" where that is no lesson."""
-    asked = [refiner_messages(parts.world, *row, CHOOSER) for row in zip(states, tries)]
-    named = parts.ask("chooser", asked, stream)
-    return [best_reply(*row, parts.args.margin) for row in zip(tries, named)]
+    """--distil best: the reply of the try that pi_r names behind Best:; "" where that is no lesson.
 
-
-def best_reply(tries, named, margin) -> str:
-    """--distil best: the reply of the try that pi_r named behind Best:; "" where that is no lesson.
-
-    Of tries with one critique the first is meant. Its action must be `margin` verdicts better than
-    the worst other one; a try without a verdict that can be read is not compared. Where pi_r
-    repeats the policy's action, as none is better, that is compared with a bad one.
+    Tries with one critique are equal in the critic's eyes: the first is meant, so that the policy
+    keeps its own action. The action must be --margin verdicts better than the worst other one; a
+    try without a verdict that can be read is not compared. Where pi_r repeats the policy's action,
+    as none is better, that is compared with a bad one.
     """
-    number = common.chosen(named, "Best", [str(i + 1) for i in range(len(tries))])
-    ranks = [rank(t.critique) for t in tries]
-    if number is None or None in ranks:
-        return ""
-    best = next(t for t in tries if t.critique == tries[number].critique)
-    same = [value for t, value in zip(tries, ranks) if t.action == best.action]
-    others = [value for t, value in zip(tries, ranks) if t.action != best.action]
-    return best.reply if min(same) - min(others, default=0) >= margin else ""
+    asked = [refiner_messages(parts.world, *row, CHOOSER) for row in zip(states, tries)]
+    found = []
+    for some, named in zip(tries, parts.ask("chooser", asked, stream)):
+        number = common.chosen(named, "Best", [str(i + 1) for i in range(len(some))])
+        ranks = [rank(one.critique) for one in some]
+        if number is None or None in ranks:
+            found.append("")
+            continue
+        best = next(one for one in some if one.critique == some[number].critique)
+        same = [value for one, value in zip(some, ranks) if one.action == best.action]
+        others = [value for one, value in zip(some, ranks) if one.action != best.action]
+        clear = min(same) - min(others, default=0) >= parts.args.margin
+        found.append(best.reply if clear else "")
+    return found
 
 
 def anchor_lessons(parts, fresh, rng):
-    """--anchor: some of what was just played, a sampled KL to the policy of this step."""
+    """--anchor: some of what was just played, a sampled KL to the policy that played it."""
     count = parts.args.batch_size // 4 * parts.args.updates if parts.args.anchor else 0
     some = rng.sample(fresh, min(count, len(fresh)))
     asked = [policy_messages(parts.world, t.state) for t in some]
@@ -899,50 +931,58 @@ def anchor_lessons(parts, fresh, rng):
     return lessons(parts, "policy", asked, replies)
 
 
-def gate(parts, state, fresh, stream, rng) -> dict:
-    """--critic-gate (a log without one): what M told lately, and whether L2 learns from now on.
-
-    Told of what was just played, before L1 sees it: [share of k forecasts that end in success,
-    whether it came, turn]. With --ablation frozen-critic there is nothing to wait for.
+def even(buffer) -> list[float]:
+    """--even-turns: weights of transitions; late turns are rare while most episodes are lost early,
+    and they decide the others.
     """
-    args, told = parts.args, [*state["told"]]
-    some = sample(fresh, args, rng, 32)
-    futures = parts.foresee([t.state for t in some], [t.action for t in some], stream, args.k)
-    for t, forecasts in zip(some, groups(futures, args.k)):
-        ends = [end for end in map(foresees_success, forecasts) if end is not None]
+    turns = Counter(len(t.state) for t in buffer)
+    return [turns[len(t.state)] ** -0.75 for t in buffer]
+
+
+def foretell(parts, foretold, fresh, stream, rng) -> list:
+    """What M told lately of what was just played, before L1 sees it: [share of k forecasts that end
+    in success, whether it came, turn] of each transition, the latest WINDOW.
+    """
+    k, foretold = parts.args.k, [*foretold]
+    some = sample(fresh, parts.args, rng, 32)
+    forecasts = parts.foresee([t.state for t in some], [t.action for t in some], stream, k)
+    for t, texts in zip(some, groups(forecasts, k)):
+        ends = [end for end in map(foresees_success, texts) if end is not None]
         if ends:
-            told.append([common.mean(ends), t.turns is not None, len(t.state) // 2])
-    told = told[-TOLD:]
-    apart = auc(told) if len(told) == TOLD else None
-    opens = args.ablation == "frozen-critic" or (apart or 0.0) >= args.critic_gate
-    return {"told": told, "learns": state["learns"] or opens}
+            foretold.append([common.mean(ends), t.turns is not None, len(t.state) // 2])
+    return foretold[-WINDOW:]
 
 
-def auc(told) -> float | None:
+def watch_foretold(foretold) -> dict:
+    """M's calibration: its AUC, how much success it told, and how much there was."""
+    if not foretold:
+        return {"auc": None}
+    shares, came, _ = zip(*foretold)
+    return {"auc": auc(foretold), "foretold": common.mean(shares), "came": common.mean(came)}
+
+
+def opens(args, foretold, apart) -> bool:
+    """--critic-gate: whether L2 learns from now on, by the AUC `apart` of a whole window.
+
+    With --ablation frozen-critic there is nothing to wait for.
+    """
+    full = len(foretold) == WINDOW and apart is not None
+    known = args.critic_gate == 0 or full and apart >= args.critic_gate
+    return known or args.ablation == "frozen-critic"
+
+
+def auc(foretold) -> float | None:
     """How often M told more success of an action that led there than of one that did not.
 
     Of two actions in the same turn: between turns the state alone would tell, as the later ones
     are nearer to the end, whatever is done in them.
     """
     pairs = [(a > b) + (a == b) / 2 for (a, came, turn), (b, other, same)
-             in itertools.product(told, told) if came and not other and turn == same]
+             in itertools.product(foretold, foretold) if came and not other and turn == same]
     return common.mean(pairs) if pairs else None
 
 
-TOLD = 256  # the latest transitions whose forecasts --critic-gate counts
-
-
-def sample(buffer, args, rng, count) -> list[Transition]:
-    """Of the buffer, uniformly; with --even-turns late turns more often than they were played.
-
-    They are rare while most episodes are lost early, and they decide the others.
-    """
-    weights = None
-    if args.even_turns:
-        turns = Counter(len(t.state) for t in buffer)
-        weights = [turns[len(t.state)] ** -0.75 for t in buffer]
-    return rng.choices(buffer, weights, k=count) if buffer else []  # empty: no prompt had room
-
+# -------------------------------------------- a tiny model, and worked examples by the same means
 
 TINY = dict(
     steps=150, lr=1e-3, batch_size=64, micro_batch_size=16, rollout_batch_size=256, device="cpu",
@@ -953,6 +993,12 @@ QUICK = dict(
     steps=4, critic_gate=0.0, episodes_per_step=8, updates=1, batch_size=16, actor_states=8,
     eval_episodes=16, eval_every=2, save_every=2, examples=600)
 READER = "You read. Repeat the first observation, the last observation and the action, a line each."
+MARKS = ["<episode>\n", "\n</episode>\n", "Next action: ", "\nSeen after it: ", "\nCritique: ",
+         "\nThen the player does: ", "\nForecast from there: ", "Action: ", "Next: ", " Then: ",
+         " End: ", "Futures: ", ", at best in ", ". One goes on with: ", ". One fails: ",
+         " Verdict: ", "Best: "]
+MARKS += [f"\n{word} {number}: " for word in ("Future", "Try") for number in range(1, 9)]
+SHOWN = "env shots show_actions k m prefill ablation".split()
 
 
 def load(world, args):
@@ -960,7 +1006,8 @@ def load(world, args):
     if common.is_tiny(args.model) and args.device == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # more only wait for each other
     prompts = SUCCESSOR, BACKUP, EVALUATOR, REFINER, CHOOSER, READER
-    asked = [policy_messages(world, [""]), *(call(prompt, world, [""]) for prompt in prompts)]
+    asked = [policy_messages(world, [""])]
+    asked += [part_messages(prompt, world, [""]) for prompt in prompts]
     constants = [messages[0]["content"] for messages in asked] + MARKS
     model, chat = common.load(
         args.model, corpus=lambda: warmup(world, args), constants=constants, device=args.device,
@@ -969,13 +1016,6 @@ def load(world, args):
     first = with_shots("policy", policy_messages(world, [world.reset(seed=0)[0]]), args)
     check_room(args, chat, model, first, args.max_new_tokens)
     return model, chat
-
-
-MARKS = ["<episode>\n", "\n</episode>\n", "Next action: ", "\nSeen after it: ", "\nCritique: ",
-         "\nThen the player does: ", "\nForecast from there: ", "Action: ", "Next: ", " Then: ",
-         " End: ", "Futures: ", ", at best in ", ". One goes on with: ", ". One fails: ",
-         " Verdict: ", "Best: "]
-MARKS += [f"\n{word} {number}: " for word in ("Future", "Try") for number in range(1, 9)]
 
 
 @dataclass
@@ -1042,7 +1082,8 @@ def examples_of(world, args, t, possible, draw, rng, reasons=False) -> dict:
     left = world.max_turns - len(t.state) // 2  # turns, this one counted
     first, (future, *_) = draw(t.action), draw(t.action)
     action = rng.choice(possible)
-    found = {"policy": (policy_messages(world, t.state), thoughts * thought(world, t, action) + written(action)),
+    reply = thoughts * thought(world, t, action) + written(action)
+    found = {"policy": (policy_messages(world, t.state), reply),
              "successor": (successor_messages(world, t.state, t.action), in_hindsight(first[0]))}
     turns = future.turns + 1 if future.turns and future.turns < left else None
     merged = Future(t.result, rng.choice(possible), turns)
@@ -1051,8 +1092,8 @@ def examples_of(world, args, t, possible, draw, rng, reasons=False) -> dict:
     actions = rng.sample(possible, min(args.m + 1, len(possible)))
     futures = [draw(action) for action in actions]
     told = [in_hindsight(one) for one in first]
-    reason = reasons * compared(first, actions, futures)
-    found["evaluator"] = evaluator_messages(world, t.state, t.action, told), critique_text(first, reason)
+    reply = critique_text(first, reasons * compared(first, actions, futures))
+    found["evaluator"] = evaluator_messages(world, t.state, t.action, told), reply
     tries = [tried(*row) for row in zip(actions, futures)]
     if label_only:
         tries = [Try(one.reply, one.action, [], label(one.critique)) for one in tries]
@@ -1107,9 +1148,6 @@ def random_episode(world, seed, rng, actions=(), slips=0.0) -> list[tuple]:
             action = " ".join([action.split(" ")[0], *rng.choice(possible[-1]).split(" ")[1:]])
         take_turn(world, episode, written(action))
     return list(zip(transitions(episode), possible))
-
-
-SHOWN = "env shots show_actions k m prefill ablation".split()
 
 
 def with_shots(part, messages, args):
@@ -1189,7 +1227,7 @@ def warmup(world, args):
         def draw(action):
             return [random_future(rng, steps, left, chance) for _ in range(args.k)]  # noqa: B023
 
-        read = call(READER, world, t.state, next_action(t.action))
+        read = part_messages(READER, world, t.state, next_action(t.action))
         seen = first_sentence(t.state[0]), first_sentence(t.state[-1])
         examples.append((read, "\n".join([*seen, envs.one_line(t.action)])))
         made = examples_of(world, args, t, possible, draw, rng).values()

@@ -40,7 +40,7 @@ class Learner:
         self.model, self.chat, self.world, self.args = model, chat, world, args
         self.parts = self.Parts(model, chat, world, args)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        self.learns, self.told = not args.critic_gate, []  # see --critic-gate
+        self.learns, self.foretold = not args.critic_gate, []  # see --critic-gate
         self.buffer = []
         self.extra = Counter()  # env_steps, simulation_steps, tokens, gradient_steps
 

@@ -39,9 +39,9 @@ class NLQL(_loop.Learner):
 
     def learn(self, step, episodes, rng, clock):
         fresh = self.buffer[-sum(len(e.valid) for e in episodes):]
-        state = {"told": self.told, "learns": self.learns}
-        state = nlac.gate(self.parts, state, fresh, ("foretell", step), rng)
-        self.told, self.learns = state["told"], state["learns"]
+        self.foretold = nlac.foretell(self.parts, self.foretold, fresh, ("foretell", step), rng)
+        calibration = nlac.watch_foretold(self.foretold)
+        self.learns = self.learns or nlac.opens(self.args, self.foretold, calibration["auc"])
         forecasts, dropped = self.successor_lessons(step, rng)
         clock.lap("backup")
         lessons, metrics = [], {}
@@ -50,7 +50,7 @@ class NLQL(_loop.Learner):
         clock.lap("refinement")
         metrics |= self.update(step, forecasts, lessons, self.anchor_lessons(episodes, rng))
         clock.lap("update")
-        return metrics | {"targets_dropped": dropped, "auc": nlac.auc(self.told)}
+        return metrics | calibration | {"targets_dropped": dropped}
 
     def best_lessons(self, states, stream):
         """Steps 2 and 3 -> (pairs for L2, metrics)."""

@@ -85,6 +85,12 @@ PIECES = [
 ]  # fmt: skip
 
 
+def best_reply(tries, named, margin):
+    """What nlac.best_replies takes of one state's tries, where the comparison says `named`."""
+    parts = SimpleNamespace(world=WORLD, args=nlac.Args(margin=margin), ask=lambda *asked: [named])
+    return nlac.best_replies(parts, [["Hello."]], [tries], ())[0]
+
+
 def read_everything(text):
     """All that is read in a reply, in bounded time and without an exception."""
     action = nlac.action_of(WORLD, text)
@@ -94,10 +100,10 @@ def read_everything(text):
     assert "\n" not in sentence and sentence == " ".join(sentence.split())
     assert nlac.transcript(WORLD, ["Hello.", text, "Bye."]) == ["Hello.", f"> {action}", "Bye."]
     tries = [nlac.Try(text, action, [text], text), nlac.Try("Action: x", "x", [], "Verdict: bad")]
-    assert nlac.best_reply(tries, text, 1) in ("", *(t.reply for t in tries)) and nlac.is_whole(WORLD, text) in (True, False)
+    assert best_reply(tries, text, 1) in ("", *(t.reply for t in tries)) and nlac.is_whole(WORLD, text) in (True, False)
     form = nlac.in_form(WORLD, text)
     assert not form or nlac.action_of(WORLD, form) == action and form.endswith(nlac.written(action))
-    assert all(nlac.is_readable(mark, text) in (True, False) for _, mark, _ in nlac.PARTS.values())
+    assert all(nlac.is_readable(mark, text) in (True, False) for _, mark, *_ in nlac.PARTS.values())
     for message in (nlac.refiner_messages(WORLD, ["Hello."], tries), nlac.evaluator_messages(WORLD, ["Hello."], action, [text])):
         assert message is None or message[-1]["content"].startswith("<episode>\nHello.\n</episode>\n")
     return nlac.rank(text) is not None, nlac.foresees_success(text) is not None
@@ -112,7 +118,7 @@ def test_ten_thousand_random_strings_are_read():
             text = "".join(rng.choice(PIECES) for _ in range(rng.randrange(9)))
         verdict, end = read_everything(text)
         found += Counter(verdict=verdict, end=end)
-        assert nlac.Future(text, text, None).told().startswith("Next: ")
+        assert nlac.in_hindsight(nlac.Future(text, text, None)).startswith("Next: ")
     assert min(found.values()) > 100  # the strings are not all hopeless
 
 
@@ -139,25 +145,27 @@ def test_ends_and_verdicts_as_models_write_them():
 
 
 def test_what_is_taught_ends_with_the_action():
+    thought, act = "<think>Hm. Action: wait</think>", "I test.\nAction: check the power"
     taught = {
-        "I test.\nAction: check the power": "I test.\nAction: check the power", "Action: check the power": "Action: check the power",
-        "I test.\n\n**Action:** `check the power`\nThat is safe.\nIt helps.": "I test.\nAction: check the power",
+        act: act, "Action: check the power": "Action: check the power", f"{thought}\n{act}": f"{thought}\n{act}",
+        "I test.\n\n**Action:** `check the power`\nThat is safe.\nIt helps.": act, "I test.\n## Action\n\ncheck the power": act,
         "Action: wait\nNo.\nAction: check the power.": "Action: wait\nNo.\nAction: check the power.",
-        "check the power\nor not": "Action: check the power", "": "", "Action:": "", "I think so. Action:\n": "",
-        "<think>Action: wait</think>check the power": "",  # a thought that would be cut in two
-        "<think>Hm.</think>\nI test.\nAction: check the power": "<think>Hm.</think>\nI test.\nAction: check the power"}  # fmt: skip
+        "**check the power**": "Action: check the power", f"{thought}check the power": f"{thought}Action: check the power",
+        "check the power\nor not": "", "": "", "Action:": "", "I think so. Action:\n": "", thought: ""}  # fmt: skip
     assert {reply: nlac.in_form(WORLD, reply) for reply in taught} == taught
-    search = envs.make("search")
-    assert nlac.in_form(search, f"I look.\n{nlac.written(CALL)}\nThen I read it.") == f"I look.\n{nlac.written(CALL)}"
+    search, form = envs.make("search"), f"I look.\n{nlac.written(CALL)}"
+    for reply in f"{form}\nThen I read it.", f"I look.\n{CALL}\nSo.", f"I look. {CALL}\nAction: as above", "I look.\n" + CALL.replace("\n", ""):
+        assert nlac.in_form(search, reply) == form
 
 
 def test_an_action_that_a_limit_cut_is_whole_where_its_line_had_ended():
     whole = {"I test.\nAction: check the power\nTh": True, "Action: check the power\n": False, "Action: check the po": False,
              "I test.\nAction:": False, "I test.\nAnd": False, "": False, "Action: wait\nNo. Action: che": False}  # fmt: skip
     assert {reply: nlac.is_whole(WORLD, reply) for reply in whole} == whole
-    search, call = envs.make("search"), nlac.written(CALL)
-    assert nlac.is_whole(search, f"{call}\nTh") and nlac.is_whole(search, call[:-3])  # all but its tag
-    assert not nlac.is_whole(search, call[:-20])
+    search = envs.make("search")
+    for call in CALL, nlac.written(CALL):
+        assert nlac.is_whole(search, f"{call}\nTh") and nlac.is_whole(search, call[:-3])  # all but its tag
+        assert not nlac.is_whole(search, call[:-20])
 
 
 CALL = envs.tool_call("search", "Mira Velden")
@@ -386,8 +394,8 @@ def test_which_weights_answer(parts_of, frozen, arm):
 def test_no_copy_of_weights_that_a_setting_does_not_use(parts_of):
     for kept, frozen in (False, {}), (True, {"frozen_parts": True}), (True, {"critic_gate": 0.6}), (True, {"ablation": "frozen-critic"}):
         parts = parts_of(Puppet(), **frozen)
-        assert (parts.start is not None) == kept and parts.target is not parts.model
-    assert parts_of(Puppet(), ema=0.0).target.name == "theta"
+        assert (parts.start is not None) == kept and parts.average is not parts.model
+    assert parts_of(Puppet(), ema=0.0).average.name == "theta"
 
 
 # ---------------------------------------------------------------------------------------------------- critique and refine
@@ -484,14 +492,14 @@ def test_the_try_that_is_named():
     tries = [judged("a", "weak"), judged("b", "great"), judged("c", "great")]
     said = {"Best: 2": 1, "It is sooner.\n**Best:** try 3.": 2, "Best: 1 or 2": None, "Best: 4": None, "": None, "b": None}
     for reply, index in said.items():
-        assert nlac.best_reply(tries, reply, -4) == ("" if index is None else tries[index].reply)
+        assert best_reply(tries, reply, -4) == ("" if index is None else tries[index].reply)
     tied = [judged("a", "great", "same"), judged("b", "weak"), judged("c", "great", "same")]
-    assert nlac.best_reply(tied, "Best: 3", 1) == tied[0].reply  # the policy's own
+    assert best_reply(tied, "Best: 3", 1) == tied[0].reply  # the policy's own
 
 
 def gap(tries, number):
     """The largest margin at which the try with this number is a lesson; None: at no margin."""
-    return max((margin for margin in range(-4, 5) if nlac.best_reply(tries, f"Best: {number}", margin)), default=None)
+    return max((margin for margin in range(-4, 5) if best_reply(tries, f"Best: {number}", margin)), default=None)
 
 
 def test_gaps_by_hand():
@@ -553,36 +561,31 @@ def test_reading_the_turn_alone_does_not_pass():
     assert nlac.auc([[share, came, 0] for share, came, _ in told]) > 0.65  # over all turns together
 
 
-def opens(parts, told):
-    """Whether L2 learns after M told this, where nothing new was played."""
-    found = nlac.gate(parts, {"told": told, "learns": False}, [], ("f",), random.Random(0))
-    assert found["told"] == told[-nlac.TOLD:]
-    return found["learns"]
+def opens(told, **settings):
+    """Whether L2 learns after M told this."""
+    return nlac.opens(dataclasses.replace(nlac.Args(), **settings), told, nlac.auc(told))
 
 
-def test_the_gate_opens_when_m_tells_actions_apart(parts_of):
-    good = [[1.0, True, 0], [0.0, False, 0]] * (nlac.TOLD // 2)
-    parts = parts_of(Puppet(), critic_gate=0.7)
-    assert opens(parts, good) and not opens(parts, good[:-1])  # a whole window
-    assert opens(parts, [[0.0, True, 0]] * 9 + good)  # of the latest
-    assert not opens(parts, [[0.5, *rest] for _, *rest in good]) and not opens(parts, [[0.5, False, 0]] * nlac.TOLD)
-    assert opens(parts_of(Puppet()), [])  # off: the paper
-    assert nlac.gate(parts, {"told": [], "learns": True}, [], ("f",), random.Random(0))["learns"]  # and never closes again
+def test_the_gate_opens_when_m_tells_actions_apart():
+    good = [[1.0, True, 0], [0.0, False, 0]] * (nlac.WINDOW // 2)
+    assert opens(good, critic_gate=0.7) and not opens(good[:-1], critic_gate=0.7)  # a whole window
+    assert not opens([[0.5, *rest] for _, *rest in good], critic_gate=0.7) and not opens([[0.5, False, 0]] * nlac.WINDOW, critic_gate=0.7)
+    assert opens([]) and not opens([], critic_gate=0.7)  # off: the paper
+    assert opens([], critic_gate=1.0, ablation="frozen-critic")  # nobody waits for a critic that never learns
 
 
-def test_nobody_waits_for_a_critic_that_never_learns(parts_of):
-    assert opens(parts_of(Puppet(), critic_gate=1.0, ablation="frozen-critic"), [])
-
-
-def test_what_m_foretells(parts_of):
+def test_what_m_foretells_and_its_calibration(parts_of):
     won, _ = played(["open the case", "tighten the screw"], **LOUD)
     lost, _ = played(["charge the battery"], **LOUD)
     ends = iter(["End: success", "End: failure", "?", "End: failure", "?", "?"])
     parts = parts_of(Puppet(successor=lambda prompt: next(ends)), k=2)
     rng = SimpleNamespace(choices=lambda some, weights, k: some)
-    state = {"told": [[1.0, False, 3]], "learns": False}
-    found = nlac.gate(parts, state, won[:1] + lost + won[1:], ("f",), rng)["told"]
-    assert found == [[1.0, False, 3], [0.5, True, 0], [0.0, False, 0]] and state["told"] == found[:1]
+    before = [[1.0, False, 3]]
+    found = nlac.foretell(parts, before, won[:1] + lost + won[1:], ("f",), rng)
+    assert found == [[1.0, False, 3], [0.5, True, 0], [0.0, False, 0]] and before == found[:1]
+    assert nlac.foretell(parts, found * 100, [], ("f",), random.Random(0)) == (found * 100)[-nlac.WINDOW:]
+    assert nlac.watch_foretold(found) == {"auc": 1.0, "foretold": 0.5, "came": pytest.approx(1 / 3)}
+    assert nlac.watch_foretold([]) == {"auc": None}
 
 
 def test_the_buffer_is_plain_or_even():
@@ -610,7 +613,7 @@ def test_what_was_played_is_imitated(parts_of):
 def loss_of(model, micro, **settings):
     """Parts, as far as a loss needs them."""
     args = dataclasses.replace(nlac.Args(), micro_batch_size=micro, temperature=1.0, **settings)
-    return SimpleNamespace(model=model, target=copy.deepcopy(model), chat=PAD, args=args)
+    return SimpleNamespace(model=model, average=copy.deepcopy(model), chat=PAD, args=args)
 
 
 def test_nll_by_hand():
@@ -650,7 +653,7 @@ def test_an_update_by_hand():
     """SGD on L1 + weight x share of states x L2 + the anchor, then the average."""
     theta = Bigram([[0.0] * 4] * 4)
     parts = loss_of(theta, 1, updates=1, actor_states=4, actor_weight=2.0, anchor=0.5, ema=0.9)
-    bar = parts.target
+    bar = parts.average
     optimizer = torch.optim.SGD(theta.parameters(), lr=1.0)
     found = nlac.update(parts, optimizer, [([0], [1])], [([1], [2])], [([2], [3])])
     by_hand = torch.full((4, 4), 0.25)
@@ -661,7 +664,7 @@ def test_an_update_by_hand():
     torch.testing.assert_close(bar.table.detach(), 0.1 * theta.table.detach())
     assert found["l1"] == found["l2"] == found["anchor"] == pytest.approx(math.log(4)) and found["grad_norm"] == pytest.approx(norm)
     before = theta.table.clone()
-    assert nlac.update(parts, optimizer, [], [], [])["grad_norm"] == 0 and torch.equal(before, theta.table)
+    assert nlac.update(parts, optimizer, [], [], []) == {"grad_norm": 0} and torch.equal(before, theta.table)
 
 
 def test_a_loss_is_logged_over_the_gradient_steps_that_had_lessons():
@@ -669,7 +672,7 @@ def test_a_loss_is_logged_over_the_gradient_steps_that_had_lessons():
     parts = loss_of(theta, 1, updates=4, actor_states=4, ema=0.0)
     still = torch.optim.SGD(theta.parameters(), lr=0.0)
     found = nlac.update(parts, still, [([0], [1])] * 8, [([1], [2])], [])
-    assert found["l1"] == found["l2"] == pytest.approx(math.log(4)) and found["anchor"] == 0
+    assert found["l1"] == found["l2"] == pytest.approx(math.log(4)) and "anchor" not in found
 
 
 # --------------------------------------------------------------------------------------------------------------- leaks
@@ -691,7 +694,7 @@ def test_prompts_do_not_change_with_what_is_hidden(parts_of, settings):
             parts, states = parts_of(puppet, world=env, env=world, **settings), [t.state for t in steps]
             nlac.successor_targets(parts, [dataclasses.replace(t, done=False) for t in steps], ("b",))
             nlac.policy_lessons(parts, states, nlac.refine(parts, states, ("r",)), ("c",))
-            nlac.gate(parts, {"told": [], "learns": True}, steps, ("f",), random.Random(0))
+            nlac.foretell(parts, [], steps, ("f",), random.Random(0))
             seen.append([(part, prompt) for part, _, prompt in puppet.calls])
         assert seen[0] == seen[1] and {part for part, _ in seen[0]} >= set(PROMPTS) - {"chooser"}
 
@@ -758,7 +761,7 @@ def test_the_readers_only_read_their_prompt(taught):
         seen, then, forecast = re.search(r"Seen after it: (.+)\nThen the player does: (.+)\nForecast from there: (.+)$", text).groups()
         [(_, _, turns)] = told_futures(f"Future 1: {forecast}")
         left = world.max_turns - text.count("\n> ")
-        assert reply == nlac.Future(seen, then, turns + 1 if turns and turns < left else None).told()
+        assert reply == nlac.in_hindsight(nlac.Future(seen, then, turns + 1 if turns and turns < left else None))
     for messages, reply in by_part["evaluator"]:
         futures = told_futures(messages[1]["content"])
         turns = [n for _, _, n in futures if n]
@@ -843,7 +846,7 @@ def test_reasons_move_the_refiner(tiny):
     futures, followed, said = [], [], []
     for hint in "charge the battery", "renew the belt":
         futures.append([nlac.Future("Nothing unusual.", hint, 2), *failed])
-        told = nlac.tried(WORLD, "check the power", futures[0])
+        told = nlac.tried("check the power", futures[0])
         told.critique = nlac.critique_text(futures[-1])
         assert nlac.rank(told.critique) == 1
         asked = [nlac.refiner_messages(WORLD, state, [told]) for state in states]
@@ -956,11 +959,11 @@ def main_here(monkeypatch, run_here):
 
 def test_every_parameter_moves_and_frozen_parts_do_not(main_here):
     parts = main_here(f"{SMALL} --out-dir a --ema 0.5 --distil all")
-    for (name, now), bar in zip(parts.model.named_parameters(), parts.target.parameters()):
+    for (name, now), bar in zip(parts.model.named_parameters(), parts.average.parameters()):
         old = parts.first[name]
         assert not torch.equal(now, old) and not torch.equal(bar, old) and not torch.equal(bar, now), name  # follows, behind
     assert all(torch.equal(value, parts.first[name]) for name, value in parts.start.state_dict().items())
-    assert not any(p.grad is not None for model in (parts.target, parts.start) for p in model.parameters())
+    assert not any(p.grad is not None for model in (parts.average, parts.start) for p in model.parameters())
     episodes = trained_on("a")
     words = Counter(who for row in episodes for who, _ in row["said"])
     assert {"world", "act", "future", "critique", "refined"} == set(words)
@@ -969,19 +972,20 @@ def test_every_parameter_moves_and_frozen_parts_do_not(main_here):
 
 def test_a_frozen_critic_and_no_average(main_here):
     parts = main_here(f"{SMALL} --out-dir b --lr 0.1 --ema 0 --ablation frozen-critic --frozen-parts False --distil all --prefill")
-    assert parts.target is parts.model and parts.weights("successor") is parts.weights("successor", True) is parts.start
+    assert parts.average is parts.model and parts.weights("successor") is parts.weights("successor", True) is parts.start
     assert any(not torch.equal(now, parts.first[name]) for name, now in parts.model.named_parameters())  # L2 still teaches
     assert all(torch.equal(value, parts.first[name]) for name, value in parts.start.state_dict().items())
     metrics = lines("b/metrics.jsonl")
-    assert all(row["l1"] == 0 for row in metrics) and any(row["l2"] > 0 for row in metrics)
+    assert not any({"l1", "targets_dropped"} & set(row) for row in metrics) and any(row.get("l2", 0) > 0 for row in metrics)
 
 
-def test_a_closed_gate_trains_m_alone_and_the_start_policy_acts(main_here, monkeypatch):
+def test_a_closed_gate_trains_m_alone_and_the_start_policy_acts(main_here, monkeypatch, capsys):
     actors, rollout = [], nlac.rollout
     monkeypatch.setattr(nlac, "rollout", lambda model, *given, **how: actors.append(model) or rollout(model, *given, **how))
     parts = main_here(f"{SMALL} --out-dir c --critic-gate 1".replace("--critic-gate 0", ""))
     metrics = lines("c/metrics.jsonl")
-    assert all(row["l2"] == 0 and row["lessons"] == 0 and "changed" not in row for row in metrics) and metrics[-1]["l1"] > 0
+    assert all(row["lessons"] == 0 and not {"l2", "changed"} & set(row) for row in metrics) and metrics[-1]["l1"] > 0
+    assert "warning: --critic-gate 1.0 never opened" in capsys.readouterr().err
     assert sum(actor is parts.start for actor in actors) == 3 and "auc" in metrics[-1]
 
 
