@@ -373,6 +373,18 @@ def test_a_prompt_beyond_the_context_is_an_empty_reply(parts_of):
     assert nlac.successor_lessons(parts, terminal, ("b",)) == []
 
 
+def test_a_long_observation_leaves_room_for_the_end(parts_of):
+    """It is shortened, and what M may still not write to its end is counted."""
+    [t], _ = played(["x"])
+    t = dataclasses.replace(t, result="word " * 1000, done=True, then="y" * 4000)
+    parts = parts_of(Puppet())
+    assert len(nlac.in_hindsight(t)) < 700 and nlac.in_hindsight(t).endswith(" ... Then: " + "y" * 300 + " .... End: failure.")
+    for limit, overlong in (2000, 0), (20, 1):
+        parts.args.forecast_tokens = limit
+        found = nlac.watch_lessons(parts, [t], nlac.successor_lessons(parts, [t], ("b",)), [], [])
+        assert found == {"lessons": 0, "targets_dropped": 0, "targets_overlong": overlong, "targets_terminal": 1}
+
+
 def test_mc_backup_asks_nobody(parts_of):
     won, _ = played(["nonsense", "open the case", "tighten the screw"], **LOUD)
     puppet = Puppet()
@@ -422,7 +434,7 @@ def test_rounds_of_refinement(parts_of, m, distil):
     tries = nlac.refine(parts_of(puppet, m=m, k=2, distil=distil, critique_tokens=17), STATES, ("r",))
     for some in tries:
         assert [t.action for t in some] == [WORLD.repairs[i % 6] for i in range(m + 1)]
-        assert some[0].reply == f"Well.\nAction: {WORLD.repairs[0]}" and some[1].reply.startswith("A reason.\n")
+        assert some[0].reply == f"<think>Hm.</think>Well.\nAction: {WORLD.repairs[0]}" and some[1].reply.startswith("A reason.\n")
         judged = [t for t in some if t.critique]
         assert len(judged) == m + (distil == "best") and all(t.futures == ["Next: x.\nEnd: failure"] * 2 for t in judged)
     assert puppet.limits["evaluator"] == 17
@@ -446,12 +458,29 @@ def test_an_empty_action_is_not_judged_and_not_taught(parts_of):
         assert nlac.policy_lessons(parts, STATES, tries, ("c",)) == [] and bool(puppet.asked("refiner")) == bool(policy)
 
 
-def test_every_refinement_is_taught_with_its_thought(parts_of):
-    puppet = Puppet(policy="Well.\nAction: x", successor="Fine.", evaluator="Fine.", refiner="I test.\nAction: check the power\nI hope so.")
-    parts = parts_of(puppet)
+@pytest.mark.parametrize("native", ["", "<think>Hm.</think>\n"])
+def test_every_refinement_is_taught_with_its_thoughts_and_so_is_what_was_played(parts_of, native):
+    form = f"{native}I test.\nAction: check the power"
+    puppet = Puppet(policy="Well.\nAction: x", successor=f"{native}Fine.", evaluator=f"{native}Good.", refiner=f"{form}\nI hope so.",
+                    backup=f"{native}{FORECAST}")  # fmt: skip
+    parts = parts_of(puppet, anchor=0.3)
     pairs = nlac.policy_lessons(parts, STATES, nlac.refine(parts, STATES, ("r",)), ("c",))
     assert [who(CHAT.tokenizer.decode(prompt)) for prompt, _ in pairs] == NAMES and not puppet.asked("chooser")
-    assert {CHAT.decode(target) for _, target in pairs} == {"I test.\nAction: check the power"}
+    steps, _ = played([f"{form}\nI hope so.", "x"], **LOUD)
+    pairs += nlac.anchor_lessons(parts, steps[:1], random.Random(0))
+    assert {CHAT.decode(target) for _, target in pairs} == {form}
+    [(_, target)] = nlac.successor_lessons(parts, steps[:1], ("b",))  # B_L's thought is not M's, nor does anybody read one
+    assert CHAT.decode(target) == FORECAST and not any("Hm." in prompt for *_, prompt in puppet.calls)
+
+
+def test_a_try_that_is_lost_in_the_middle_is_not_shown(parts_of):
+    replies = iter(["Well.", "Action: z"])  # the second try cannot be read by this world, then a third one
+    puppet = Puppet(policy="Action: x", successor=FORECAST, evaluator="Verdict: bad", refiner=lambda prompt: next(replies))
+    puppet.replies["evaluator"] = lambda prompt: "" if "Well." in prompt else "Verdict: bad"
+    parts = parts_of(puppet, m=2)
+    [tries] = nlac.refine(parts, STATES[:1], ("r",))
+    assert [one.action for one in tries] == ["x", "Well.", "z"] and [bool(one.critique) for one in tries] == [True, False, False]
+    assert ["Well." in prompt for prompt in puppet.asked("refiner")] == [False, False]
 
 
 def test_label_only_shows_the_verdict_alone(parts_of):
@@ -463,12 +492,15 @@ def test_label_only_shows_the_verdict_alone(parts_of):
         assert "reasons" not in prompt and "Next: It works" not in prompt
 
 
-@pytest.mark.parametrize("count", [2, 3, 6])
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_the_blind_critic_reads_futures_of_others(parts_of, count):
     puppet = Puppet(policy="open the case", successor=lambda prompt: who(prompt), evaluator="Verdict: bad", refiner="check the power")
     for trial in range(8):
         tries = nlac.refine(parts_of(puppet, ablation="blind-critic", k=2, m=2), STATES[:count], ("r", trial))
         for turn in range(2):
+            if count == 1:  # there are no others
+                assert tries[0][turn].futures == [] and not tries[0][turn].critique
+                continue
             read = [some[turn].futures[0] for some in tries]
             assert sorted(read) == sorted(NAMES[:count]) and all(one != name for one, name in zip(read, NAMES))
 
@@ -858,23 +890,29 @@ def test_reasons_move_the_refiner(tiny):
 # -------------------------------------------------------------------------------------------- worked examples, forced words
 
 
-@pytest.mark.parametrize("name", ALL_WORLDS)
-def test_worked_examples_are_honest_and_in_good_form(name):
+@pytest.mark.parametrize("name, prefill", [*((name, False) for name in ALL_WORLDS), ("repair", True)])
+def test_worked_examples_are_honest_and_in_good_form(name, prefill):
     world = envs.make(name, show_actions=True)
-    found = nlac.worked_examples(name, 2, True, 2, 1)
+    found = nlac.worked_examples(name, 2, True, 2, 1, prefill, "none")
     assert set(found) == set(nlac.PARTS)
     for part, messages in found.items():
+        word, mark, *_ = nlac.PARTS[part]
         lost = part == "chooser" and "full" in name  # nobody wins there by chance: nothing to compare
         assert [m["role"] for m in messages] == ["user", "assistant"] * 2 and all(m["shot"] for m in messages[1::2]) or lost
         for asked, reply in zip(messages[::2], messages[1::2]):
-            said = reply["content"]
-            assert said.startswith(nlac.PARTS[part][0]) and len(said) < 3000
+            said, told = reply["content"], asked["content"]
+            reasoned = part in ("policy", "refiner", "chooser") and not prefill  # a sentence, as the prompt asks for
+            assert said.startswith(word) != reasoned and word in said and len(said) < 3000 and nlac.is_readable(mark, said)
             assert part not in ("policy", "refiner") or nlac.action_of(world, said)
-            assert part not in ("successor", "backup") or nlac.foresees_success(said) is not None
-            assert part != "evaluator" or nlac.rank(said) is not None
-            assert asked["content"].count("Possible actions:") == 1
+            assert part != "evaluator" or "succeeds more often" in said or "as good as any" in said
+            assert told.count("Possible actions:") == 1
+            if part == "backup":  # a turn that is not the last, and the forecast of the next one, with its own action
+                action, forecast = re.search("Then the player does: (.+)\nForecast from there: (.+)$", told).groups()
+                [[(_, then, turns)], [(_, _, later)]] = [told_futures(f"Future 1: {text}") for text in (said, forecast)]
+                assert then == action and turns == (later and later + 1) and "The game is over" not in told
     if name == "repair":  # a random player wins there: both labels
-        assert len({nlac.rank(m["content"]) for m in found["evaluator"][1::2]}) == 2
+        for part, read in ("evaluator", nlac.rank), ("backup", nlac.foresees_success):
+            assert len({read(m["content"]) for m in found[part][1::2]}) == 2
 
 
 class Dwindling(envs.RepairShop):
@@ -884,10 +922,14 @@ class Dwindling(envs.RepairShop):
         return [] if self.turns else self.tests
 
 
-def test_worked_examples_where_nothing_is_listed_any_more(monkeypatch):
+def test_where_nothing_is_listed_a_random_player_says_what_it_read(monkeypatch):
     monkeypatch.setitem(envs.WORLDS, "dwindling", Dwindling)
-    found = nlac.worked_examples("dwindling", 2, False, 1, 1)
-    assert all(len(found[part]) == 4 for part in found if part != "chooser")  # one action cannot be compared
+    found = nlac.worked_examples("dwindling", 2, False, 1, 1, False, "none")
+    assert all(len(found[part]) == 4 for part in found if part != "chooser")  # nobody wins
+    monkeypatch.setattr(Dwindling, "admissible", lambda self: None)
+    _, by_part = corpus("dwindling", examples=60)
+    said = {reply.removeprefix("Action: ") for part in ("policy", "refiner") for _, reply in by_part[part]}
+    assert len(said) > 10 and "" not in said and all(word in str(by_part["policy"]) for word in said)
 
 
 def test_forced_words_and_shots_are_no_targets(parts_of):
