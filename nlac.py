@@ -359,7 +359,7 @@ def transitions(episode) -> list[Transition]:
 
 def sample(buffer, args, rng, count) -> list[Transition]:
     """The replay draw, uniform; with --even-turns late turns more often than they were played."""
-    weights = even(buffer) if args.even_turns else None
+    weights = even_weights(buffer) if args.even_turns else None
     return rng.choices(buffer, weights, k=count) if buffer else []  # empty: no prompt had room
 
 
@@ -389,7 +389,7 @@ class Parts:
     def ask(self, part, messages, stream, samples=1, averaged=False) -> list[str]:
         """`samples` replies of a part per entry of `messages`, prompt-major.
 
-        Native thoughts stay where a reply is an action, as L2 teaches them; no part reads them.
+        Native thoughts stay where a reply is an action, as L2 teaches them, else they go.
         Empty: the reply to None, to a prompt beyond the context, and one that is lost: its limit
         cut it, and it is a backup or its action had not ended.
         """
@@ -576,6 +576,7 @@ def update(parts, optimizer, l1_pairs, l2_pairs, anchor_pairs) -> dict:
 
 # --------------------------------------------------------------------------------------------- main
 
+
 def act(parts, step, learns) -> list[Episode]:
     """(1) The episodes of a step; while --critic-gate is closed, by the start weights."""
     args, actor = parts.args, parts.model if learns else parts.start
@@ -689,7 +690,7 @@ def in_form(world, reply):
         return ""
     thought = spoken[:start].rstrip(" \n*_`#>-")
     native, _, _ = reply.rpartition(spoken)  # "" too where it stands amid what is said
-    text = native + f"{thought}\n{written(action)}".lstrip()
+    text = native.lstrip() + f"{thought}\n{written(action)}".lstrip()
     return text if action_of(world, text) == action else ""
 
 
@@ -931,7 +932,7 @@ def anchor_lessons(parts, fresh, rng):
     return lessons(parts, "policy", asked, replies)
 
 
-def even(buffer) -> list[float]:
+def even_weights(buffer) -> list[float]:
     """--even-turns: weights of transitions; late turns are rare while most episodes are lost early,
     and they decide the others.
     """

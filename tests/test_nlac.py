@@ -154,7 +154,8 @@ def test_what_is_taught_ends_with_the_action():
         "check the power\nor not": "", "": "", "Action:": "", "I think so. Action:\n": "", thought: ""}  # fmt: skip
     assert {reply: nlac.in_form(WORLD, reply) for reply in taught} == taught
     search, form = envs.make("search"), f"I look.\n{nlac.written(CALL)}"
-    for reply in f"{form}\nThen I read it.", f"I look.\n{CALL}\nSo.", f"I look. {CALL}\nAction: as above", "I look.\n" + CALL.replace("\n", ""):
+    joined = CALL.replace("\n", "")
+    for reply in f"{form}\nThen I read it.", f"I look.\n{CALL}\nSo.", f"I look. {CALL}\nAction: as above", f"I look.\n{joined}":
         assert nlac.in_form(search, reply) == form
 
 
@@ -281,6 +282,7 @@ def test_successor_targets(parts_of):
     assert nlac.successor_targets(parts, [won[0], won[1], lost[1], timeout[4]], ("b", 1)) == [
         merged, "Next: It works again. End: success in 1 turn.",  # the reward, in words
         "Next: It is still broken. End: failure.", "Next: Nothing unusual. End: failure."]  # fmt: skip
+    assert nlac.ending(dataclasses.replace(lost[1], score=0.25)) == "failure, with a score of 0.25 of 1"
     # a' at s', d' after it, and both the seen result and d' at the backup: in that order, all by theta_bar
     assert [call[:2] for call in puppet.calls] == [("policy", "bar"), ("successor", "bar"), ("backup", "bar")]
     assert puppet.limits == {"policy": 33, "successor": 31, "backup": 31}
@@ -295,17 +297,6 @@ def test_successor_targets(parts_of):
               for what, value in (("parse", 1), ("cut", 0), ("lost", 0), ("overlong", 0))}  # fmt: skip
     assert nlac.watch_parts(parts).items() >= counts.items()
     assert parts.counts["successor"]["tokens"] == len(CHAT.encode(FORECAST))
-
-
-def test_the_reward_in_words_and_a_full_context():
-    env = envs.make("repair")
-    episode = nlac.begin(env, "train", 0)
-    nlac.take_turn(env, episode, "nonsense")
-    episode.truncated = episode.over = True
-    [t] = nlac.transitions(episode)
-    assert t.done and t.turns is None and nlac.ending(t) == "failure"  # an end that did not succeed
-    assert nlac.ending(dataclasses.replace(t, score=0.25)) == "failure, with a score of 0.25 of 1"
-    assert nlac.ending(dataclasses.replace(t, score=1.0, turns=3)) == "success in 3 turns"
 
 
 @pytest.mark.parametrize("empty, asked", [
@@ -329,13 +320,8 @@ def test_what_a_limit_cut(parts_of):
         parts = parts_of(Puppet(cut=[cut], policy=action, successor=FORECAST, backup=FORECAST))
         assert nlac.successor_targets(parts, steps, ("b",))[0] == kept
         assert nlac.watch_parts(parts)[f"cut_{cut}"] == 1 and nlac.watch_parts(parts)[f"lost_{cut}"] == (not kept)
-
-
-def test_a_refinement_that_the_limit_cut_is_dropped_and_counted(parts_of):
-    whole = "A reason.\nAction: check the power"
-    for said, taught in (whole[:-3], []), (f"{whole}\nThis", [whole]):
-        puppet = Puppet(cut=["refiner"], policy="Action: x", successor=FORECAST, evaluator="Fine.", refiner=said)
-        parts = parts_of(puppet)
+    for said, taught in ("A reason.\nAction: check the pow", []), ("Action: check the power\nTh", ["Action: check the power"]):
+        parts = parts_of(Puppet(cut=["refiner"], policy="Action: x", successor=FORECAST, evaluator="Fine.", refiner=said))
         pairs = nlac.policy_lessons(parts, STATES[:1], nlac.refine(parts, STATES[:1], ("r",)), ("c",))
         assert [CHAT.decode(target) for _, target in pairs] == taught and nlac.watch_parts(parts)["lost_refiner"] == (not taught)
 
@@ -451,7 +437,7 @@ def test_rounds_of_refinement(parts_of, m, distil):
 
 def test_an_empty_action_is_not_judged_and_not_taught(parts_of):
     replies = ("", "Action: x"), ("Action: x", ""), ("Action: x", "Action:")
-    for (policy, refiner), arm in itertools.product(replies, ("none", "label-only")):
+    for (policy, refiner), arm in itertools.product(replies, ("none", "label-only", "blind-critic")):
         puppet = Puppet(policy=policy, successor=FORECAST, evaluator="Verdict: bad", refiner=refiner)
         parts = parts_of(puppet, ablation=arm)
         tries = nlac.refine(parts, STATES, ("r",))
@@ -470,17 +456,15 @@ def test_every_refinement_is_taught_with_its_thoughts_and_so_is_what_was_played(
     pairs += nlac.anchor_lessons(parts, steps[:1], random.Random(0))
     assert {CHAT.decode(target) for _, target in pairs} == {form}
     [(_, target)] = nlac.successor_lessons(parts, steps[:1], ("b",))  # B_L's thought is not M's, nor does anybody read one
-    assert CHAT.decode(target) == FORECAST and not any("Hm." in prompt for *_, prompt in puppet.calls)
+    assert CHAT.decode(target) == FORECAST and not any("Hm." in prompt for part, _, prompt in puppet.calls if part != "policy")
 
 
-def test_a_try_that_is_lost_in_the_middle_is_not_shown(parts_of):
-    replies = iter(["Well.", "Action: z"])  # the second try cannot be read by this world, then a third one
-    puppet = Puppet(policy="Action: x", successor=FORECAST, evaluator="Verdict: bad", refiner=lambda prompt: next(replies))
-    puppet.replies["evaluator"] = lambda prompt: "" if "Well." in prompt else "Verdict: bad"
-    parts = parts_of(puppet, m=2)
-    [tries] = nlac.refine(parts, STATES[:1], ("r",))
-    assert [one.action for one in tries] == ["x", "Well.", "z"] and [bool(one.critique) for one in tries] == [True, False, False]
-    assert ["Well." in prompt for prompt in puppet.asked("refiner")] == [False, False]
+def test_a_try_without_a_critique_is_not_shown(parts_of):
+    replies = iter(["Action: y", "Action: z"])
+    puppet = Puppet(policy="Action: x", successor=FORECAST, evaluator=lambda prompt: "" if "Next action: y" in prompt else "Verdict: bad",
+                    refiner=lambda prompt: next(replies))  # fmt: skip
+    [tries] = nlac.refine(parts_of(puppet, m=2), STATES[:1], ("r",))
+    assert [one.action for one in tries] == ["x", "y", "z"] and not any("Try 2" in prompt for prompt in puppet.asked("refiner"))
 
 
 def test_label_only_shows_the_verdict_alone(parts_of):
@@ -503,14 +487,6 @@ def test_the_blind_critic_reads_futures_of_others(parts_of, count):
                 continue
             read = [some[turn].futures[0] for some in tries]
             assert sorted(read) == sorted(NAMES[:count]) and all(one != name for one, name in zip(read, NAMES))
-
-
-def test_futures_of_others_are_no_reason_to_judge_an_empty_action(parts_of):
-    puppet = Puppet(policy=lambda prompt: "" if who(prompt) == "Ben" else "Action: x", successor=FORECAST, evaluator="Verdict: bad",
-                    refiner="Action: y")  # fmt: skip
-    tries = nlac.refine(parts_of(puppet, ablation="blind-critic"), STATES, ("r",))
-    judged = {who(prompt) for prompt in puppet.asked("evaluator")}
-    assert judged == set(NAMES) - {"Ben", "Ada"} and [t.action for t in tries[1]] == ["", ""]  # Ada would read Ben's futures
 
 
 # ------------------------------------------------------------------------------------------------ the best of judged tries
@@ -584,13 +560,8 @@ def test_auc_by_hand():
     assert nlac.auc([]) is None and nlac.auc(one) is None and nlac.auc([[0.5, True, 0], [0.5, False, 0]]) == 0.5
     assert nlac.auc([one[0], zero[0]]) == 1 and nlac.auc([[0.0, True, 1], [1.0, False, 1]]) == 0
     assert nlac.auc(one + zero) == pytest.approx(3.5 / 4)
-
-
-def test_reading_the_turn_alone_does_not_pass():
-    """A forecast that knows how late it is, and nothing of the action: success is rare early and frequent late."""
-    told = [[turn / 4, i % 4 < turn, turn] for turn in range(1, 4) for i in range(40)]
-    assert nlac.auc(told) == 0.5
-    assert nlac.auc([[share, came, 0] for share, came, _ in told]) > 0.65  # over all turns together
+    late = [[turn / 4, i % 4 < turn, turn] for turn in range(1, 4) for i in range(40)]  # M knows the turn, nothing of the action
+    assert nlac.auc(late) == 0.5 and nlac.auc([[share, came, 0] for share, came, _ in late]) > 0.65  # over all turns together
 
 
 def opens(told, **settings):
@@ -628,15 +599,12 @@ def test_the_buffer_is_plain_or_even():
     assert nlac.sample([], ARGS, random.Random(0), 5) == []
 
 
-def test_what_was_played_is_imitated(parts_of):
-    steps, _ = played(["Action: open the case", "Well.\nAction: x"], **LOUD)
+def test_what_was_played_is_imitated_where_no_limit_cut_it(parts_of):
+    steps, _ = played([("Action: open the ca", False), ("Action: open the case\nNow", False), "Well.\nAction: x"], **LOUD)
+    assert [t.cut for t in steps] == [True, False, False]
     pairs = nlac.anchor_lessons(parts_of(Puppet(), anchor=0.3), steps, random.Random(0))
     assert sorted(CHAT.decode(target) for _, target in pairs) == ["Action: open the case", "Well.\nAction: x"]
     assert nlac.anchor_lessons(parts_of(Puppet()), steps, random.Random(0)) == []
-    cut, _ = played([("Action: open the ca", False), ("Action: open the case\nNow", False)], **LOUD)
-    assert [t.cut for t in cut] == [True, False] and not any(t.cut for t in steps)
-    pairs = nlac.anchor_lessons(parts_of(Puppet(), anchor=0.3), cut, random.Random(0))
-    assert [CHAT.decode(target) for _, target in pairs] == ["Action: open the case"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
@@ -697,13 +665,8 @@ def test_an_update_by_hand():
     assert found["l1"] == found["l2"] == found["anchor"] == pytest.approx(math.log(4)) and found["grad_norm"] == pytest.approx(norm)
     before = theta.table.clone()
     assert nlac.update(parts, optimizer, [], [], []) == {"grad_norm": 0} and torch.equal(before, theta.table)
-
-
-def test_a_loss_is_logged_over_the_gradient_steps_that_had_lessons():
-    theta = Bigram([[0.0] * 4] * 4)
-    parts = loss_of(theta, 1, updates=4, actor_states=4, ema=0.0)
-    still = torch.optim.SGD(theta.parameters(), lr=0.0)
-    found = nlac.update(parts, still, [([0], [1])] * 8, [([1], [2])], [])
+    parts = loss_of(Bigram([[0.0] * 4] * 4), 1, updates=4, actor_states=4, ema=0.0)  # the mean of those that had lessons
+    found = nlac.update(parts, torch.optim.SGD(parts.model.parameters(), lr=0.0), [([0], [1])] * 8, [([1], [2])], [])
     assert found["l1"] == found["l2"] == pytest.approx(math.log(4)) and "anchor" not in found
 
 
@@ -781,6 +744,8 @@ def test_the_policy_imitates_a_random_player(taught):
             for action in actions:
                 expected[group(messages), action] += 1 / len(actions)
         close_to(observed, expected)
+    refused = world.step("say the wings")[0].split(".")[0]  # is met, and never imitated
+    assert 10 < sum(refused in messages[-1]["content"] for messages, _ in examples) < 1000
 
 
 def test_the_readers_only_read_their_prompt(taught):
@@ -859,14 +824,6 @@ def test_the_warm_up_is_the_same_twice_and_fits_any_size():
         _, by_part = corpus("repair", examples=100, **sizes)
         assert set(by_part) == {*PROMPTS, "other"} and by_part == corpus("repair", examples=100, **sizes)[1]  # the cache is named after it
         assert all(reply.startswith(nlac.PARTS[part][0]) for part in PROMPTS for _, reply in by_part[part])
-
-
-def test_refusals_are_known_words_and_never_imitated(taught):
-    world, by_part = taught
-    world.reset(seed=0)
-    refused = world.step("say the wings")[0].split(".")[0]
-    assert 10 < sum(refused in messages[-1]["content"] for messages, _ in by_part["policy"]) < 1000
-    assert {nlac.action_of(world, reply) for _, reply in by_part["policy"]} == set(world.admissible())
 
 
 def test_reasons_move_the_refiner(tiny):
@@ -1044,9 +1001,5 @@ def test_eval_only_copies_no_weights_and_shown_episodes_cost_nothing(run_here, m
     run_here(f"{SMALL} --out-dir f --eval-every 9 --distil all --steps 2")
     shown, quiet = (lines(f"{name}/metrics.jsonl") for name in "ef")
     assert [row["tokens"] for row in shown] == [row["tokens"] for row in quiet] and "eval_success" in shown[0]
-
-    def never(*given):
-        raise AssertionError("copies of weights that nobody asks")
-
-    monkeypatch.setattr(nlac, "Parts", never)
+    monkeypatch.setattr(nlac, "Parts", None)  # no copies of weights that nobody asks
     run_here(f"{SMALL} --eval-only")
