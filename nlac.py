@@ -178,9 +178,9 @@ def part_messages(prompt, world, state, *lines):
     """
     if not all(lines):
         return None
-    told = f"This is what the player of a game is told:\n<game>\n{world.system}\n</game>"
+    rules = f"This is what the player of a game is told:\n<game>\n{world.system}\n</game>"
     user = "\n".join(["<episode>", *transcript(world, state), "</episode>", *lines])
-    return [{"role": "system", "content": f"{told}\n{prompt}"}, {"role": "user", "content": user}]
+    return [{"role": "system", "content": f"{rules}\n{prompt}"}, {"role": "user", "content": user}]
 
 
 def transcript(world, state):
@@ -455,7 +455,7 @@ def successor_lessons(parts, batch, stream):
 class Try:
     """An action that was proposed, and what the critic says of it."""
 
-    reply: str  # with its thought
+    reply: str  # with its thoughts
     action: str
     futures: list[str] = field(default_factory=list)
     critique: str = ""
@@ -1066,8 +1066,8 @@ def soonest(futures):
 
 def tried(action, futures):
     """A judged try, in words."""
-    told = [in_hindsight(future) for future in futures]
-    return Try(written(action), action, told, critique_text(futures))
+    texts = [in_hindsight(future) for future in futures]
+    return Try(written(action), action, texts, critique_text(futures))
 
 
 def examples_of(world, args, t, possible, draw, rng, reasons=False) -> dict:
@@ -1083,8 +1083,7 @@ def examples_of(world, args, t, possible, draw, rng, reasons=False) -> dict:
     left = world.max_turns - len(t.state) // 2  # turns, this one counted
     first, (future, *_) = draw(t.action), draw(t.action)
     action = rng.choice(possible)
-    reply = thoughts * thought(world, t, action) + written(action)
-    found = {"policy": (policy_messages(world, t.state), reply),
+    found = {"policy": (policy_messages(world, t.state), in_words(world, t, action, thoughts)),
              "successor": (successor_messages(world, t.state, t.action), in_hindsight(first[0]))}
     turns = future.turns + 1 if future.turns and future.turns < left else None
     merged = Future(t.result, rng.choice(possible), turns)
@@ -1092,9 +1091,9 @@ def examples_of(world, args, t, possible, draw, rng, reasons=False) -> dict:
     found["backup"] = messages, in_hindsight(merged)
     actions = rng.sample(possible, min(args.m + 1, len(possible)))
     futures = [draw(action) for action in actions]
-    told = [in_hindsight(one) for one in first]
-    reply = critique_text(first, reasons * compared(first, actions, futures))
-    found["evaluator"] = evaluator_messages(world, t.state, t.action, told), reply
+    texts = [in_hindsight(one) for one in first]
+    reply = critique_text(first, compared(first, actions, futures) if reasons else "")
+    found["evaluator"] = evaluator_messages(world, t.state, t.action, texts), reply
     tries = [tried(*row) for row in zip(actions, futures)]
     if label_only:
         tries = [Try(one.reply, one.action, [], label(one.critique)) for one in tries]
@@ -1104,23 +1103,29 @@ def examples_of(world, args, t, possible, draw, rng, reasons=False) -> dict:
     action = hint if hint in untried else rng.choice(untried)
     if worth(futures[count - 1]) >= VERDICTS.index("good"):
         action = actions[count - 1]
-    reply = thoughts * thought(world, t, action) + written(action)
+    reply = in_words(world, t, action, thoughts)
     found["refiner"] = refiner_messages(world, t.state, tries[:count]), reply
     values = [worth(some) if label_only else soonest(some) for some in futures]
     best = values.index(max(values))
     if values.count(values[best]) == 1 < len(values):
-        seen = [VERDICTS[worth(some)] if label_only else tally(some) for some in futures]
-        reason = "; ".join(f"Try {i}: {text}" for i, text in enumerate(seen, 1))
-        reply = thoughts * f"{reason}. So try {best + 1} is the best.\n" + f"Best: {best + 1}"
+        reply = f"Best: {best + 1}"
+        if thoughts:
+            seen = [VERDICTS[worth(some)] if label_only else tally(some) for some in futures]
+            reason = "; ".join(f"Try {number}: {text}" for number, text in enumerate(seen, 1))
+            reply = f"{reason}. So try {best + 1} is the best.\n{reply}"
         found["chooser"] = refiner_messages(world, t.state, tries, CHOOSER), reply
     return found
 
 
-def thought(world, t, action):
-    """What a player who knows the episode alone can truly say before an action."""
+def in_words(world, t, action, thoughts):
+    """An action as the policy writes it; `thoughts`: after what a player who knows the episode
+    alone can truly say.
+    """
+    if not thoughts:
+        return written(action)
     done = [action_of(world, reply) for reply in t.state[1::2]]
     why = "did this before, and it may help now" if action in done else "have not done this yet"
-    return f"Now I read: {first_sentence(t.state[-1])} I {why}.\n"
+    return f"Now I read: {first_sentence(t.state[-1])} I {why}.\n{written(action)}"
 
 
 def compared(futures, actions, others):
@@ -1205,8 +1210,9 @@ def worked_examples(*settings):
 
 def played_backup(world, t, following):
     """(messages, reply) of B_L: a turn as it was played, the next one as the forecast."""
-    told, merged = (in_hindsight(Future(one.result, one.then, one.turns)) for one in (following, t))
-    return backup_messages(world, t, t.then, told), merged
+    merged, forecast = (in_hindsight(Future(one.result, one.then, one.turns))
+                        for one in (t, following))
+    return backup_messages(world, t, t.then, forecast), merged
 
 
 def warmup(world, args):
