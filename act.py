@@ -14,9 +14,10 @@ expert's and one of your own; which is better? The model reasons freely, only it
     surrogate  min(rho A, clip(rho) A) - kl KL over the tokens of replies, thoughts included     (6)
 
 --pipeline names the stages; each starts from the model of the one before and passes --epochs times
-over its data. Version 2 of the paper has act,il and act,il,rl, with the controls il; il,il; il,rl;
-il,rl,rl; act; version 1 has act,il and act,rl. What replaces act (the choice imitated, DPO, no
-reasoning) is docs/act_controls.py; Early Experience, a rival, is docs/early_experience.py.
+over its data, pairs being the start policy's throughout. Version 2 of the paper has act,il and
+act,il,rl, with the controls il; il,il; il,rl; il,rl,rl; act; version 1 has act,il and act,rl, with
+il and rl. What replaces act (the choice imitated, DPO, no reasoning) is docs/act_controls.py; Early
+Experience, a rival, is docs/early_experience.py.
 
 Departures from the paper, and why:
  1. The policy acts in one growing dialogue, so that every token is encoded once, and without a list
@@ -25,14 +26,17 @@ Departures from the paper, and why:
     bare actions; in evaluation they are the policy's own replies.
  2. A candidate without tags, or with nothing in them, makes no pair, and those that are alike make
     one; a question or a state that does not fit the context is left out, a demonstration cut short.
- 3. A choice may be named by its number, where the paper wants the action. Where nothing lists what
-    is possible, the candidate counts as possible.
+    A question shows actions as they are listed, or in one form: a spelling would tell whose it is.
+ 3. A choice may be named by its number, where the paper wants the action. Possible is what the
+    world lists: what else it understands earns 0. Where it lists nothing, the candidate counts as
+    possible. A candidate that is not listed needs no thought: right_if_possible leaves those out.
  4. A reply that the limit cut off before its tags has no part in its group's advantages: paid -0.5
-    it would teach brevity, paid 0 it would teach never to end. Logs count it (`rows`, "cut").
+    it would teach brevity, paid 0 it would teach never to end. Logs count it (outcome_cut).
  5. The last batch of a stage is filled up from one more pass: all gradient steps are of one size.
 The table of R is version 1's for act, as third parties report it; of rl the paper says only that
 what the expert does is rewarded: the same table is our choice. Demonstrations have no thoughts, so
-il teaches to act at once. The prompts and the settings of GRPO are not public: these are ours.
+il teaches to act at once. The prompts and the settings of GRPO are not public: these are ours, as
+are AdamW's betas, 5 steps of warm-up, and gradients clipped to norm 1.
 
     python act.py                                        # tiny, household: .07 -> .43, minutes
     python act.py --pipeline il,il --out-dir runs/il,il  # a control with equal epochs
@@ -130,6 +134,7 @@ class State:
     pairs: list = field(default_factory=list)
     stage: str = "before"  # then such as 1-act
     last: int = 0  # the step of the run that ends the stage
+    told: set = field(default_factory=set)  # whose replies were cut: a warning each
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -205,7 +210,8 @@ def question(world, args, pair, reasons=True):
         lines += [LISTED, *map(envs.one_line, pair["admissible"])]
     lines.append(PROPOSED)
     for number, action in enumerate(in_order(pair), 1):
-        lines.append(f"Action {number}: {envs.one_line(world.read(action))}")
+        shown = as_listed(world, action, pair["admissible"] or []) or in_one_form(world, action)
+        lines.append(f"Action {number}: {envs.one_line(shown)}")
     lines.append(choose(reasons))
     shots = worked_examples(args.env, args.shots, False, True, reasons)
     return [system(world, reasons), *shots, *in_tags(said), user("\n".join(lines))]
@@ -271,23 +277,26 @@ def propose(state, states, done=0):
 
 
 def others(world, replies, listed):
-    """The actions of replies that are not the expert's, each once, as they are `listed`.
-
-    A spelling of the policy's own would tell which of two actions is the expert's.
-    """
-    found, spelling = {}, {normal(world, action): action for action in listed}
+    """The actions of replies that are not the expert's, each once, as they are `listed`."""
+    found = {}
     for reply in replies:
         action = parse_action(reply.text) or ""
         key = normal(world, action)
         if key and reply.row != "right":
-            found[key] = spelling.get(key, action)
+            found[key] = as_listed(world, action, listed) or action
     return [*found.values()]
 
 
-def pairs_of(rows) -> list[dict]:
-    """(1) D_critic: a pair for each candidate of each state."""
-    return [{"admissible": None, **row, "candidate": action, "expert_second": False}
-            for row in rows for action in row["candidates"]]
+def pairs_of(world, rows) -> list[dict]:
+    """(1) D_critic: a pair for each candidate of each state; `possible`: as the expert's action."""
+    pairs = []
+    for row in rows:
+        listed = row.get("admissible")
+        for action in row["candidates"]:
+            possible = not listed or as_listed(world, action, listed) is not None
+            pairs.append({"admissible": None, **row, "candidate": action, "possible": possible,
+                          "expert_second": False})
+    return pairs
 
 
 # ------------------------------------------------------- what a reply says, and what it is paid (2)
@@ -302,7 +311,8 @@ BETWEEN_TAGS = re.compile(r"<action\s{0,9}>((?:(?!</?action\s{0,9}>).)*)</action
                           re.DOTALL | re.IGNORECASE)
 NUMBERED = re.compile(  # "Action 1", "the second one"; what stands behind "Option 2:"
     r"\W{0,9}(?:i (?:choose|pick|prefer|take) )?(?:the )?(?:action|option|choice|number)?\W{0,9}"
-    r"(?:(1|one|first)|2|two|second)\b(?: (?:action|option|one))?\W{0,9}(?:[:.)\n-](.*))?",
+    r"(?:(1|one|first)|2|two|second)\b(?: (?:action|option|one))?\W{0,9}"
+    r"(?:(?:[:\n]\s*|[.)-]\s+)(.*))?",
     re.DOTALL | re.IGNORECASE)
 
 
@@ -311,16 +321,15 @@ def row_of(world, reply, example):
     said = parse_action(reply.text)
     if said is None:
         return "untagged" if reply.complete else "cut"
-    possible = example["admissible"] or []
+    possible = [normal(world, action) for action in example["admissible"] or []]
     if "candidate" in example:
-        said = parse_choice(world, reply.text, *in_order(example))
-        possible = possible or [example["candidate"]]  # no list: it has to count as possible
+        possible = possible or [normal(world, example["candidate"])]  # no list: it has to count
+        if normal(world, said) not in possible:  # else 2 is what it says, not the second action
+            said = chosen_of_two(world, said, *in_order(example))
     action = normal(world, said)
-    if action == normal(world, example["expert"]):
+    if action and action == normal(world, example["expert"]):
         return "right"
-    if action and action in [normal(world, other) for other in possible]:
-        return "possible"
-    return "impossible"
+    return "possible" if action and action in possible else "impossible"
 
 
 def parse_action(reply) -> str | None:
@@ -329,30 +338,33 @@ def parse_action(reply) -> str | None:
     return found[-1].strip() if found else None
 
 
-def plain(text):
-    """Without case, spaces, markdown, quotes and a final period."""
-    return " ".join(text.lower().split()).strip(" .#*_`\"'")
+def in_one_form(world, action):
+    """One text for all actions that mean the same to the world; plain, but for tool calls."""
+    action = world.canonical(world.read(action))
+    if action.startswith("<tool_call>"):
+        return action
+    return " ".join(action.lower().split()).rstrip(".")
 
 
 def normal(world, action):
-    """Equal for actions that mean the same to the world: as it reads them, in `plain` words."""
-    said = world.read(action)
-    call = re.sub(r"</?tool_call>", " ", said).strip()
-    if call.startswith("{"):
-        try:
-            return json.dumps(json.loads(call), sort_keys=True).lower()
-        except (ValueError, RecursionError):
-            pass  # only looks like a tool call
-    return plain(said)
+    """Equal for actions that mean the same to the world."""
+    return in_one_form(world, action).lower()
 
 
-def parse_choice(world, reply, one, two) -> str | None:
-    """Which action a reply chooses, one of two or another; None without tags.
+def as_listed(world, action, listed) -> str | None:
+    """An action as a list spells it; None where it is not there."""
+    if action in listed:
+        return action
+    key = normal(world, action)
+    return next((other for other in listed if normal(world, other) == key), None)
+
+
+def chosen_of_two(world, said, one, two) -> str:
+    """Which of two actions is meant by what stands in the tags; or else that.
 
     By its words, or by its number and nothing but that: "not Action 1" is no choice of 1.
     """
-    said = parse_action(reply)
-    number = NUMBERED.fullmatch(said or "")
+    number = NUMBERED.fullmatch(said)
     behind = (number[2] or "").strip() if number else ""
     for words in said, behind:
         if words and normal(world, words) in (normal(world, one), normal(world, two)):
@@ -578,7 +590,8 @@ def imitate(model, chat, args, optimizer, dialogues):
 
 # ------------------------------------------------------------------------------------------ replies
 
-TOLD = "split", "seed", "turn", "expert", "candidate", "expert_second"  # in rollouts.jsonl
+# of an example in rollouts.jsonl
+TOLD = "split", "seed", "turn", "expert", "candidate", "possible", "expert_second"
 
 
 @dataclass
@@ -676,6 +689,7 @@ def evaluate(state, splits, fewer=1):
         played = rollout(state.model, state.chat, args, split, seeds,
                          temperature=args.eval_temperature, stream=("evaluate",))
         found[split] = watch(played)
+        common.warn_cut(found[split], LIMITS, state.told)
         episodes += played
         tqdm.write(common.result_line(split, found[split]))
     return found, episodes
@@ -793,8 +807,10 @@ def gather(state, files, paired):
         rows = run.collect("pairs.jsonl", state.progress, make)
         for row in rows:
             counts.update(row["proposed"])
-    state.pairs = that_fit(state, pairs_of(rows or []))
-    told = f"{len(state.states)} states, {len(state.pairs)} pairs {dict(counts)}"
+    state.pairs = that_fit(state, pairs_of(state.world, rows or []))
+    possible = sum(pair["possible"] for pair in state.pairs)
+    told = (f"{len(state.states)} states, {len(state.pairs)} pairs, {possible} of them of two "
+            f"possible actions {dict(counts)}")
     common.check(state.pairs or not paired, f"no action but the expert's to make pairs of: {told}")
     print(told)
     return dict(counts)
@@ -849,6 +865,10 @@ def check_row(world, args, paired, row):
     origin = row.get("env") or args.env, row.get("split") or "train"
     if origin != (args.env, "train"):
         raise ValueError(f"of {origin}, not of {args.env} and train")
+    actions = [message["content"] for message in row["messages"][1::2]]
+    for action in [*actions, row["expert"]] if paired else actions:
+        if not normal(world, action) or envs.TAGS.search(action):
+            raise ValueError(f"the expert's action {action[:60]!r} is empty or has tags")
     if paired:
         candidates = {normal(world, action) for action in row["candidates"]}
         if candidates & {"", normal(world, row["expert"])}:
@@ -877,23 +897,27 @@ def end_step(state, step, metrics, replies=()):
     state.progress["step"] = run.step
     run.count(tokens=count_tokens(replies), gradient_steps=args.updates if replies else 1)
     write_down(state, replies)
+    numbers = {}
     if run.step == state.last:
-        examine(state)
+        numbers = examine(state)
         common.save_model(run.dir / state.stage, state.model, state.chat)
     elif step % args.eval_every == 0:
         numbers, _ = evaluate(state, ["test"], fewer=5)
-        metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
-    run.log({"stage": state.stage, "stage_step": step, **metrics}, LIMITS)
+    for name, value in numbers.get("test", {}).items():
+        metrics[f"eval_{name}"] = value
+    common.warn_cut(metrics, LIMITS, state.told)
+    run.log({"stage": state.stage, "stage_step": step, **metrics})
     run.save_if_due(state.progress, **parts(state))
 
 
 def examine(state):
-    """The evaluation of what a stage has made, whole episodes and all; of `before`, too."""
+    """The evaluation of what a stage has made, whole episodes and all -> {split: metrics}."""
     numbers, episodes = evaluate(state, state.world.splits)
     when = "before" if state.stage == "before" else "after"
     write_down(state, episodes, evaluation=when)
     state.progress["stages"][state.stage] = numbers
     state.progress["shown"][state.stage] = record(episodes[-1])
+    return numbers
 
 
 def write_down(state, said, **more):
@@ -915,18 +939,19 @@ def parts(state):
 
 def watch_replies(replies, group_size):
     """The metrics of what was said and paid."""
-    rows = Counter(reply.row for reply in replies)
     cut = common.mean(not reply.complete for reply in replies)
     found = {
         "reward": common.mean(reply.reward for reply in replies),
-        "rows": {row: count / len(replies) for row, count in rows.items()},
         "groups_flat": without_spread([reply.advantage for reply in replies], group_size),
         "length": count_tokens(replies) / len(replies)}
+    for outcome in TABLE:
+        found[f"outcome_{outcome}"] = common.mean(reply.row == outcome for reply in replies)
     if "candidate" not in replies[0].about:
         return found | {"cut_act": cut}
-    for name, second in ("right_if_first", False), ("right_if_second", True):
-        said = [reply for reply in replies if reply.about["expert_second"] == second]
-        found[name] = common.mean_se(reply.row == "right" for reply in said)[0]  # nan of nothing
+    for name, key, value in (("first", "expert_second", False), ("second", "expert_second", True),
+                             ("possible", "possible", True)):
+        right = [reply.row == "right" for reply in replies if reply.about[key] == value]
+        found[f"right_if_{name}"] = common.mean_se(right)[0]  # nan of nothing
     return found | {"cut_choice": cut}
 
 
@@ -938,6 +963,7 @@ def watch(episodes):
         "success": success,
         "se": se,
         "n": len(episodes),
+        "score": common.mean(episode.score for episode in episodes),
         "turns": len(valid) / len(episodes),
         "invalid": common.mean(not ok for ok in valid),
         "truncated": common.mean(episode.truncated for episode in episodes),

@@ -81,6 +81,20 @@ class World:
         """
         return settled(first_line, reply)
 
+    def canonical(self, action):
+        """The one spelling of all actions, as `read` gives them, that mean the same here.
+
+        By default a tool call's JSON in order, between its tags, and all else as it is.
+        """
+        body = re.sub(r"</?tool_call>", " ", action).strip()
+        if self.tools and body.startswith("{"):
+            try:
+                call = json.dumps(json.loads(body), sort_keys=True)
+                return f"<tool_call>\n{call}\n</tool_call>"
+            except (ValueError, RecursionError):
+                pass  # only looks like a tool call
+        return action
+
     def act(self, text):
         """One turn with an action as `read` gives it; returns (reply, valid).
 
@@ -709,11 +723,16 @@ class Household(World):
         offered.pop(f"go to {self.here}", None)
         return sorted(offered)
 
+    def canonical(self, action):
+        """Without articles; put and move, in and on are one."""
+        lower = action.lower().strip("> \t\r\n.")
+        words = [w for w in lower.split() if w not in ("a", "an", "the")]
+        return re.sub(r"^(?:put|move) (.+) (?:in/on|on/in|in|on|to|into|onto) (.+)$",
+                      r"put \1 in/on \2", " ".join(words))
+
     def act(self, text):
-        words = [w for w in text.lower().strip("> \t\r\n.").split() if w not in ("a", "an", "the")]
-        action = re.sub(r"^(?:put|move) (.+) (?:in/on|on/in|in|on|to|into|onto) (.+)$",
-                        r"put \1 in/on \2", " ".join(words))
-        verb, thing, place = self.possible().get(action, (None, None, None))
+        known = self.possible()
+        verb, thing, place = known.get(self.canonical(text), (None, None, None))
         if verb is None:
             return "Nothing happens.", False
         if verb == "go":
@@ -1465,6 +1484,11 @@ class Search(World):
     def read(self, reply):
         """The last tool call of a reply, whole; the reply where there is none."""
         return last_call(reply)
+
+    def canonical(self, action):
+        """A call by its tool and argument."""
+        tool, argument, problem = read_call(action)
+        return action if problem else tool_call(tool, argument)
 
     def act(self, text):
         tool, argument, problem = read_call(text)

@@ -32,7 +32,7 @@ def held_out_pairs(state, count):
     while len(states) < count:
         states += act.states_of(act.demonstrations(state.args, "test", [seed]))
         seed += 1
-    pairs = act.pairs_of(act.propose(state, act.that_fit(state, states[:count])))
+    pairs = act.pairs_of(state.world, act.propose(state, act.that_fit(state, states[:count])))
     pairs = act.that_fit(state, pairs)
     return pairs + [pair | {"expert_second": True} for pair in pairs]
 
@@ -69,8 +69,9 @@ def gates(state, count) -> dict:
             said[true] += 1
             right[true] += mark == true
         if marks[0] != marks[1]:
-            chosen = act.parse_choice(state.world, reply.text, *act.in_order(pair))
-            follow[chosen == act.in_order(pair)[marks[1] > marks[0]]] += 1
+            both, said = act.in_order(pair), act.parse_action(reply.text)
+            chosen = said and act.chosen_of_two(state.world, said, *both)
+            follow[chosen == both[marks[1] > marks[0]]] += 1
     n, spoken = len(pairs), sum(said.values())
     return {"questions": n, "outlooks": spoken, "right": share(sum(right.values()), spoken),
             "right_of": {act.OUTLOOKS[i]: share(right[i], said[i]) for i in range(3)},

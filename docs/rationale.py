@@ -80,7 +80,7 @@ def main():
     state = act.State(args, world, chat, model)
     args.candidates = 1
     states = act.that_fit(state, held_out_states(args, given.states))
-    pairs = act.that_fit(state, act.pairs_of(act.propose(state, states)))
+    pairs = act.that_fit(state, act.pairs_of(world, act.propose(state, states)))
     common.check(len(pairs) > 1, f"{given.run}: fewer than two held-out pairs")
     state.model, _ = act.load(world, dataclasses.replace(args, model=str(given.run / stage)))
     pairs = pairs + [pair | {"expert_second": True} for pair in pairs]

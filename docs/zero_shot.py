@@ -87,7 +87,7 @@ def act(script, args):
     states = random.Random(0).sample(states, min(SAMPLES, len(states)))
     said = script.ask(state, states, ("proposals",))
     tagged = [script.parse_action(reply.text) for reply in said]
-    pairs = script.pairs_of(script.propose(state, states))
+    pairs = script.pairs_of(world, script.propose(state, states))
     pairs = [pair | {"expert_second": i % 2 == 1} for i, pair in enumerate(pairs)]
     chosen = script.ask(state, pairs, ("choices",)) if pairs else []
     rows = [reply.row for reply in chosen]

@@ -90,7 +90,7 @@ def rows(tiny, states):
 
 @pytest.fixture(scope="module")
 def pairs(rows):
-    return act.pairs_of(rows)
+    return act.pairs_of(WORLD, rows)
 
 
 # ---------------------------------------------------------------------- what a reply says
@@ -136,37 +136,71 @@ CHOICES = [  # what stands in the tags, and which of EITHER that is, or what els
     ("Action 1: clean the gears", 1),  # its words
     ("not Action 1", None), ("not 2", None), ("Action 1 is worse", None), ("neither", None),
     ("Action 1 or Action 2", None), ("Action 1. Action 2", None), ("Action 3", None), ("3", None),
+    ("1 - open the case", 0), ("Option 2:clean the gears", 1), ("**Action 2**: clean the gears", 1),
     ("check the power", None), ("", None), ("both", None), ("Action 12", None), ("1.5", None),
     ("the better action", None), ("first check the power", None), ("any action but 1", None),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("said, chosen", CHOICES)
-def test_parse_choice(said, chosen):
-    found = act.parse_choice(WORLD, f"Because. {act.tagged(said)}", *EITHER)
+def test_which_of_two_is_chosen(said, chosen):
+    found = act.chosen_of_two(WORLD, said, *EITHER)
     assert found == said if chosen is None else act.normal(WORLD, found) == EITHER[chosen]
-    assert act.parse_choice(WORLD, said, *EITHER) is None  # without tags
 
 
-def test_an_action_that_looks_like_a_number_is_taken_at_its_word():
-    assert act.parse_choice(WORLD, "<action>1</action>", "2", "1") == "1"
-    assert act.parse_choice(WORLD, "<action>Action 2</action>", "action 2", "sing") == "Action 2"
+def test_a_number_that_is_an_action_is_taken_at_its_word():
+    assert act.chosen_of_two(WORLD, "1", "2", "1") == "1"
+    assert act.chosen_of_two(WORLD, "Action 2", "action 2", "sing") == "Action 2"
+    for said in "1.5", "2-15", "2.15":  # no number of a list with 5 or 15 behind it
+        assert act.chosen_of_two(WORLD, said, "5", "15") == said
+    menu = {"expert": "0", "candidate": "3", "admissible": ["0", "1", "2", "3"], "expert_second": True}
+    for said, row in ("2", "possible"), ("Action 2", "right"), ("4", "impossible"), ("0", "right"):
+        assert row_of(menu, act.tagged(said)) == row, said
+    assert row_of(menu | {"admissible": None, "candidate": "2"}, act.tagged("2")) == "possible"
 
 
-def test_actions_are_equal_as_the_world_reads_them():
-    same = ["Open The Case", " open  the\tcase\n", "open the case.", "**open the case**",
-            '"Open the case."', "Action: open the case\nbecause it is loud", "- open the case"]  # fmt: skip
-    assert {act.normal(WORLD, other) for other in same} == {"open the case"}
-    for other in "open the cases", "open case", "", ".", "open the case now", "the case open":
-        assert act.normal(WORLD, other) != "open the case"
-    search = envs.make("search")
-    compact = '{"arguments":{"query":"Mira"},"name":"search"}'
-    calls = [CALL, compact, f"I search. {CALL}", CALL.replace("\n", " ")]
-    assert len({act.normal(search, call) for call in calls}) == 1
-    assert act.normal(search, CALL) != act.normal(search, CALL.replace("Mira", "Velden"))
-    pair = {"expert": CALL, "candidate": CALL.replace("Mira", "Velden"), "admissible": None}
-    for said, row in (CALL, "right"), (compact, "right"), ("Action 2", "right"), ("1", "possible"):
-        assert row_of(pair | {"expert_second": True}, act.tagged(said), world=search) == row, said
+PUT = "put tomato 1 in/on garbagecan 1"
+QUOTED = json.dumps({"name": "search", "arguments": '{"query": " Mira "}'})
+SAME = {  # what means the same in a world, and what does not
+    "repair": (["Open The Case", " open  the\tcase\n", "open the case.", "**open the case**", '"Open the case."',
+                "Action: open the case\nbecause it is loud", "- open the case"],
+               ["open the cases", "open case", "", ".", "open the case now", "open the case _", ".open the case"]),
+    "household": ([PUT, "Put the tomato 1 on a garbagecan 1.", "move tomato 1 to garbagecan 1", "> put tomato 1 into garbagecan 1"],
+                  ["put tomato 1 garbagecan 1", "take tomato 1 from garbagecan 1", f"{PUT} _"]),
+    "search": ([CALL, '{"arguments":{"query":"Mira"},"name":"search"}', f"I search. {CALL}", CALL.replace("\n", " "), QUOTED],
+               [CALL.replace("Mira", "Velden"), CALL.replace("search", "open"), CALL[:-20]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("env", SAME)
+def test_actions_are_equal_as_the_world_understands_them(env):
+    world, (same, others) = envs.make(env), SAME[env]
+    pair = {"expert": same[0], "candidate": others[0], "admissible": None, "expert_second": True}
+    for said in *same, "Action 2":
+        assert row_of(pair, act.tagged(said), world=world) == "right", said
+        assert said == "Action 2" or act.as_listed(world, said, [others[0], same[0]]) == same[0]
+    for said in others:
+        assert act.normal(world, said) != act.normal(world, same[0]) and act.as_listed(world, said, same) is None, said
+    reply = reply_of(act.tagged(same[-1]))
+    reply.row = row_of(pair, reply.text, world=world)
+    assert act.others(world, [reply], []) == []  # no pair of the expert's action with itself
+
+
+def test_no_spelling_tells_whose_an_action_is():
+    one, two = CALL, '{"arguments":{"query":"Velden"},  "name":"search"}'
+    for env, actions in ("search", (one, two)), ("repair", ("Open the case.", "**dance**")):
+        world, shown = envs.make(env), []
+        for expert, candidate in actions, actions[::-1]:
+            pair = PAIR | {"expert": expert, "candidate": candidate, "expert_second": expert == actions[1], "admissible": None}
+            shown.append(act.question(world, ARGS, pair)[-1]["content"].splitlines()[2:4])
+        forms = [act.in_one_form(world, action) for action in actions]
+        assert shown[0] == shown[1] == [f"Action {n}: {envs.one_line(form)}" for n, form in enumerate(forms, 1)]
+    assert forms == ["open the case", "dance"]
+    listed = PAIR | {"expert": "OPEN the case.", "candidate": "Clean the gears."}
+    assert act.question(WORLD, ARGS, listed) == act.question(WORLD, ARGS, PAIR)  # as they are listed
+    [one, two, odd] = act.pairs_of(WORLD, [PAIR | {"candidates": ["clean the gears", "Clean the gears.", "dance"]}])
+    assert (one["possible"], two["possible"], odd["possible"]) == (True, True, False)
+    assert act.pairs_of(WORLD, [BARE | {"candidates": ["dance"]}])[0]["possible"]  # nothing is listed
 
 
 @pytest.mark.parametrize("env", [*envs.WORLDS, "20q", "20q-full"])
@@ -310,7 +344,7 @@ def test_a_question_shows_each_action_where_it_says(chores):
     world = envs.make("household")
     for state in chores:
         other = next(a for a in state["admissible"] if a != state["expert"])
-        [pair] = act.pairs_of([state | {"candidate": "", "candidates": [other]}])
+        [pair] = act.pairs_of(world, [state | {"candidate": "", "candidates": [other]}])
         before = copy.deepcopy(pair)
         for second in False, True:
             pair = before | {"expert_second": second}
@@ -325,7 +359,6 @@ def test_a_question_shows_each_action_where_it_says(chores):
                     act.choose(reasons)]  # fmt: skip
                 shown = listed(pair)
                 assert act.question(world, ARGS, shown, reasons) == [system, *said, last]  # one list
-        assert act.pairs_of([state | {"candidates": [other]}]) == [before | {"candidate": other, "candidates": [other]}]
     assert "Possible" not in str(act.question(world, ARGS, pair | {"admissible": None}))
 
 
@@ -685,9 +718,9 @@ def test_what_the_stages_train_on(stage, pairs, states, demos, monkeypatch):
             assert all(reply.ids[:len(prompt)] == prompt for reply in group)
         assert metrics["reward"] == pytest.approx(sum(reply.reward for reply in replies) / 8)
         assert metrics["cut_choice"] == sum(not reply.complete for reply in replies) / 8
-        for name, second in ("right_if_first", False), ("right_if_second", True):
-            right = [reply.row == "right" for reply in replies if reply.about["expert_second"] == second]
-            assert metrics[name] == pytest.approx(common.mean(right)) if right else math.isnan(metrics[name])
+        for name, key, wanted in ("first", "expert_second", False), ("second", "expert_second", True), ("possible", "possible", True):
+            right, found = [reply.row == "right" for reply in replies if reply.about[key] == wanted], metrics[f"right_if_{name}"]
+            assert found == pytest.approx(common.mean(right)) if right else math.isnan(found)
     assert abs(common.mean(pair["expert_second"] for pair in act.shuffled(state, 1, pairs[:1] * 1000)) - 0.5) < 0.05
     state, told = stage(act.reinforcement)
     for _, metrics, replies in told:
@@ -733,7 +766,7 @@ def test_cut_replies_teach_nothing_and_are_counted(stage, tiny, capsys):
     state, told = stage(act.critical_training, choice_tokens=2)  # not long enough for tags
     assert common.fingerprint(state.model) == common.fingerprint(tiny[0])
     for _, metrics, _ in told:
-        assert metrics["rows"] == {"cut": 1} and metrics["cut_choice"] == 1 and metrics["reward"] == 0
+        assert metrics["outcome_cut"] == metrics["cut_choice"] == 1 and metrics["reward"] == 0
     common.warn_cut(metrics, act.LIMITS, set())
     assert "--choice-tokens" in capsys.readouterr().err
 
@@ -969,12 +1002,15 @@ def test_a_run_and_its_summary(whole):
     assert [row["stage_step"] for row in metrics] == [1, 2, 3] * 3
     worth = {"right": 1, "possible": 0.1, "impossible": 0, "cut": 0, "untagged": -0.5}
     for row in metrics:
-        assert ("eval_success" in row) == (row["stage_step"] == 2) and ("right_if_first" in row) == (row["stage"] == "1-act")
+        assert ("eval_success" in row) == (row["stage_step"] > 1) and ("right_if_first" in row) == (row["stage"] == "1-act")
+        if row["stage_step"] == 3:  # as --track shows it, too
+            assert summary["stages"][row["stage"]]["test"] == {name: row[f"eval_{name}"] for name in summary["watched"]["after"]["test"]}
         said = [reply for reply in rollouts if reply["step"] == row["step"] and "evaluation" not in reply]
         assert len(said) == (0 if row["stage"] == "2-il" else 8)
         if said:
-            assert row["rows"] == {kind: n / 8 for kind, n in Counter(reply["row"] for reply in said).items()}
-            assert row["reward"] == pytest.approx(sum(worth[kind] * share for kind, share in row["rows"].items()))
+            shares = {kind: row[f"outcome_{kind}"] for kind in worth}
+            assert shares == {kind: common.mean(reply["row"] == kind for reply in said) for kind in worth}
+            assert row["reward"] == pytest.approx(sum(worth[kind] * share for kind, share in shares.items()))
             assert all("split" in r["about"] and r["about"]["split"] == "train" for r in said)
     for number, name in enumerate(["before", *STAGED]):  # whole episodes, with every word of them
         played = [episode for episode in rollouts if "evaluation" in episode and episode.get("stage") == name]
@@ -982,6 +1018,7 @@ def test_a_run_and_its_summary(whole):
         for split, found in summary["stages"][name].items():
             some = [episode for episode in played if episode["split"] == split]
             assert found["success"] == sum(episode["won"] for episode in some) / 4
+            assert found["score"] == sum(episode["score"] for episode in some) / 4
             assert [episode["seed"] for episode in some] == [0, 1, 2, 3]
         for episode in played:
             assert [text for who, text in episode["said"] if who == "world"] == replayed(episode)
@@ -1062,7 +1099,7 @@ def test_trajectories_need_no_more_than_their_messages(run_script, whole, tmp_pa
     assert result.status == 0, result.stderr
     assert lines(tmp_path / "run" / "demos.jsonl") == lines(tmp_path / "demos.jsonl")
     about = next(row["about"] for row in lines(tmp_path / "run" / "rollouts.jsonl") if "about" in row)
-    assert about.keys() == {"expert", "candidate", "expert_second"}
+    assert about.keys() == {"expert", "candidate", "possible", "expert_second"}
 
 
 USER, ASSISTANT = act.user("Hm."), act.assistant("look")
@@ -1073,12 +1110,16 @@ BAD = {  # what the third line is, in place of a good row; and what the message 
     "no messages": ({"messages": ...}, "'messages'"), "assistant first": ({"messages": [ASSISTANT, USER]}, "messages go"),
 }  # fmt: skip
 BAD_DEMOS = {"user last": ({"messages": [USER, ASSISTANT, USER]}, "messages go"),
-             "too many lists": ({"admissible": [["look"]] * 99}, "99 lists")}  # fmt: skip
+             "too many lists": ({"admissible": [["look"]] * 99}, "99 lists"),
+             "tags": ({"messages": [USER, act.assistant("<action>look</action>")], "admissible": None}, "has tags"),
+             "nothing done": ({"messages": [USER, act.assistant(" . ")], "admissible": None}, "is empty or")}  # fmt: skip
 BAD_PAIRS = {"assistant last": ({"messages": [USER, ASSISTANT]}, "messages go"),
              "no expert": ({"expert": ...}, "'expert'"), "expert": ({"expert": None}, "TypeError"),
              "no candidates": ({"candidates": ...}, "'candidates'"), "null": ({"candidates": None}, "TypeError"),
              "a candidate": ({"candidates": [3]}, "TypeError"), "a text": ({"candidates": "look"}, "TypeError"),
-             "an empty candidate": ({"candidates": [""]}, "is empty"),
+             "an empty candidate": ({"candidates": [""]}, "is empty"), "an empty expert": ({"expert": "."}, "is empty or"),
+             "tags": ({"expert": "go <action >look</action>"}, "has tags"),
+             "tags before": ({"messages": [USER, act.assistant("<action>look"), USER]}, "has tags"),
              "the expert's": ({"expert": "Clean it.", "candidates": ["look", "**clean  it**"]}, "the expert's action")}  # fmt: skip
 
 

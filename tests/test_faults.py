@@ -623,7 +623,7 @@ def test_replies_of_one_piece_without_end(piece):
     for start, end in ("", ""), ("Action: ", "x"), ("<action>", ""):
         reply = start + piece * (50_000 // len(piece)) + end
         assert self_guide.parse_rating(reply) in (None, -1, 0, 1)
-        chosen = act.parse_choice(WORLDS["household"], reply, "look", "go to desk 1")
+        chosen = act.chosen_of_two(WORLDS["household"], reply, "look", "go to desk 1")
         for action in act.parse_action(reply), chosen:
             assert action is None or len(action) <= len(reply)
 

@@ -88,7 +88,7 @@ def test_act_proposes_and_chooses(smollm2):
     states = act.states_of(act.demonstrations(args, "test", range(2)))[:2]
     proposed = act.ask(state, states, ("test",))
     assert all(act.parse_action(reply.text) for reply in proposed)
-    pairs = act.pairs_of([each | {"candidates": ["clean the gears"]} for each in states])
+    pairs = act.pairs_of(world(), [each | {"candidates": ["clean the gears"]} for each in states])
     assert len(act.ask(state, pairs, ("test",))) == 2
 
 

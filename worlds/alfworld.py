@@ -115,9 +115,13 @@ class Alfworld(World):
     def admissible(self):
         return [] if self.over else list(self.states[-1]["admissible_commands"])
 
+    def canonical(self, action):
+        """Put is move, as in what is listed."""
+        command = " ".join(action.lower().split()).rstrip(".")
+        return re.sub(r"^put (.+) (?:in/on|in|on) (.+)$", r"move \1 to \2", command)
+
     def act(self, text):
-        command = " ".join(text.lower().split()).rstrip(".")
-        command = re.sub(r"^put (.+) (?:in/on|in|on) (.+)$", r"move \1 to \2", command)
+        command = self.canonical(text)
         known = {" ".join(offered.split()): offered for offered in self.admissible()}
         valid = command in known
         state, _, _ = self.game.step(known.get(command, command))
