@@ -11,7 +11,7 @@ expert's and one of your own; which is better? The model reasons freely, only it
     il     imitation of the expert's replies, whole demonstrations                               (3)
     rl     GRPO at the states s_i, asked for an action, the same R                               (4)
     advantage  A_i = (R_i - mean R) / std R, within a group of replies to one prompt             (5)
-    surrogate  min(rho A, clip(rho) A) - kl KL over the tokens of replies, thoughts included     (6)
+    surrogate  min(rho A, clip(rho) A) - beta KL over the tokens of replies, thoughts included   (6)
 
 --pipeline names the stages; each starts from the model of the one before and passes --epochs times
 over its data, pairs being the start policy's throughout. Version 2 of the paper has act,il and
@@ -94,15 +94,15 @@ class Args:
     lora_rank: int = flag(0, "above 0: adapters of this rank learn (peft; all linear layers but the head), over one copy of the weights")
     thinking: bool = flag(False, "let a thinking model think natively before each reply")
     shots: int = flag(0, "worked examples before the first turn of every part, by a random player on train")
-    prefill: bool = flag(False, "begin every reply with its marked word, such as Action: (no room to reason before it)")
+    prefill: bool = flag(False, "begin every reply with its marked word, <action> (no room to reason before it)")
     show_actions: bool = flag(False, "list what is possible now in every observation (one more departure)")
     quick: bool = flag(False, "a small run through every line, to see that it works; overrides the sizes")
     track: str = flag("none", "metrics go there, too (an extra to install)", choices=["none", "tensorboard", "wandb"])
     # group-relative policy optimisation
     group_size: int = flag(8, "replies to one question (not in the paper)")
-    updates: int = flag(1, "gradient steps per step, each on its share of the groups (not in the paper)")
+    updates: int = flag(1, "gradient steps per step, each on its share of the groups; with 1 no ratio is clipped (not in the paper)")
     clip: float = flag(0.2, "the ratio counts as at least 1 - clip, at most 1 + clip (not in the paper)")
-    kl: float = flag(0.1, "weight of the KL to the policy at the start of the stage; 0 switches it off (not in the paper)")
+    kl: float = flag(0.1, "beta, the weight of the KL to the policy at the start of the stage; 0 switches it off (not in the paper)")
     # ACT
     pipeline: str = flag("act,il", "stages in their order, of act, il and rl (paper)")
     epochs: int = flag(3, "passes of every stage over its data (paper)")
@@ -118,8 +118,8 @@ class Args:
 
 
 @dataclass
-class State:
-    """What the stages work on."""
+class Job:
+    """What the stages work on, and how far they are."""
 
     args: Args
     world: envs.World
@@ -127,7 +127,8 @@ class State:
     model: torch.nn.Module
     run: common.Run | None = None
     optimizer: torch.optim.Optimizer | None = None
-    reference: torch.nn.Module | None = None  # the model as its stage began, where there is a KL
+    # the model as its stage began, in stages with a KL; else one without weights
+    reference: torch.nn.Module = field(default_factory=torch.nn.Module)
     progress: dict = field(default_factory=lambda: {"step": 0, "stages": {}, "shown": {}})
     demos: list = field(default_factory=list)  # episodes
     states: list = field(default_factory=list)  # theirs
@@ -181,12 +182,12 @@ def system(world, reasons=True):
 
 def in_tags(messages):
     """Observations and actions by turns, the actions as the policy writes them."""
-    said = []
+    written = []
     for message in messages:
         if message["role"] == "assistant":
             message = {**message, "content": tagged(message["content"])}
-        said.append(message)
-    return said
+        written.append(message)
+    return written
 
 
 def dialogue(world, args, messages):
@@ -204,17 +205,18 @@ def in_order(pair):
 def question(world, args, pair, reasons=True):
     """Which of two actions? The dialogue so far, without lists, and one list at its end."""
     reasons = reasons and not args.prefill
-    said = [{**message, "content": envs.bare(message["content"])} for message in pair["messages"]]
-    lines = [said.pop()["content"]]
+    before = [{**message, "content": envs.bare(message["content"])} for message in pair["messages"]]
+    lines = [before.pop()["content"]]
     if pair["admissible"]:
         lines += [LISTED, *map(envs.one_line, pair["admissible"])]
     lines.append(PROPOSED)
     for number, action in enumerate(in_order(pair), 1):
-        shown = as_listed(world, action, pair["admissible"] or []) or in_one_form(world, action)
+        shown = as_listed(world, action, pair["admissible"] or [])
+        shown = shown or world.canonical(world.read(action))
         lines.append(f"Action {number}: {envs.one_line(shown)}")
     lines.append(choose(reasons))
     shots = worked_examples(args.env, args.shots, False, True, reasons)
-    return [system(world, reasons), *shots, *in_tags(said), user("\n".join(lines))]
+    return [system(world, reasons), *shots, *in_tags(before), user("\n".join(lines))]
 
 
 # --------------------------------------------------------------------- demonstrations and pairs (1)
@@ -246,34 +248,34 @@ def states_of(episodes) -> list[dict]:
     """The states s_i of demonstrations, and what the expert does there, a_i+."""
     states = []
     for episode in episodes:
-        said = episode["messages"]
-        lists = episode.get("admissible") or [None] * len(said)
-        for turn, action in enumerate(said[1::2]):
+        messages = episode["messages"]
+        lists = episode.get("admissible") or [None] * len(messages)
+        for turn, action in enumerate(messages[1::2]):
             states.append({
                 **episode,
                 "turn": turn,
-                "messages": said[:2 * turn + 1],
+                "messages": messages[:2 * turn + 1],
                 "admissible": lists[turn],
                 "expert": action["content"]})
     return states
 
 
-def propose(state, states, done=0):
+def propose(job, states, done=0):
     """(1) The policy's own actions at states, --candidates each: yields rows of pairs.
 
     The first `done` states have theirs already; what is sampled depends on a state's number and on
     --seed alone.
     """
-    count = state.args.candidates
-    size = max(1, state.args.rollout_batch_size // count)
-    for first in range(done, len(states), size):
-        some = states[first:first + size]
-        replies = ask(state, some, ("pairs",), count, first=first * count)
-        for each, said in zip(some, groups(replies, count)):
-            proposed = Counter(reply.row for reply in said)
-            proposed["tokens"] = count_tokens(said)
-            candidates = others(state.world, said, each["admissible"] or [])
-            yield {**each, "candidates": candidates, "proposed": proposed}
+    count = job.args.candidates
+    size = max(1, job.args.rollout_batch_size // count)
+    for start in range(done, len(states), size):
+        some = states[start:start + size]
+        replies = ask(job, some, ("pairs",), count, first=start * count)
+        for state, group in zip(some, groups(replies, count)):
+            proposed = Counter(reply.outcome for reply in group)
+            proposed["tokens"] = count_tokens(group)
+            candidates = others(job.world, group, state["admissible"] or [])
+            yield {**state, "candidates": candidates, "proposed": proposed}
 
 
 def others(world, replies, listed):
@@ -282,7 +284,7 @@ def others(world, replies, listed):
     for reply in replies:
         action = parse_action(reply.text) or ""
         key = normal(world, action)
-        if key and reply.row != "right":
+        if key and reply.outcome != "right":
             found[key] = as_listed(world, action, listed) or action
     return [*found.values()]
 
@@ -301,7 +303,7 @@ def pairs_of(world, rows) -> list[dict]:
 
 # ------------------------------------------------------- what a reply says, and what it is paid (2)
 
-TABLE = {  # R = R_acc + R_adm + R_fmt
+REWARDS = {  # R = R_acc + R_adm + R_fmt
     "right": 1.0,
     "possible": 0.1,
     "impossible": 0.0,
@@ -316,17 +318,17 @@ NUMBERED = re.compile(  # "Action 1", "the second one"; what stands behind "Opti
     re.DOTALL | re.IGNORECASE)
 
 
-def row_of(world, reply, example):
-    """(2) Which row of the table a reply to a pair or a state has earned."""
-    said = parse_action(reply.text)
-    if said is None:
+def outcome_of(world, reply, example):
+    """(2) What a reply to a pair or a state amounts to, a key of REWARDS."""
+    action = parse_action(reply.text)
+    if action is None:
         return "untagged" if reply.complete else "cut"
-    possible = [normal(world, action) for action in example["admissible"] or []]
+    possible = [normal(world, other) for other in example["admissible"] or []]
     if "candidate" in example:
         possible = possible or [normal(world, example["candidate"])]  # no list: it has to count
-        if normal(world, said) not in possible:  # else 2 is what it says, not the second action
-            said = chosen_of_two(world, said, *in_order(example))
-    action = normal(world, said)
+        if normal(world, action) not in possible:  # a 2 may be an action, not the second one
+            action = chosen_of_two(world, action, *in_order(example))
+    action = normal(world, action)
     if action and action == normal(world, example["expert"]):
         return "right"
     return "possible" if action and action in possible else "impossible"
@@ -338,17 +340,9 @@ def parse_action(reply) -> str | None:
     return found[-1].strip() if found else None
 
 
-def in_one_form(world, action):
-    """One text for all actions that mean the same to the world; plain, but for tool calls."""
-    action = world.canonical(world.read(action))
-    if action.startswith("<tool_call>"):
-        return action
-    return " ".join(action.lower().split()).rstrip(".")
-
-
 def normal(world, action):
     """Equal for actions that mean the same to the world."""
-    return in_one_form(world, action).lower()
+    return world.canonical(world.read(action)).lower()
 
 
 def as_listed(world, action, listed) -> str | None:
@@ -359,90 +353,97 @@ def as_listed(world, action, listed) -> str | None:
     return next((other for other in listed if normal(world, other) == key), None)
 
 
-def chosen_of_two(world, said, one, two) -> str:
-    """Which of two actions is meant by what stands in the tags; or else that.
+def chosen_of_two(world, text, one, two) -> str:
+    """Which of two actions is meant by the text in the tags; the text where neither is.
 
     By its words, or by its number and nothing but that: "not Action 1" is no choice of 1.
     """
-    number = NUMBERED.fullmatch(said)
+    number = NUMBERED.fullmatch(text)
     behind = (number[2] or "").strip() if number else ""
-    for words in said, behind:
+    for words in text, behind:
         if words and normal(world, words) in (normal(world, one), normal(world, two)):
             return words
     if number and not behind:
         return one if number[1] else two
-    return said
+    return text
 
 
 # --------------------------------------------------------------------------- the stages (2) (3) (4)
 
 
-def critical_training(state):
+def critical_training(job):
     """(2) Which of two actions is better?"""
-    reinforce(state, state.pairs)
+    grpo(job, job.pairs)
 
 
-def imitation(state):
+def imitation(job):
     """(3) What the expert says, in whole demonstrations."""
-    args = state.args
-    for step, episodes in batches(state, state.demos, args.sft_batch_size, args.sft_lr):
-        dialogues = [dialogue(state.world, args, episode["messages"]) for episode in episodes]
-        metrics = imitate(state.model, state.chat, args, state.optimizer, dialogues)
-        end_step(state, step, metrics)
+    args = job.args
+    for step, episodes in stage_steps(job, job.demos, args.sft_batch_size, args.sft_lr):
+        dialogues = [dialogue(job.world, args, episode["messages"]) for episode in episodes]
+        metrics = imitate(job.model, job.chat, args, job.optimizer, dialogues)
+        end_step(job, step, metrics)
 
 
-def reinforcement(state):
+def reinforcement(job):
     """(4) What would you do at a state of the expert's?"""
-    reinforce(state, state.states)
+    grpo(job, job.states)
 
 
 STAGES = {"act": critical_training, "il": imitation, "rl": reinforcement}
 PAIRED = {"act"}  # stages that learn from pairs
-REFERRED = {"act", "rl"}  # stages with a KL to the policy at their start
 
 
-def reinforce(state, examples, reasons=True):
-    """GRPO on what is said to pairs or states: ask, pay (2), advantages (5), update (6)."""
-    args = state.args
-    for step, batch in batches(state, examples, args.batch_size // args.group_size, args.lr):
+def grpo(job, examples, reasons=True):
+    """GRPO on what is said to pairs or states: ask, pay (2), advantages (5), update (6).
+
+    Without `reasons` it is a control, in docs/act_controls.py.
+    """
+    args = job.args
+    size = args.batch_size // args.group_size
+    for step, batch in stage_steps(job, examples, size, args.lr, refers=bool(args.kl)):
         if "candidate" in batch[0]:
-            batch = shuffled(state, step, batch)
-        replies = ask(state, batch, (state.stage, step), args.group_size, reasons=reasons)
-        read_advantages(replies, args.group_size)
-        state.run.lap("rollout")
+            batch = shuffled(job, step, batch)
+        replies = ask(job, batch, (job.stage, step), args.group_size, reasons=reasons)
+        set_advantages(replies, args.group_size)
+        job.run.lap("rollout")
         metrics = grpo_update(
-            state.model, state.reference, state.chat, args, state.optimizer, replies)
-        end_step(state, step, metrics | watch_replies(replies, args.group_size), replies)
+            job.model, job.reference, job.chat, args, job.optimizer, replies)
+        end_step(job, step, metrics | watch_replies(replies, args.group_size), replies)
 
 
-def shuffled(state, step, pairs):
+def shuffled(job, step, pairs):
     """The pairs of a step, the two actions of each in random order."""
-    rng = random.Random(f"{state.args.seed} {state.stage} {step}")
+    rng = random.Random(f"{job.args.seed} {job.stage} {step}")
     return [pair | {"expert_second": rng.random() < 0.5} for pair in pairs]
 
 
-def batches(state, examples, size, lr):
+def stage_steps(job, examples, size, lr, refers=False):
     """The steps of a stage, (number, batch) each: --epochs passes over its examples, or --steps.
 
-    It begins with a fresh optimizer; a resumed run goes on where it stopped.
+    It begins with a fresh optimizer and, where it `refers` to it, a copy of the model as it is; a
+    resumed run goes on where it stopped.
     """
-    args = state.args
-    done, first = state.progress["step"], state.last
+    args = job.args
+    done, start = job.progress["step"], job.last
     count = args.steps or math.ceil(args.epochs * len(examples) / size)
-    state.last = first + count
-    if done <= first:
-        state.optimizer.state.clear()
-        if state.reference is not None:
-            state.reference.load_state_dict(state.model.state_dict())
-    if done >= state.last:
+    job.last = start + count
+    if done >= job.last:
         return
-    rng = random.Random(f"{args.seed} {state.stage}")
+    fresh = done == start
+    if fresh:
+        job.optimizer.state.clear()
+    if fresh or not refers:
+        job.reference = torch.nn.Module()  # first: two of them need not fit into memory
+    if fresh and refers:
+        job.reference = common.frozen_copy(job.model)
+    rng = random.Random(f"{args.seed} {job.stage}")
     order = []
     while len(order) < count * size:
         order += rng.sample(examples, len(examples))
-    for step in state.run.steps(max(done, first), state.last):
-        number = step - first
-        common.set_rate(state.optimizer, lr * min(1, number / 5))
+    for step in job.run.steps(done, job.last):
+        number = step - start
+        common.set_rate(job.optimizer, lr * min(1, number / 5))
         yield number, order[(number - 1) * size:number * size]
 
 
@@ -467,12 +468,12 @@ def without_spread(returns, group_size):
     return sum(max(group) == min(group) for group in groups(returns, group_size))
 
 
-def read_advantages(replies, group_size):
+def set_advantages(replies, group_size):
     """Writes the advantages (5) into replies; those that were cut off stay out of their group."""
     for group in groups(replies, group_size):
-        read = [reply for reply in group if reply.row != "cut"]
-        advantages = group_advantages([reply.reward for reply in read]) if read else []
-        for reply, advantage in zip(read, advantages):
+        counted = [reply for reply in group if reply.outcome != "cut"]
+        advantages = group_advantages([reply.reward for reply in counted]) if counted else []
+        for reply, advantage in zip(counted, advantages):
             reply.advantage = advantage
 
 
@@ -546,7 +547,7 @@ def grpo_update(model, reference, chat, args, optimizer, replies):
             ratio = (logprobs.detach() - before).exp()
             sums["clipped"] += ((ratio - 1).abs() > args.clip).sum().item()
             sums["entropy"] -= before.sum().item()  # an estimate, from what was sampled
-            decoded = sum(r.logprob for r in batch)
+            decoded = sum(r.logprob for r in batch)  # signed: what differs at random cancels
             sums["logprob_gap"] += decoded - before.sum().item()
         kept = [(r.ids, r.mask, r.advantage) for r in share]
         norms.append(common.gradient_step(model, optimizer, step_loss, kept))
@@ -605,56 +606,56 @@ class Reply:
     logprob: float = 0.0  # of all tokens under the mask, in decoding
     about: dict = field(default_factory=dict)  # what it was asked, for rollouts.jsonl
     reward: float = 0.0
-    row: str = ""  # of the table of rewards
+    outcome: str = ""  # of REWARDS
     advantage: float = 0.0
 
 
-def prompt_of(state, example, reasons=True):
+def prompt_of(job, example, reasons=True):
     """The messages that ask for a reply to a pair or a state, and how many tokens it may have."""
-    args = state.args
+    args = job.args
     if "candidate" in example:
-        return question(state.world, args, example, reasons), args.choice_tokens
-    return dialogue(state.world, args, example["messages"]), args.max_new_tokens
+        return question(job.world, args, example, reasons), args.choice_tokens
+    return dialogue(job.world, args, example["messages"]), args.max_new_tokens
 
 
-def that_fit(state, examples) -> list[dict]:
+def that_fit(job, examples) -> list[dict]:
     """Those pairs or states whose prompt leaves room for a reply."""
     found = []
     for example in examples:
-        messages, limit = prompt_of(state, example)
-        if len(state.chat.dialogue(messages)) + FORCED + limit <= state.model.max_context:
+        messages, limit = prompt_of(job, example)
+        if len(job.chat.dialogue(messages)) + FORCED + limit <= job.model.max_context:
             found.append(example)
     return found
 
 
-def ask(state, examples, stream, samples=1, first=0, reasons=True) -> list[Reply]:
+def ask(job, examples, stream, samples=1, first=0, reasons=True) -> list[Reply]:
     """`samples` paid replies to each of some pairs or of some states, numbered from `first`.
 
     `stream` names the randomness: a reply depends on its prompt and (--seed, stream, number) alone.
     """
-    args = state.args
+    args = job.args
     word = TAG * args.prefill
     prompts = []
     for example in examples:
-        messages, limit = prompt_of(state, example, reasons)
-        prompts += [state.chat.dialogue(messages, word)] * samples
+        messages, limit = prompt_of(job, example, reasons)
+        prompts += [job.chat.dialogue(messages, word)] * samples
     numbers = range(first, first + len(prompts))
-    said = common.generate(
-        state.model, state.chat, prompts, max_new_tokens=limit, temperature=args.temperature,
+    sampled = common.generate(
+        job.model, job.chat, prompts, max_new_tokens=limit, temperature=args.temperature,
         seeds=[common.row_seed(args.seed, *stream, number) for number in numbers],
         rows=args.rollout_batch_size)
     replies = []
-    for i, (prompt, ids) in enumerate(zip(prompts, said.ids)):
+    for i, (prompt, ids) in enumerate(zip(prompts, sampled.ids)):
         example = examples[i // samples]
         reply = Reply(
-            text=word + said.texts[i],
-            complete=said.complete[i],
+            text=word + sampled.texts[i],
+            complete=sampled.complete[i],
             ids=prompt + ids,
             mask=[0] * len(prompt) + [1] * len(ids),
-            logprob=sum(said.logprobs[i]),
+            logprob=sum(sampled.logprobs[i]),
             about={name: example[name] for name in TOLD if name in example})
-        reply.row = row_of(state.world, reply, example)
-        reply.reward = TABLE[reply.row]
+        reply.outcome = outcome_of(job.world, reply, example)
+        reply.reward = REWARDS[reply.outcome]
         replies.append(reply)
     return replies
 
@@ -678,18 +679,18 @@ class Episode:
     truncated: bool = False  # the context was full
 
 
-def evaluate(state, splits, fewer=1):
+def evaluate(job, splits, fewer=1):
     """The policy on fixed episodes of each split -> ({split: metrics}, the episodes)."""
-    args = state.args
+    args = job.args
     found, episodes = {}, []
     seeds = range(max(1, args.eval_episodes // fewer))
     for split in ("test", "ood"):
         if split not in splits:
             continue
-        played = rollout(state.model, state.chat, args, split, seeds,
+        played = rollout(job.model, job.chat, args, split, seeds,
                          temperature=args.eval_temperature, stream=("evaluate",))
         found[split] = watch(played)
-        common.warn_cut(found[split], LIMITS, state.told)
+        common.warn_cut(found[split], LIMITS, job.told)
         episodes += played
         tqdm.write(common.result_line(split, found[split]))
     return found, episodes
@@ -757,62 +758,59 @@ def main():
     world, stages, files = check_args(args)
     run = common.Run("act", args, fixed=("steps",))
     model, chat = load(world, args)
-    state = State(args, world, chat, model, run)
+    job = Job(args, world, chat, model, run)
     if args.eval_only:
-        return evaluate(state, world.splits)
+        return evaluate(job, world.splits)
     run.start(model=model)
 
-    state.optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
+    job.optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.95), weight_decay=0,
         fused=model.device.type == "cuda")  # no copies in the step
-    if args.kl and REFERRED & {*stages}:
-        state.reference = common.frozen_copy(model)
-    state.progress = run.resume(**parts(state)) or state.progress
-    counts = gather(state, files, bool(PAIRED & {*stages}))
-    found, shown = state.progress["stages"], state.progress["shown"]
+    if args.resume and args.kl:
+        job.reference = common.frozen_copy(model)  # for weights that the checkpoint may have
+    job.progress = run.resume(**parts(job)) or job.progress
+    counts = gather(job, files, bool(PAIRED & {*stages}))
+    found, shown = job.progress["stages"], job.progress["shown"]
     if not found:
-        run.count(episodes=len(state.demos), env_steps=0, tokens=counts.get("tokens", 0))
-        examine(state)
+        run.count(episodes=len(job.demos), env_steps=0, tokens=counts.get("tokens", 0))
+        examine(job)
     for number, stage in enumerate(stages, 1):
-        state.stage = f"{number}-{stage}"
-        STAGES[stage](state)
+        job.stage = f"{number}-{stage}"
+        STAGES[stage](job)
+        if number < len(stages):  # model/ is of the last one
+            save_stage(job)
 
     ends = envs.ends(args.env, args.eval_episodes)
     run.complete(
-        model, chat, "act", args.pipeline, found["before"], found[state.stage], ends,
-        shown=[shown["before"], shown[state.stage]], written=True,
+        model, chat, "act", args.pipeline, found["before"], found[job.stage], ends,
+        shown=[shown["before"], shown[job.stage]], written=True,
         stages=found,
-        expert_states=len(state.states),
-        pairs=len(state.pairs),
+        expert_states=len(job.states),
+        pairs=len(job.pairs),
         pair_counts=counts)
 
 
-def gather(state, files, paired):
+def gather(job, files, paired):
     """Demonstrations, their states and pairs, of `files` or made -> counts of what was proposed.
 
     A resumed run reads again what it proposed.
     """
-    args, run = state.args, state.run
+    args, run = job.args, job.run
     demos, rows = files
     counts = Counter()
-    first = args.seed * 1_000_000_007
-    state.demos = demos or demonstrations(args, "train", range(first, first + args.num_demos))
-    common.write_jsonl(run.dir / "demos.jsonl", state.demos)
-    state.states = that_fit(state, states_of(state.demos))
-    common.check(state.states, f"no expert state fits the context of {state.model.max_context}")
+    seed = args.seed * 1_000_000_007
+    job.demos = demos or demonstrations(args, "train", range(seed, seed + args.num_demos))
+    common.write_jsonl(run.dir / "demos.jsonl", job.demos)
+    job.states = that_fit(job, states_of(job.demos))
     if rows:
         common.write_jsonl(run.dir / "pairs.jsonl", rows)
     elif paired:
-        make = functools.partial(propose, state, state.states)
-        rows = run.collect("pairs.jsonl", state.progress, make)
+        make = functools.partial(propose, job, job.states)
+        rows = run.collect("pairs.jsonl", job.progress, make)
         for row in rows:
             counts.update(row["proposed"])
-    state.pairs = that_fit(state, pairs_of(state.world, rows or []))
-    possible = sum(pair["possible"] for pair in state.pairs)
-    told = (f"{len(state.states)} states, {len(state.pairs)} pairs, {possible} of them of two "
-            f"possible actions {dict(counts)}")
-    common.check(state.pairs or not paired, f"no action but the expert's to make pairs of: {told}")
-    print(told)
+    job.pairs = that_fit(job, pairs_of(job.world, rows or []))
+    check_data(job, paired, counts)
     return dict(counts)
 
 
@@ -866,7 +864,7 @@ def check_row(world, args, paired, row):
     if origin != (args.env, "train"):
         raise ValueError(f"of {origin}, not of {args.env} and train")
     actions = [message["content"] for message in row["messages"][1::2]]
-    for action in [*actions, row["expert"]] if paired else actions:
+    for action in [*actions, row["expert"]] if paired else actions:  # of the expert
         if not normal(world, action) or envs.TAGS.search(action):
             raise ValueError(f"the expert's action {action[:60]!r} is empty or has tags")
     if paired:
@@ -885,45 +883,61 @@ def check_room(args, chat, model, messages, room):
                  "--prefill: the chat template of this model opens a thought before each reply")
 
 
+def check_data(job, paired, counts):
+    """Tells what the stages have to work on, and refuses what is not enough."""
+    possible = sum(pair["possible"] for pair in job.pairs)
+    told = (f"{len(job.states)} states, {len(job.pairs)} pairs, {possible} of them of two "
+            f"possible actions {dict(counts)}")
+    common.check(job.states, f"no expert state fits the context of {job.model.max_context}")
+    common.check(job.pairs or not paired, f"no action but the expert's to make pairs of: {told}")
+    print(told)
+
+
 # ----------------------------------------------------------------------------- what is written down
 
 LIMITS = {"act": "--max-new-tokens", "choice": "--choice-tokens"}
 
 
-def end_step(state, step, metrics, replies=()):
+def end_step(job, step, metrics, replies=()):
     """Evaluates where that is due, and writes everything down."""
-    args, run = state.args, state.run
+    args, run = job.args, job.run
     run.lap("update")
-    state.progress["step"] = run.step
+    job.progress["step"] = run.step
     run.count(tokens=count_tokens(replies), gradient_steps=args.updates if replies else 1)
-    write_down(state, replies)
+    write_down(job, replies)
     numbers = {}
-    if run.step == state.last:
-        numbers = examine(state)
-        common.save_model(run.dir / state.stage, state.model, state.chat)
+    if run.step == job.last:
+        numbers = examine(job)
     elif step % args.eval_every == 0:
-        numbers, _ = evaluate(state, ["test"], fewer=5)
+        numbers, _ = evaluate(job, ["test"], fewer=5)
     for name, value in numbers.get("test", {}).items():
         metrics[f"eval_{name}"] = value
-    common.warn_cut(metrics, LIMITS, state.told)
-    run.log({"stage": state.stage, "stage_step": step, **metrics})
-    run.save_if_due(state.progress, **parts(state))
+    common.warn_cut(metrics, LIMITS, job.told)
+    run.log({"stage": job.stage, "stage_step": step, **metrics})
+    run.save_if_due(job.progress, **parts(job))
 
 
-def examine(state):
+def save_stage(job):
+    """The model that a stage has made; what a run has that is resumed in a later one, it keeps."""
+    path = job.run.dir / job.stage
+    if not path.exists():
+        common.save_model(path, job.model, job.chat)
+
+
+def examine(job):
     """The evaluation of what a stage has made, whole episodes and all -> {split: metrics}."""
-    numbers, episodes = evaluate(state, state.world.splits)
-    when = "before" if state.stage == "before" else "after"
-    write_down(state, episodes, evaluation=when)
-    state.progress["stages"][state.stage] = numbers
-    state.progress["shown"][state.stage] = record(episodes[-1])
+    numbers, episodes = evaluate(job, job.world.splits)
+    when = "before" if job.stage == "before" else "after"
+    write_down(job, episodes, evaluation=when)
+    job.progress["stages"][job.stage] = numbers
+    job.progress["shown"][job.stage] = record(episodes[-1])
     return numbers
 
 
-def write_down(state, said, **more):
+def write_down(job, items, **more):
     """Episodes or replies, as lines of rollouts.jsonl."""
-    more |= {"step": state.run.step, "stage": state.stage}
-    state.run.write_rollouts([{**more, **record(each)} for each in said])
+    more |= {"step": job.run.step, "stage": job.stage}
+    job.run.write_rollouts([{**more, **record(each)} for each in items])
 
 
 def record(episode):
@@ -931,10 +945,9 @@ def record(episode):
     return {name: value for name, value in vars(episode).items() if name not in ("ids", "mask")}
 
 
-def parts(state):
+def parts(job):
     """Of what a checkpoint keeps the weights."""
-    found = {"model": state.model, "optimizer": state.optimizer, "reference": state.reference}
-    return {name: part for name, part in found.items() if part is not None}
+    return {"model": job.model, "optimizer": job.optimizer, "reference": job.reference}
 
 
 def watch_replies(replies, group_size):
@@ -944,13 +957,13 @@ def watch_replies(replies, group_size):
         "reward": common.mean(reply.reward for reply in replies),
         "groups_flat": without_spread([reply.advantage for reply in replies], group_size),
         "length": count_tokens(replies) / len(replies)}
-    for outcome in TABLE:
-        found[f"outcome_{outcome}"] = common.mean(reply.row == outcome for reply in replies)
+    for outcome in REWARDS:
+        found[f"outcome_{outcome}"] = common.mean(reply.outcome == outcome for reply in replies)
     if "candidate" not in replies[0].about:
         return found | {"cut_act": cut}
     for name, key, value in (("first", "expert_second", False), ("second", "expert_second", True),
                              ("possible", "possible", True)):
-        right = [reply.row == "right" for reply in replies if reply.about[key] == value]
+        right = [reply.outcome == "right" for reply in replies if reply.about[key] == value]
         found[f"right_if_{name}"] = common.mean_se(right)[0]  # nan of nothing
     return found | {"cut_choice": cut}
 
@@ -1169,31 +1182,31 @@ class RandomPlay:
     def __init__(self, world):
         self.world, self.moves, self.known = copy.deepcopy(world), {}, {}
 
-    def chance(self, state, turns) -> float:
+    def chance(self, snapshot, turns) -> float:
         """To win from a snapshot within so many turns."""
         if not turns:
             return 0.0
-        if (state, turns) not in self.known:
+        if (snapshot, turns) not in self.known:
             total = 0.0
-            for share, won, after in self.moves_from(state):
+            for share, won, after in self.moves_from(snapshot):
                 total += share * (1.0 if won else self.chance(after, turns - 1))
-            self.known[state, turns] = total
-        return self.known[state, turns]
+            self.known[snapshot, turns] = total
+        return self.known[snapshot, turns]
 
-    def moves_from(self, state) -> list[tuple]:
+    def moves_from(self, snapshot) -> list[tuple]:
         """(probability, won, next snapshot) of each action."""
-        if state not in self.moves:
-            self.world.restore(state)
-            verbs, self.moves[state] = by_verb(self.world.admissible()), []
+        if snapshot not in self.moves:
+            self.world.restore(snapshot)
+            verbs, self.moves[snapshot] = by_verb(self.world.admissible()), []
             for actions in verbs:
                 for action in actions:
                     share = 1 / len(verbs) / len(actions)
-                    self.moves[state].append((share, *self.result(state, action)))
-        return self.moves[state]
+                    self.moves[snapshot].append((share, *self.result(snapshot, action)))
+        return self.moves[snapshot]
 
-    def result(self, state, action) -> tuple:
+    def result(self, snapshot, action) -> tuple:
         """(won, next snapshot)"""
-        self.world.restore(state)
+        self.world.restore(snapshot)
         self.world.act(action)
         return self.world.won, self.world.snapshot()
 
@@ -1201,9 +1214,9 @@ class RandomPlay:
         """Whether an action moves the logarithm of the chance to win within a whole game's turns by
         more than 0.15: an index of OUTLOOKS."""
         now, then = [], []
-        for state in world.possibilities():
-            won, after = self.result(state, action)
-            now.append(self.chance(state, world.max_turns))
+        for snapshot in world.possibilities():
+            won, after = self.result(snapshot, action)
+            now.append(self.chance(snapshot, world.max_turns))
             then.append(1.0 if won else self.chance(after, world.max_turns))
         moved = math.log((common.mean(then) + 0.003) / (common.mean(now) + 0.003))
         return 1 + (moved > 0.15) - (moved < -0.15)

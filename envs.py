@@ -84,7 +84,7 @@ class World:
     def canonical(self, action):
         """The one spelling of all actions, as `read` gives them, that mean the same here.
 
-        By default a tool call's JSON in order, between its tags, and all else as it is.
+        By default without case and a final period, but for tool calls: JSON with its keys in order.
         """
         body = re.sub(r"</?tool_call>", " ", action).strip()
         if self.tools and body.startswith("{"):
@@ -93,7 +93,7 @@ class World:
                 return f"<tool_call>\n{call}\n</tool_call>"
             except (ValueError, RecursionError):
                 pass  # only looks like a tool call
-        return action
+        return " ".join(action.lower().split()).rstrip(".")
 
     def act(self, text):
         """One turn with an action as `read` gives it; returns (reply, valid).
@@ -1488,7 +1488,7 @@ class Search(World):
     def canonical(self, action):
         """A call by its tool and argument."""
         tool, argument, problem = read_call(action)
-        return action if problem else tool_call(tool, argument)
+        return super().canonical(action) if problem else tool_call(tool, argument)
 
     def act(self, text):
         tool, argument, problem = read_call(text)

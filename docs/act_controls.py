@@ -32,28 +32,29 @@ def only_last(messages):
     return [*({**m, "shot": True} if m["role"] == "assistant" else m for m in before), last]
 
 
-def sft_choice(state):
+def sft_choice(job):
     """The expert's action, written below the question."""
-    args = state.args
-    for step, batch in act.batches(state, state.pairs, args.pair_batch_size, args.sft_lr):
+    args = job.args
+    for step, batch in act.stage_steps(job, job.pairs, args.pair_batch_size, args.sft_lr):
         dialogues = []
-        for pair in act.shuffled(state, step, batch):
-            asked = act.question(state.world, args, pair)
+        for pair in act.shuffled(job, step, batch):
+            asked = act.question(job.world, args, pair)
             dialogues.append(only_last([*asked, act.assistant(act.tagged(pair["expert"]))]))
-        metrics = act.imitate(state.model, state.chat, args, state.optimizer, dialogues)
-        act.end_step(state, step, metrics)
+        metrics = act.imitate(job.model, job.chat, args, job.optimizer, dialogues)
+        act.end_step(job, step, metrics)
 
 
-def dpo(state):
+def dpo(job):
     """The expert's action is to become likelier, as the policy's reply, than the candidate."""
-    args, chat = state.args, state.chat
-    for step, batch in act.batches(state, state.pairs, args.pair_batch_size, args.sft_lr):
+    args, chat = job.args, job.chat
+    steps = act.stage_steps(job, job.pairs, args.pair_batch_size, args.sft_lr, refers=True)
+    for step, batch in steps:
         triples = []
         for pair in batch:
-            prompt = chat.dialogue(act.dialogue(state.world, args, pair["messages"]))
+            prompt = chat.dialogue(act.dialogue(job.world, args, pair["messages"]))
             replies = [chat.reply(act.tagged(pair[which])) for which in ("expert", "candidate")]
             triples.append((prompt, *replies))
-        act.end_step(state, step, dpo_step(state, triples))
+        act.end_step(job, step, dpo_step(job, triples))
 
 
 def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
@@ -62,32 +63,32 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
     return -torch.nn.functional.logsigmoid(beta * margin)
 
 
-def reply_logprobs(model, state, rows, which):
+def reply_logprobs(model, job, rows, which):
     """log p of whole replies, [B]; `which` of (prompt, chosen, rejected)."""
     prompts, targets = [row[0] for row in rows], [row[which] for row in rows]
-    logprobs, _ = common.target_logprobs(model, state.chat, prompts, targets, state.args.temperature)
+    logprobs, _ = common.target_logprobs(model, job.chat, prompts, targets, job.args.temperature)
     return logprobs.sum(1)
 
 
-def dpo_step(state, triples):
+def dpo_step(job, triples):
     """One gradient step on the mean loss over (prompt, chosen, rejected), lists of ids."""
-    args, loss, gained = state.args, 0.0, 0.0
+    args, loss, gained = job.args, 0.0, 0.0
     for rows in act.groups(triples, args.micro_batch_size):
         with torch.no_grad():
-            before = [reply_logprobs(state.reference, state, rows, which) for which in (1, 2)]
-        now = [reply_logprobs(state.model, state, rows, which) for which in (1, 2)]
+            before = [reply_logprobs(job.reference, job, rows, which) for which in (1, 2)]
+        now = [reply_logprobs(job.model, job, rows, which) for which in (1, 2)]
         part = dpo_loss(*now, *before, args.dpo_beta).sum() / len(triples)
         part.backward()
         loss += part.item()
         more = now[0] - before[0] > now[1] - before[1]
         gained += more.float().sum().item() / len(triples)
-    norm = common.gradient_step(state.model, state.optimizer, loss, triples)
+    norm = common.gradient_step(job.model, job.optimizer, loss, triples)
     return {"loss": loss, "chosen_gained_more": gained, "grad_norm": norm}
 
 
-def no_reasoning(state):
+def no_reasoning(job):
     """Which of two actions? At once."""
-    act.reinforce(state, state.pairs, reasons=False)
+    act.grpo(job, job.pairs, reasons=False)
 
 
 STAGES = {"sft-choice": sft_choice, "dpo": dpo, "no-reasoning": no_reasoning}
@@ -101,7 +102,6 @@ def main():
     act.Args = Args
     act.STAGES |= STAGES
     act.PAIRED |= {*STAGES}
-    act.REFERRED |= {"dpo", "no-reasoning"}
     act.AT_LEAST |= {"pair_batch_size": 1, "dpo_beta": 0}
     act.main()
 

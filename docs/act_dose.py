@@ -26,14 +26,14 @@ import envs  # noqa: E402
 SPOKEN = re.compile(rf"would lead ({'|'.join(act.OUTLOOKS)})\.")
 
 
-def held_out_pairs(state, count):
+def held_out_pairs(job, count):
     """Pairs at the first `count` states of the expert's episodes on `test`, in both orders."""
     states, seed = [], 0
     while len(states) < count:
-        states += act.states_of(act.demonstrations(state.args, "test", [seed]))
+        states += act.states_of(act.demonstrations(job.args, "test", [seed]))
         seed += 1
-    pairs = act.pairs_of(state.world, act.propose(state, act.that_fit(state, states[:count])))
-    pairs = act.that_fit(state, pairs)
+    pairs = act.pairs_of(job.world, act.propose(job, act.that_fit(job, states[:count])))
+    pairs = act.that_fit(job, pairs)
     return pairs + [pair | {"expert_second": True} for pair in pairs]
 
 
@@ -51,15 +51,15 @@ def share(part, whole):
     return round(part / whole, 3) if whole else None
 
 
-def gates(state, count) -> dict:
+def gates(job, count) -> dict:
     """Over the pairs of `count` states."""
-    pairs = held_out_pairs(state, count)
-    replies = act.ask(state, pairs, ("gates",))
-    rows, said, right, follow, ideal = Counter(), Counter(), Counter(), Counter(), 0.0
+    pairs = held_out_pairs(job, count)
+    replies = act.ask(job, pairs, ("gates",))
+    outcomes, said, right, follow, ideal = Counter(), Counter(), Counter(), Counter(), 0.0
     for pair, reply in zip(pairs, replies):
-        truth = true_outlooks(state.args, pair)
+        truth = true_outlooks(job.args, pair)
         better = pair["expert_second"]
-        rows[reply.row, better] += 1
+        outcomes[reply.outcome, better] += 1
         expert, other = truth[better], truth[not better]
         ideal += 0.5 if expert == other else expert > other
         marks = [act.OUTLOOKS.index(word) for word in SPOKEN.findall(reply.text)]
@@ -69,25 +69,26 @@ def gates(state, count) -> dict:
             said[true] += 1
             right[true] += mark == true
         if marks[0] != marks[1]:
-            both, said = act.in_order(pair), act.parse_action(reply.text)
-            chosen = said and act.chosen_of_two(state.world, said, *both)
+            both = act.in_order(pair)
+            chosen = act.parse_action(reply.text)
+            if chosen is not None:
+                chosen = act.chosen_of_two(job.world, chosen, *both)
             follow[chosen == both[marks[1] > marks[0]]] += 1
     n, spoken = len(pairs), sum(said.values())
     return {"questions": n, "outlooks": spoken, "right": share(sum(right.values()), spoken),
             "right_of": {act.OUTLOOKS[i]: share(right[i], said[i]) for i in range(3)},
             "commonest": share(max(said.values(), default=0), spoken),
             "followed": share(follow[True], sum(follow.values())),
-            "rows": {row: share(rows[row, False] + rows[row, True], n) for row in
-                     ("right", "possible", "impossible", "untagged", "cut")},
-            "right_if_first": share(rows["right", False], n / 2),
-            "right_if_second": share(rows["right", True], n / 2), "ideal": share(ideal, n)}
+            "rows": {name: share(outcomes[name, False] + outcomes[name, True], n) for name in act.REWARDS},
+            "right_if_first": share(outcomes["right", False], n / 2),
+            "right_if_second": share(outcomes["right", True], n / 2), "ideal": share(ideal, n)}
 
 
 def main():
     args = common.parse_args(act.Args, act.TINY)
     world, *_ = act.check_args(args)
     model, chat = act.load(world, args)
-    print(json.dumps(gates(act.State(args, world, chat, model), args.eval_episodes)))
+    print(json.dumps(gates(act.Job(args, world, chat, model), args.eval_episodes)))
 
 
 if __name__ == "__main__":

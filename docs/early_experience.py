@@ -97,11 +97,11 @@ def warmup(world, args):
     return examples
 
 
-def answer(state, prompts):
+def answer(job, prompts):
     """What the model says to each prompt: replies without a forced beginning, never trained on."""
-    args, chat = state.args, state.chat
+    args, chat = job.args, job.chat
     said = common.generate(
-        state.model, chat, [chat.dialogue(messages) for messages in prompts],
+        job.model, chat, [chat.dialogue(messages) for messages in prompts],
         max_new_tokens=args.choice_tokens, temperature=args.temperature,
         seeds=[common.row_seed(args.seed, "reflect", n) for n in range(len(prompts))],
         rows=args.rollout_batch_size)
@@ -115,26 +115,26 @@ def words_of(reply):
     return words.strip() if rest or reply.complete else ""
 
 
-def reflect(state):
+def reflect(job):
     """Steps 1 and 2 -> (states with the policy's `reply`, which is its own words and the expert's
     action; counts). A prompt that does not fit the context is left out, and counted."""
-    args, tried, asked, prompts = state.args, {}, [], []
+    args, tried, asked, prompts = job.args, {}, [], []
     counts = {"tokens": 0, "env_steps": 0, "reflections too long": 0}
-    for pair in state.pairs:
+    for pair in job.pairs:
         tried.setdefault((pair["seed"], pair["turn"]), []).append(pair["candidate"])
-    for each in state.states:
+    for each in job.states:
         if (each["seed"], each["turn"]) not in tried:
             continue
         actions = [*tried[each["seed"], each["turn"]], each["expert"]]
-        results = outcomes(state.world, each, actions)
+        results = outcomes(job.world, each, actions)
         counts["env_steps"] += len(actions) * (each["turn"] + 1)
-        prompt = reflection(state.world, args, each, actions, results)
-        if len(state.chat.dialogue(prompt)) + args.choice_tokens > state.model.max_context:
+        prompt = reflection(job.world, args, each, actions, results)
+        if len(job.chat.dialogue(prompt)) + args.choice_tokens > job.model.max_context:
             counts["reflections too long"] += 1
             continue
         asked.append(each)
         prompts.append(prompt)
-    said = answer(state, prompts)
+    said = answer(job, prompts)
     found = []
     for each, reply in zip(asked, said):
         counts["tokens"] += sum(reply.mask)
@@ -152,18 +152,18 @@ def lesson(world, args, row):
     return [*act.dialogue(world, args, before), reply]
 
 
-def early_experience(state):
+def early_experience(job):
     """The stage: reflections, and imitation of them among the plain demonstrations."""
-    args, run = state.args, state.run
-    reflections, counts = reflect(state)
+    args, run = job.args, job.run
+    reflections, counts = reflect(job)
     common.write_jsonl(run.dir / "reflections.jsonl", reflections)
     run.count(tokens=counts["tokens"], env_steps=counts["env_steps"])
-    plain = [{**each, "reply": act.tagged(each["expert"])} for each in state.states]
+    plain = [{**each, "reply": act.tagged(each["expert"])} for each in job.states]
     print(f"{len(plain)} expert states, {counts}")
-    for step, rows in act.batches(state, [*reflections, *plain], args.pair_batch_size, args.sft_lr):
-        dialogues = [lesson(state.world, args, row) for row in rows]
-        metrics = act.imitate(state.model, state.chat, args, state.optimizer, dialogues)
-        act.end_step(state, step, metrics | {f"reflections_{name}": n for name, n in counts.items()})
+    for step, rows in act.stage_steps(job, [*reflections, *plain], args.pair_batch_size, args.sft_lr):
+        dialogues = [lesson(job.world, args, row) for row in rows]
+        metrics = act.imitate(job.model, job.chat, args, job.optimizer, dialogues)
+        act.end_step(job, step, metrics | {f"reflections_{name}": n for name, n in counts.items()})
 
 
 def load(world, args):

@@ -6,7 +6,7 @@ removed: it must choose at once; wrong: it chooses behind a thought of its own a
 next_action: how often it does as the expert. (--prefill of the run plays no part.)
 
     python docs/rationale.py runs/act-household-s0      # of the first stage; writes rationale.json
-    python docs/rationale.py runs/act-household-s0 --stage 2-il
+    python docs/rationale.py runs/act-household-s0 --stage model
 """
 
 import argparse
@@ -23,24 +23,24 @@ import act  # noqa: E402
 import common  # noqa: E402
 
 
-def accuracy(state, prompts, thoughts, pairs):
+def accuracy(job, prompts, thoughts, pairs):
     """How often the expert's action is chosen, when each reply has to begin with a thought (None:
     with nothing). Returns (share, replies)."""
     starts = ["" if thought is None else f"{thought}{act.TAG}" for thought in thoughts]
-    ids = [state.chat.dialogue(prompt, start) for prompt, start in zip(prompts, starts)]
+    ids = [job.chat.dialogue(prompt, start) for prompt, start in zip(prompts, starts)]
     said = common.generate(
-        state.model, state.chat, ids, max_new_tokens=state.args.choice_tokens, temperature=0,
-        seeds=range(len(ids)), rows=state.args.rollout_batch_size)
+        job.model, job.chat, ids, max_new_tokens=job.args.choice_tokens, temperature=0,
+        seeds=range(len(ids)), rows=job.args.rollout_batch_size)
     replies = []
     for start, text, complete, pair in zip(starts, said.texts, said.complete, pairs):
         reply = act.Reply(start + text, complete, [], [])
-        reply.row = act.row_of(state.world, reply, pair)
+        reply.outcome = act.outcome_of(job.world, reply, pair)
         replies.append(reply)
-    return common.mean(reply.row == "right" for reply in replies), replies
+    return common.mean(reply.outcome == "right" for reply in replies), replies
 
 
 def settings_of(run):
-    """The Args of a run of act.py (or docs/act_controls.py), and its first stage."""
+    """The Args of a run of act.py (or docs/act_controls.py), and where its first stage's model is."""
     common.check((run / "args.json").is_file(), f"{run}: no run of act.py there")
     known = {field.name for field in dataclasses.fields(act.Args)}
     try:
@@ -50,7 +50,8 @@ def settings_of(run):
         common.refuse(f"{run / 'args.json'}: not the settings of a run of act.py "
                       f"({type(error).__name__}: {error})")
     plain = dict(demos="", pairs="", pipeline="il", eval_only=False, resume=False, prefill=False)
-    return dataclasses.replace(args, **plain), f"1-{args.pipeline.split(',')[0]}"
+    first, *others = args.pipeline.split(",")
+    return dataclasses.replace(args, **plain), f"1-{first.strip()}" if others else "model"
 
 
 def held_out_states(args, count):
@@ -66,7 +67,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--stage", default="", help="a directory in RUN; default: the first")
+    parser.add_argument("--stage", default="", help="a directory in RUN; default: the first stage's")
     parser.add_argument("--states", type=int, default=200, help="of the expert on `test`")
     given = parser.parse_args()
     args, first = settings_of(given.run)
@@ -77,30 +78,30 @@ def main():
 
     # the start policy proposed the other actions
     model, chat = act.load(world, args)
-    state = act.State(args, world, chat, model)
+    job = act.Job(args, world, chat, model)
     args.candidates = 1
-    states = act.that_fit(state, held_out_states(args, given.states))
-    pairs = act.that_fit(state, act.pairs_of(world, act.propose(state, states)))
+    states = act.that_fit(job, held_out_states(args, given.states))
+    pairs = act.that_fit(job, act.pairs_of(world, act.propose(job, states)))
     common.check(len(pairs) > 1, f"{given.run}: fewer than two held-out pairs")
-    state.model, _ = act.load(world, dataclasses.replace(args, model=str(given.run / stage)))
+    job.model, _ = act.load(world, dataclasses.replace(args, model=str(given.run / stage)))
     pairs = pairs + [pair | {"expert_second": True} for pair in pairs]
     prompts = [act.question(world, args, pair) for pair in pairs]
     count = len(pairs) // 2
 
-    free, replies = accuracy(state, prompts, [None] * len(pairs), pairs)
-    right = [reply.row == "right" for reply in replies]
+    free, replies = accuracy(job, prompts, [None] * len(pairs), pairs)
+    right = [reply.outcome == "right" for reply in replies]
     thoughts = [re.split(r"<action\s*>", reply.text, flags=re.I)[0] for reply in replies]
     shift = random.Random(0).randrange(1, count)
     others = [i // count * count + (i + shift) % count for i in range(len(pairs))]
     wrong = [thoughts[i] for i in others]  # of another state, in the same order
     args.temperature = 0.0
-    acted = act.ask(state, states, ("rationale",))
+    acted = act.ask(job, states, ("rationale",))
     found = {"stage": stage, "choices": len(pairs), "free": free,
              "choice_first": common.mean(right[:count]), "choice_second": common.mean(right[count:]),
              "thought": common.mean(bool(thought.strip()) for thought in thoughts),
-             "removed": accuracy(state, prompts, [""] * len(pairs), pairs)[0],
-             "wrong": accuracy(state, prompts, wrong, pairs)[0],
-             "next_action": common.mean(reply.row == "right" for reply in acted)}
+             "removed": accuracy(job, prompts, [""] * len(pairs), pairs)[0],
+             "wrong": accuracy(job, prompts, wrong, pairs)[0],
+             "next_action": common.mean(reply.outcome == "right" for reply in acted)}
     (given.run / "rationale.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     print(json.dumps(found))
 

@@ -170,8 +170,9 @@ def outcome(record) -> str:
     """Of an episode, or of one of ACT's choices."""
     if isinstance(record.get("won"), bool):
         return "won" if record["won"] else "lost"
-    if isinstance(record.get("row"), str):
-        return "right" if record["row"] == "right" else "wrong"
+    chosen = record.get("outcome", record.get("row"))  # "row": of earlier runs
+    if isinstance(chosen, str):
+        return "right" if chosen == "right" else "wrong"
     return "no outcome"
 
 

@@ -80,24 +80,24 @@ def act(script, args):
     """Plain episodes; then proposals and choices at up to 50 of the expert's states on `test`."""
     world, *_ = script.check_args(args)
     model, chat = script.load(world, args)
-    state = script.State(args, world, chat, model)
+    job = script.Job(args, world, chat, model)
     played = script.rollout(model, chat, args, "test", range(args.eval_episodes),
                             temperature=args.eval_temperature, stream=("zero-shot",))
     states = script.states_of(script.demonstrations(args, "test", range(args.eval_episodes)))
     states = random.Random(0).sample(states, min(SAMPLES, len(states)))
-    said = script.ask(state, states, ("proposals",))
+    said = script.ask(job, states, ("proposals",))
     tagged = [script.parse_action(reply.text) for reply in said]
-    pairs = script.pairs_of(world, script.propose(state, states))
+    pairs = script.pairs_of(world, script.propose(job, states))
     pairs = [pair | {"expert_second": i % 2 == 1} for i, pair in enumerate(pairs)]
-    chosen = script.ask(state, pairs, ("choices",)) if pairs else []
-    rows = [reply.row for reply in chosen]
+    chosen = script.ask(job, pairs, ("choices",)) if pairs else []
+    outcomes = [reply.outcome for reply in chosen]
     return {
         "understood": common.mean(valid for episode in played for valid in episode.valid),
         "success": common.mean(episode.won for episode in played),
         "parts": {
             "proposal": part(len(said), sum(map(bool, tagged)), count_cut(said)),
-            "choice": part(len(rows), len(rows) - rows.count("untagged") - rows.count("cut"), count_cut(chosen))},
-        "right_choice": rows.count("right") / max(1, len(rows)),
+            "choice": part(len(chosen), sum(name not in ("untagged", "cut") for name in outcomes), count_cut(chosen))},
+        "right_choice": outcomes.count("right") / max(1, len(outcomes)),
         "samples": {"proposal": [reply.text for reply in said], "choice": [reply.text for reply in chosen]},
         "episodes": [script.record(episode) for episode in played[:3]]}
 

@@ -260,7 +260,7 @@ def grpo(args):
 def grpo_ours(args, model, chat, pairs, group):
     settings = act.Args(micro_batch_size=args.micro, group_size=group, device=args.device,
                         choice_tokens=args.new)
-    state = act.State(settings, envs.make("household"), chat, model)
+    state = act.Job(settings, envs.make("household"), chat, model)
     reference = common.frozen_copy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=on_card(args))
     chat.eos[:] = [2**31]  # no token
@@ -270,8 +270,8 @@ def grpo_ours(args, model, chat, pairs, group):
         steps.append(0)
         replies = act.ask(state, pairs, (len(steps),), group)
         for reply in replies:
-            reply.reward, reply.row = paid(reply.text), "right"
-        act.read_advantages(replies, group)
+            reply.reward, reply.outcome = paid(reply.text), "right"
+        act.set_advantages(replies, group)
         act.grpo_update(model, reference, chat, settings, optimizer, replies)
 
     return timed(args, step)

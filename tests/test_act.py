@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import random
@@ -55,7 +56,7 @@ def args_of(**changes):
 
 
 def state_of(model=None, chat=PAD, args=ARGS, world=WORLD, **more):
-    return act.State(args, world, chat, model, **more)
+    return act.Job(args, world, chat, model, **more)
 
 
 def reply_of(text, complete=True):
@@ -63,7 +64,7 @@ def reply_of(text, complete=True):
 
 
 def row_of(example, text, complete=True, world=WORLD):
-    return act.row_of(world, reply_of(text, complete), example)
+    return act.outcome_of(world, reply_of(text, complete), example)
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_actions_are_equal_as_the_world_understands_them(env):
     for said in others:
         assert act.normal(world, said) != act.normal(world, same[0]) and act.as_listed(world, said, same) is None, said
     reply = reply_of(act.tagged(same[-1]))
-    reply.row = row_of(pair, reply.text, world=world)
+    reply.outcome = row_of(pair, reply.text, world=world)
     assert act.others(world, [reply], []) == []  # no pair of the expert's action with itself
 
 
@@ -193,7 +194,7 @@ def test_no_spelling_tells_whose_an_action_is():
         for expert, candidate in actions, actions[::-1]:
             pair = PAIR | {"expert": expert, "candidate": candidate, "expert_second": expert == actions[1], "admissible": None}
             shown.append(act.question(world, ARGS, pair)[-1]["content"].splitlines()[2:4])
-        forms = [act.in_one_form(world, action) for action in actions]
+        forms = [world.canonical(world.read(action)) for action in actions]
         assert shown[0] == shown[1] == [f"Action {n}: {envs.one_line(form)}" for n, form in enumerate(forms, 1)]
     assert forms == ["open the case", "dance"]
     listed = PAIR | {"expert": "OPEN the case.", "candidate": "Clean the gears."}
@@ -228,7 +229,7 @@ def test_bad_output_never_raises(text):
     for reply in text, act.tagged(text), text + act.tagged(text) + text:
         for complete in True, False:
             row = row_of(PAIR, reply, complete)
-            assert row in act.TABLE and row != ("cut" if complete else "untagged")
+            assert row in act.REWARDS and row != ("cut" if complete else "untagged")
         WORLD.reset(seed=0)
         act.take_turn(WORLD, act.Episode("train", 0), reply)
 
@@ -277,8 +278,8 @@ def test_rl_has_the_same_table_for_an_action():
     state = {"expert": "open the case", "admissible": POSSIBLE}
     said = ["<action>open the case</action>", "<action>clean the gears</action>",
             "<action>dance</action>", "<action>Action 1</action>", "dance"]  # fmt: skip
-    assert [act.TABLE[row_of(state, text)] for text in said] == [1, 0.1, 0, 0, -0.5]
-    assert act.TABLE[row_of(state, "I thi", complete=False)] == 0
+    assert [act.REWARDS[row_of(state, text)] for text in said] == [1, 0.1, 0, 0, -0.5]
+    assert act.REWARDS[row_of(state, "I thi", complete=False)] == 0
     bare = state | {"admissible": None}  # of no action it is known that it is possible
     for text in "<action>.</action>", "<action></action>", "<action>clean the gears</action>":
         assert row_of(bare, text) == "impossible"
@@ -287,7 +288,7 @@ def test_rl_has_the_same_table_for_an_action():
 def replies_of(*told):
     replies = [reply_of("") for _ in told]
     for reply, (reward, row) in zip(replies, told):
-        reply.reward, reply.row = reward, row
+        reply.reward, reply.outcome = reward, row
     return replies
 
 
@@ -296,7 +297,7 @@ def test_a_cut_reply_is_left_out_of_its_group():
             (0, "cut"), (1, "right"), (0, "cut"), (0, "cut"), *[(0, "cut")] * 4,
             (1, "right"), (1, "right"), (0, "cut"), (1, "right")]  # fmt: skip
     replies = replies_of(*told)
-    act.read_advantages(replies, 4)
+    act.set_advantages(replies, 4)
     found = [reply.advantage for reply in replies]
     # as of the three others alone: mean 0.2, sample deviation sqrt(0.57)
     by_hand = [0.8 / 0.57**0.5, 0.0, -0.1 / 0.57**0.5, -0.7 / 0.57**0.5]
@@ -482,10 +483,10 @@ def test_grpo_against_another_derivation(kl, updates, micro):
 
 
 def test_equal_rewards_teach_exactly_nothing(no_step):
-    replies = [act.Reply("", True, [0, 1, n % 5], [0, 1, 1], reward=0.1, row="possible") for n in range(8)]
+    replies = [act.Reply("", True, [0, 1, n % 5], [0, 1, 1], reward=0.1, outcome="possible") for n in range(8)]
     for reward in 0.1, 1.0:
         replies[0].reward = reward
-        act.read_advantages(replies, 4)
+        act.set_advantages(replies, 4)
         model = Bigram(random_table(random.Random(0)))
         act.grpo_update(model, None, PAD, ARGS, None, replies)
         assert model.table.grad.any() == (reward != 0.1)
@@ -558,17 +559,17 @@ def test_dpo_by_hand(no_step):
 # --------------------------------------------------------------------------------- the steps of a stage
 
 
-def steps_of(examples, size, done=0, last=0, reference=None, **changes):
-    """What `batches` gives, with the state it leaves."""
+def steps_of(examples, size, done=0, last=0, refers=False, **changes):
+    """What `stage_steps` gives, with the state it leaves."""
     asked = []
     run = SimpleNamespace(steps=lambda a, b: asked.append((a, b)) or range(a + 1, b + 1))
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     optimizer.state["moments"] = 1
     state = state_of(args=args_of(**changes), run=run, optimizer=optimizer, progress={"step": done}, last=last,
-                     reference=reference, stage="1-act")  # fmt: skip
+                     reference=torch.nn.Linear(1, 1), stage="1-act")  # fmt: skip
     state.model = torch.nn.Linear(1, 1)
     found = []
-    for number, batch in act.batches(state, examples, size, 0.5):
+    for number, batch in act.stage_steps(state, examples, size, 0.5, refers):
         found.append((number, batch, optimizer.param_groups[0]["lr"]))
     return found, state, asked
 
@@ -588,16 +589,18 @@ def test_every_example_in_every_pass(examples, epochs, size, seed):
 
 
 def test_a_stage_begins_afresh_and_is_gone_on_with_where_it_stopped():
-    whole, state, _ = steps_of(range(10), 4, epochs=2, last=7)  # after a stage of 7 steps
+    whole, state, _ = steps_of(range(10), 4, epochs=2, last=7, done=7)  # after a stage of 7 steps
     assert state.last == 12 and not state.optimizer.state
     assert [rate for *_, rate in whole] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
-    for done in 7, 8, 11, 12, 20:
-        reference = torch.nn.Linear(1, 1)
-        found, state, asked = steps_of(range(10), 4, epochs=2, last=7, done=done, reference=reference)
+    for done, refers in itertools.product((7, 8, 11, 12, 20), (True, False)):
+        found, state, asked = steps_of(range(10), 4, epochs=2, last=7, done=done, refers=refers)
         assert found == whole[done - 7:] and state.last == 12  # with its rate and its batches
         assert asked == ([(done, 12)] if done < 12 else [])
         assert bool(state.optimizer.state) == (done > 7)
-        assert torch.equal(reference.weight, state.model.weight) == (done == 7)
+        held = getattr(state.reference, "weight", None)  # a copy as it began, or what the checkpoint had, or none
+        assert (held is not None) == (refers or done >= 12) and state.reference is not state.model
+        assert done > 7 or not refers or torch.equal(held, state.model.weight)
+        assert done == 7 or held is None or not torch.equal(held, state.model.weight)
     assert [len(steps_of(range(10), 4, steps=steps)[0]) for steps in (1, 3, 9)] == [1, 3, 9]
 
 
@@ -650,7 +653,7 @@ def test_an_answer_is_masked_as_it_was_sampled(tiny, pairs):
             assert reply.text == act.TAG * prefill + chat.decode(sampled)
             assert reply.complete == (sampled[-1] in chat.eos)
             pair = some[i // 4]
-            assert reply.row == act.row_of(WORLD, reply, pair) and reply.reward == act.TABLE[reply.row]
+            assert reply.outcome == act.outcome_of(WORLD, reply, pair) and reply.reward == act.REWARDS[reply.outcome]
             assert reply.about == {name: pair[name] for name in act.TOLD}
         with torch.no_grad():
             found, _ = act.sampled_logprobs(model, chat, replies, args.temperature)
@@ -719,7 +722,7 @@ def test_what_the_stages_train_on(stage, pairs, states, demos, monkeypatch):
         assert metrics["reward"] == pytest.approx(sum(reply.reward for reply in replies) / 8)
         assert metrics["cut_choice"] == sum(not reply.complete for reply in replies) / 8
         for name, key, wanted in ("first", "expert_second", False), ("second", "expert_second", True), ("possible", "possible", True):
-            right, found = [reply.row == "right" for reply in replies if reply.about[key] == wanted], metrics[f"right_if_{name}"]
+            right, found = [reply.outcome == "right" for reply in replies if reply.about[key] == wanted], metrics[f"right_if_{name}"]
             assert found == pytest.approx(common.mean(right)) if right else math.isnan(found)
     assert abs(common.mean(pair["expert_second"] for pair in act.shuffled(state, 1, pairs[:1] * 1000)) - 0.5) < 0.05
     state, told = stage(act.reinforcement)
@@ -959,7 +962,7 @@ def test_the_gates_of_a_dose(monkeypatch, knows, follows):
             better = marks[1] > marks[0]
             chosen = both[better] if follows else both[not better]
             replies.append(reply_of(f"So. {act.foreseen(both, marks)} {act.tagged(chosen)}"))
-            replies[-1].row = act.row_of(state.world, replies[-1], pair)
+            replies[-1].outcome = act.outcome_of(state.world, replies[-1], pair)
         return replies
 
     monkeypatch.setattr(act, "propose", propose)
@@ -979,7 +982,7 @@ def test_the_gates_of_a_dose(monkeypatch, knows, follows):
 # -------------------------------------------------------------------------------- whole runs
 
 STAGED = "1-act", "2-il", "3-rl"
-same_run = functools.partial(helpers.same_run, data=("demos.jsonl", "pairs.jsonl"), weights=(*STAGED, "model"))
+same_run = functools.partial(helpers.same_run, data=("demos.jsonl", "pairs.jsonl"), weights=(*STAGED[:2], "model"))
 
 
 def replayed(episode):
@@ -1009,7 +1012,7 @@ def test_a_run_and_its_summary(whole):
         assert len(said) == (0 if row["stage"] == "2-il" else 8)
         if said:
             shares = {kind: row[f"outcome_{kind}"] for kind in worth}
-            assert shares == {kind: common.mean(reply["row"] == kind for reply in said) for kind in worth}
+            assert shares == {kind: common.mean(reply["outcome"] == kind for reply in said) for kind in worth}
             assert row["reward"] == pytest.approx(sum(worth[kind] * share for kind, share in shares.items()))
             assert all("split" in r["about"] and r["about"]["split"] == "train" for r in said)
     for number, name in enumerate(["before", *STAGED]):  # whole episodes, with every word of them
@@ -1035,26 +1038,29 @@ def test_a_run_and_its_summary(whole):
 
 
 def test_each_stage_starts_from_the_one_before_and_so_does_its_reference(run_here, monkeypatch, tmp_path):
-    seen, update, imitate = [], act.grpo_update, act.imitate
+    seen, update, imitate, save = [], act.grpo_update, act.imitate, common.Run.save
+    parts, NOTHING = [], common.fingerprint(torch.nn.Module())
 
     def updating(model, reference, *given):
-        seen.append((common.fingerprint(model), reference and common.fingerprint(reference)))
+        seen.append((common.fingerprint(model), common.fingerprint(reference)))
         return update(model, reference, *given)
 
     def imitating(model, *given):
-        seen.append((common.fingerprint(model), None))
+        seen.append((common.fingerprint(model), NOTHING))
         return imitate(model, *given)
 
     monkeypatch.setattr(act, "grpo_update", updating)
     monkeypatch.setattr(act, "imitate", imitating)
+    monkeypatch.setattr(common.Run, "save", lambda self, state: parts.append(bool(state["parts"]["reference"])) or save(self, state))
     run_here(f"{SMALL} --steps 2 --kl 0.1 --pipeline rl,il,rl --out-dir run")
     start = json.loads((tmp_path / "run" / "args.json").read_text())["start"]
-    after = [common.fingerprint(common.load(str(tmp_path / "run" / name))[0]) for name in ("1-rl", "2-il", "3-rl")]
-    assert [model for model, _ in seen[::2]] == [start, *after[:2]]
-    assert [reference for _, reference in seen] == [start, start, None, None, after[1], after[1]]
+    after = [common.fingerprint(common.load(str(tmp_path / "run" / name))[0]) for name in ("1-rl", "2-il")]
+    assert [model for model, _ in seen[::2]] == [start, *after]
+    assert [reference for _, reference in seen] == [start, start, NOTHING, NOTHING, after[1], after[1]]
+    assert parts == [True, False, True] and not (tmp_path / "run" / "3-rl").exists()  # it is model/
     seen.clear()
     run_here(f"{SMALL} --steps 1 --kl 0 --pipeline rl --out-dir plain")
-    assert seen == [(start, None)]  # nobody needs a copy
+    assert seen == [(start, NOTHING)]  # nobody needs a copy
 
 
 def test_files_of_another_run_take_the_place_of_its_data(run_script, whole, tmp_path):
@@ -1244,6 +1250,6 @@ def test_the_controls_run(whole, environment, tmp_path):
     metrics, summary = lines(tmp_path / "run" / "metrics.jsonl"), json.loads((tmp_path / "run" / "summary.json").read_text())
     names = ["1-sft-choice", "2-dpo", "3-no-reasoning"]
     assert [row["stage"] for row in metrics] == names and list(summary["stages"]) == ["before", *names]
-    weights = [common.fingerprint(common.load(str(tmp_path / "run" / name))[0]) for name in names]
-    assert len({json.loads((tmp_path / "run" / "args.json").read_text())["start"], *weights[:2]}) == 3
+    weights = [common.fingerprint(common.load(str(tmp_path / "run" / name))[0]) for name in names[:2]]
+    assert len({json.loads((tmp_path / "run" / "args.json").read_text())["start"], *weights}) == 3
     assert metrics[1]["chosen_gained_more"] == 0 and metrics[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)

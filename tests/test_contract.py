@@ -135,7 +135,7 @@ SCRIPTS = {
         other="--pipeline il --candidates 3",
         llama="--steps 1 --max-new-tokens 8 --choice-tokens 8 --pairs {whole}/pairs.jsonl",
         clueless={},
-        data=("demos.jsonl", "pairs.jsonl"), models=("1-act", "2-il", "3-rl")),
+        data=("demos.jsonl", "pairs.jsonl"), models=("1-act", "2-il")),
     "reagent": Own(
         env="search", steps=7, fewer="--steps 1", not_finite=7,
         # 2 updates of the cold start, 2 and 1 of the judge, 2 of learning; each phase ends in a checkpoint

@@ -429,7 +429,7 @@ def test_early_experience_runs_and_says_what_actions_led_to(reflected):
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     assert {path.name for path in out.iterdir()} == {
         "args.json", "metrics.jsonl", "reflections.jsonl", "rollouts.jsonl", "summary.json", "model", "checkpoint", "demos.jsonl",
-        "pairs.jsonl", "1-early-experience"}  # fmt: skip
+        "pairs.jsonl"}  # fmt: skip
     summary, told = json.loads((out / "summary.json").read_text()), lines(out / "reflections.jsonl")
     assert {*json.loads((out / "args.json").read_text())["args"]} == {
         field.name for field in dataclasses.fields(early_experience.Args)}  # fmt: skip
@@ -493,7 +493,7 @@ def test_a_reflection_is_the_models_own_words_and_the_experts_action(monkeypatch
     monkeypatch.setattr(common, "generate", generate)
     model, chat = SimpleNamespace(max_context=4096), SimpleNamespace(dialogue=lambda messages: messages)
     args = dataclasses.replace(EARLY_ARGS, prefill=True, shots=2)
-    state = act.State(args, world, chat, model, states=states, pairs=pairs)
+    state = act.Job(args, world, chat, model, states=states, pairs=pairs)
     told, counts = early_experience.reflect(state)
     wanted = [(state, words) for state, words in zip(states, said.values()) if words]
     assert len(states) > len(said) == len(asked)
@@ -564,7 +564,7 @@ def ask(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("stage", ["", "2-il"])
+@pytest.mark.parametrize("stage", ["", "model"])
 def test_rationale_of_a_finished_run(ask, acted, tmp_path, capsys, stage):
     run = tmp_path / "run"
     shutil.copytree(acted, run)
@@ -585,7 +585,7 @@ def test_a_reply_begins_with_the_thought_it_is_given(monkeypatch):
     asked, chat = [], SimpleNamespace(dialogue=lambda messages, start: [*messages, start])
     pairs = [{"expert": action, "candidate": "dance", "admissible": None, "expert_second": second}
              for action, second in (("look", False), ("go", True), ("sing", False))]  # fmt: skip
-    state = act.State(EARLY_ARGS, envs.make("repair"), chat, None)
+    state = act.Job(EARLY_ARGS, envs.make("repair"), chat, None)
 
     def generate(model, chat, prompts, **how):
         asked.append((prompts, how["max_new_tokens"], how["temperature"]))

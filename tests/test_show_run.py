@@ -121,7 +121,7 @@ def test_the_shapes_of_an_episode(tmp_path):
                       {"role": "rate", "content": "r"}]},
         {"history": ["w", "a", "v"], "judgement": {"think": "t", "critique": "", "score": 0.25}},
         {"turns": [{"observation": "w", "reply": "a", "judge": {"verdict": "v"}}, {"reply": "b"}]},
-        {"text": "a", "about": {"expert": "go"}, "row": "right"},
+        {"text": "a", "about": {"expert": "go"}, "outcome": "right"},
         {"note": "long " * 20, "short": "s"},
     ]
     page = Page(written(tmp_path / "run", records))

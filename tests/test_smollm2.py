@@ -84,7 +84,7 @@ def test_every_part_of_nlac_answers(smollm2):
 def test_act_proposes_and_chooses(smollm2):
     model, chat = smollm2
     args = settings(act, choice_tokens=24)
-    state = act.State(args, world(), chat, model)
+    state = act.Job(args, world(), chat, model)
     states = act.states_of(act.demonstrations(args, "test", range(2)))[:2]
     proposed = act.ask(state, states, ("test",))
     assert all(act.parse_action(reply.text) for reply in proposed)

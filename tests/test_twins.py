@@ -14,7 +14,6 @@ SCRIPTS = "self_guide", "nlac", "act", "reagent"
 # Exceptions: a name, or "script.name" where one script's text differs and the others' do not.
 DIFFERENT = {
     "Args": "the shared flags are compared below",
-    "State": "what a method's stages work on",
     "Episode": "what is written down of an episode",
     "written": "the form of a reply is the method's",
     "dialogue": "prompts are the method's",
@@ -36,6 +35,7 @@ DIFFERENT = {
     "main": "the loop of the method",
 }
 HELP_DIFFERS = {
+    "prefill": "the marked word",
     "steps": "what a step is",
     "lr": "the paper's, if it tells; the warm-up",
     "batch_size": "of what",

@@ -117,7 +117,7 @@ class Alfworld(World):
 
     def canonical(self, action):
         """Put is move, as in what is listed."""
-        command = " ".join(action.lower().split()).rstrip(".")
+        command = super().canonical(action)
         return re.sub(r"^put (.+) (?:in/on|in|on) (.+)$", r"move \1 to \2", command)
 
     def act(self, text):
