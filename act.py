@@ -49,7 +49,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import random
 import re
@@ -912,6 +911,9 @@ def end_step(job, step, metrics, replies=()):
         numbers, _ = evaluate(job, ["test"], fewer=5)
     for name, value in numbers.get("test", {}).items():
         metrics[f"eval_{name}"] = value
+    if run.step == 1:  # its own line would be of no step
+        for name, value in job.progress["stages"]["before"]["test"].items():
+            metrics[f"before_{name}"] = value
     common.warn_cut(metrics, LIMITS, job.told)
     run.log({"stage": job.stage, "stage_step": step, **metrics})
     run.save_if_due(job.progress, **parts(job))

@@ -8,7 +8,6 @@ import json
 import math
 import random
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -150,18 +149,14 @@ def test_which_of_two_is_chosen(said, chosen):
 
 
 def test_a_number_that_is_an_action_is_taken_at_its_word():
-    assert act.chosen_of_two(WORLD, "1", "2", "1") == "1"
-    assert act.chosen_of_two(WORLD, "Action 2", "action 2", "sing") == "Action 2"
-    for said in "1.5", "2-15", "2.15":  # no number of a list with 5 or 15 behind it
-        assert act.chosen_of_two(WORLD, said, "5", "15") == said
+    for said, *both in ("1", "2", "1"), ("Action 2", "action 2", "sing"), ("1.5", "5", "15"), ("2-15", "5", "15"):
+        assert act.chosen_of_two(WORLD, said, *both) == said
     menu = {"expert": "0", "candidate": "3", "admissible": ["0", "1", "2", "3"], "expert_second": True}
     for said, row in ("2", "possible"), ("Action 2", "right"), ("4", "impossible"), ("0", "right"):
         assert row_of(menu, act.tagged(said)) == row, said
-    assert row_of(menu | {"admissible": None, "candidate": "2"}, act.tagged("2")) == "possible"
 
 
-PUT = "put tomato 1 in/on garbagecan 1"
-QUOTED = json.dumps({"name": "search", "arguments": '{"query": " Mira "}'})
+PUT, QUOTED = "put tomato 1 in/on garbagecan 1", json.dumps({"name": "search", "arguments": '{"query": " Mira "}'})
 SAME = {  # what means the same in a world, and what does not
     "repair": (["Open The Case", " open  the\tcase\n", "open the case.", "**open the case**", '"Open the case."',
                 "Action: open the case\nbecause it is loud", "- open the case"],
@@ -177,19 +172,16 @@ SAME = {  # what means the same in a world, and what does not
 def test_actions_are_equal_as_the_world_understands_them(env):
     world, (same, others) = envs.make(env), SAME[env]
     pair = {"expert": same[0], "candidate": others[0], "admissible": None, "expert_second": True}
-    for said in *same, "Action 2":
-        assert row_of(pair, act.tagged(said), world=world) == "right", said
-        assert said == "Action 2" or act.as_listed(world, said, [others[0], same[0]]) == same[0]
+    for said in same:
+        assert row_of(pair, act.tagged(said), world=world) == row_of(pair, "<action>Action 2</action>", world=world) == "right", said
+        assert act.as_listed(world, said, [others[0], same[0]]) == same[0]
     for said in others:
         assert act.normal(world, said) != act.normal(world, same[0]) and act.as_listed(world, said, same) is None, said
-    reply = reply_of(act.tagged(same[-1]))
-    reply.outcome = row_of(pair, reply.text, world=world)
-    assert act.others(world, [reply], []) == []  # no pair of the expert's action with itself
 
 
 def test_no_spelling_tells_whose_an_action_is():
-    one, two = CALL, '{"arguments":{"query":"Velden"},  "name":"search"}'
-    for env, actions in ("search", (one, two)), ("repair", ("Open the case.", "**dance**")):
+    compact = '{"arguments":{"query":"Velden"},  "name":"search"}'
+    for env, actions in ("search", (CALL, compact)), ("repair", ("Open the case.", "**dance**")):
         world, shown = envs.make(env), []
         for expert, candidate in actions, actions[::-1]:
             pair = PAIR | {"expert": expert, "candidate": candidate, "expert_second": expert == actions[1], "admissible": None}
@@ -199,9 +191,8 @@ def test_no_spelling_tells_whose_an_action_is():
     assert forms == ["open the case", "dance"]
     listed = PAIR | {"expert": "OPEN the case.", "candidate": "Clean the gears."}
     assert act.question(WORLD, ARGS, listed) == act.question(WORLD, ARGS, PAIR)  # as they are listed
-    [one, two, odd] = act.pairs_of(WORLD, [PAIR | {"candidates": ["clean the gears", "Clean the gears.", "dance"]}])
-    assert (one["possible"], two["possible"], odd["possible"]) == (True, True, False)
-    assert act.pairs_of(WORLD, [BARE | {"candidates": ["dance"]}])[0]["possible"]  # nothing is listed
+    rows = [PAIR | {"candidates": ["clean the gears", "Clean the gears.", "dance"]}, BARE | {"candidates": ["dance"]}]
+    assert [pair["possible"] for pair in act.pairs_of(WORLD, rows)] == [True, True, False, True]
 
 
 @pytest.mark.parametrize("env", [*envs.WORLDS, "20q", "20q-full"])
@@ -234,12 +225,6 @@ def test_bad_output_never_raises(text):
         act.take_turn(WORLD, act.Episode("train", 0), reply)
 
 
-@FAST
-@given(st.text(max_size=30), st.text(max_size=10))
-def test_any_action_survives_its_tags(action, words):
-    assert act.parse_action(f"{words} {act.tagged(action)} {words}") == action.strip()
-
-
 # ------------------------------------------------------------------------------ the table of rewards
 
 POSSIBLE = ["open the case", "check the power", "clean the gears"]
@@ -249,21 +234,17 @@ ODD, BARE = PAIR | {"candidate": "dance"}, PAIR | {"admissible": None}
 
 
 @pytest.mark.parametrize("pair, reply, row", [
-    (PAIR, "<action>open the case</action>", "right"),  # the expert's
-    (PAIR, "I think. <action>Open the case.</action>", "right"),
+    (PAIR, "I think. <action>Open the case.</action>", "right"),  # the expert's
     (PAIR, "<action>clean the gears</action>", "possible"),  # the candidate
     (PAIR, "<action> CHECK  the power. </action>", "possible"),  # a third one that is possible
-    (PAIR, "<action>dance</action>", "impossible"),
-    (PAIR, "<action></action>", "impossible"), (PAIR, "<action>.</action>", "impossible"),
+    (PAIR, "<action>dance</action>", "impossible"), (PAIR, "<action>.</action>", "impossible"),
     (PAIR, "<action>Action 1</action>", "right"), (PAIR, "<action>2</action>", "possible"),
     (ODD, "<action>2</action>", "impossible"), (PAIR, "<action>not 1</action>", "impossible"),
-    (PAIR, "open the case", "untagged"), (PAIR, "", "untagged"),
-    (PAIR, "Action 1", "untagged"), (PAIR, "<action>open the case", "untagged"),
+    (PAIR, "open the case", "untagged"), (PAIR, "", "untagged"), (PAIR, "<action>open the case", "untagged"),
     (PAIR, "<action>open the case</action><action>dance</action>", "impossible"),  # the last
     (ODD, "<action>dance</action>", "impossible"),  # not possible for having been proposed
     (BARE, "<action>open the case</action>", "right"),  # a world without lists
-    (BARE, "<action>clean the gears</action>", "possible"),
-    (BARE, "<action>dance</action>", "impossible"),
+    (BARE, "<action>clean the gears</action>", "possible"), (BARE, "<action>dance</action>", "impossible"),
 ])  # fmt: skip
 def test_every_row_of_the_table(pair, reply, row):
     assert row_of(pair, reply) == row
@@ -282,7 +263,7 @@ def test_rl_has_the_same_table_for_an_action():
     assert act.REWARDS[row_of(state, "I thi", complete=False)] == 0
     bare = state | {"admissible": None}  # of no action it is known that it is possible
     for text in "<action>.</action>", "<action></action>", "<action>clean the gears</action>":
-        assert row_of(bare, text) == "impossible"
+        assert row_of(bare, text) == row_of(bare | {"expert": ""}, text) == "impossible"
 
 
 def replies_of(*told):
@@ -421,18 +402,6 @@ def test_worked_examples_are_random_play_on_train(env, prefill, monkeypatch):
     assert better == [False, True] * 2  # in balance
 
 
-def test_prompts_do_not_change_with_what_is_hidden():
-    seen = set()
-    for finding in WORLD.faults["is too loud"][1]:
-        world = envs.make(ENV)
-        observation, info = world.reset(seed=0)
-        vars(world).update(symptom="is too loud", finding=finding)
-        pair = PAIR | {"messages": [act.user(observation)], "admissible": info["admissible"],
-                       "expert": world.expert()}  # fmt: skip
-        seen.add(str([act.dialogue(world, ARGS, pair["messages"]), act.question(world, ARGS, pair)]))
-    assert len(seen) == 1
-
-
 # --------------------------------------------------------------------------- losses by hand
 
 
@@ -480,16 +449,6 @@ def test_grpo_against_another_derivation(kl, updates, micro):
     if kl:
         by_hand["kl"] = sum(kls).item() / len(kls)
     assert metrics == pytest.approx(by_hand, abs=2e-4) and any(outside) == (updates > 1)
-
-
-def test_equal_rewards_teach_exactly_nothing(no_step):
-    replies = [act.Reply("", True, [0, 1, n % 5], [0, 1, 1], reward=0.1, outcome="possible") for n in range(8)]
-    for reward in 0.1, 1.0:
-        replies[0].reward = reward
-        act.set_advantages(replies, 4)
-        model = Bigram(random_table(random.Random(0)))
-        act.grpo_update(model, None, PAD, ARGS, None, replies)
-        assert model.table.grad.any() == (reward != 0.1)
 
 
 TALKS = [  # ids and masks of dialogues: 2 stands before each reply and nowhere else
@@ -568,10 +527,8 @@ def steps_of(examples, size, done=0, last=0, refers=False, **changes):
     state = state_of(args=args_of(**changes), run=run, optimizer=optimizer, progress={"step": done}, last=last,
                      reference=torch.nn.Linear(1, 1), stage="1-act")  # fmt: skip
     state.model = torch.nn.Linear(1, 1)
-    found = []
-    for number, batch in act.stage_steps(state, examples, size, 0.5, refers):
-        found.append((number, batch, optimizer.param_groups[0]["lr"]))
-    return found, state, asked
+    steps = act.stage_steps(state, examples, size, 0.5, refers)
+    return [(number, batch, optimizer.param_groups[0]["lr"]) for number, batch in steps], state, asked
 
 
 @FAST
@@ -599,8 +556,7 @@ def test_a_stage_begins_afresh_and_is_gone_on_with_where_it_stopped():
         assert bool(state.optimizer.state) == (done > 7)
         held = getattr(state.reference, "weight", None)  # a copy as it began, or what the checkpoint had, or none
         assert (held is not None) == (refers or done >= 12) and state.reference is not state.model
-        assert done > 7 or not refers or torch.equal(held, state.model.weight)
-        assert done == 7 or held is None or not torch.equal(held, state.model.weight)
+        assert held is None or torch.equal(held, state.model.weight) == (done == 7)
     assert [len(steps_of(range(10), 4, steps=steps)[0]) for steps in (1, 3, 9)] == [1, 3, 9]
 
 
@@ -766,12 +722,16 @@ def test_what_the_controls_train_on(stage, pairs, monkeypatch):
 
 
 def test_cut_replies_teach_nothing_and_are_counted(stage, tiny, capsys):
-    state, told = stage(act.critical_training, choice_tokens=2)  # not long enough for tags
+    state, told = stage(act.critical_training, choice_tokens=2, eval_episodes=2)  # not long enough for tags
     assert common.fingerprint(state.model) == common.fingerprint(tiny[0])
     for _, metrics, _ in told:
         assert metrics["outcome_cut"] == metrics["cut_choice"] == 1 and metrics["reward"] == 0
     common.warn_cut(metrics, act.LIMITS, set())
     assert "--choice-tokens" in capsys.readouterr().err
+    state.args.max_new_tokens = 1
+    for told in 1, 0:  # in evaluations, too, and once
+        found, _ = act.evaluate(state, ["test"])
+        assert found["test"]["cut_act"] == 1 and capsys.readouterr().err.count("--max-new-tokens") == told
 
 
 # ----------------------------------------------------------------------------------------- warm-up
@@ -1006,8 +966,10 @@ def test_a_run_and_its_summary(whole):
     worth = {"right": 1, "possible": 0.1, "impossible": 0, "cut": 0, "untagged": -0.5}
     for row in metrics:
         assert ("eval_success" in row) == (row["stage_step"] > 1) and ("right_if_first" in row) == (row["stage"] == "1-act")
-        if row["stage_step"] == 3:  # as --track shows it, too
-            assert summary["stages"][row["stage"]]["test"] == {name: row[f"eval_{name}"] for name in summary["watched"]["after"]["test"]}
+        shown = [("before", "before")] * (row["step"] == 1) + [("eval", row["stage"])] * (row["stage_step"] == 3)
+        for prefix, name in shown:  # to --track, too
+            assert all(row[f"{prefix}_{key}"] == value for key, value in summary["stages"][name]["test"].items())
+        assert ("before_success" in row) == (row["step"] == 1)
         said = [reply for reply in rollouts if reply["step"] == row["step"] and "evaluation" not in reply]
         assert len(said) == (0 if row["stage"] == "2-il" else 8)
         if said:
@@ -1198,7 +1160,6 @@ def test_the_defaults_are_the_papers():
     assert common.parse_args(act.Args, act.TINY, []) == dataclasses.replace(act.Args(), **act.TINY)
     given = common.parse_args(act.Args, act.TINY, ["--model", "smollm2", "--lr", "1"])
     assert given == dataclasses.replace(act.Args(), model="smollm2", lr=1.0)
-    assert act.Args.max_new_tokens >= 512 and act.Args.choice_tokens >= 1024 and act.Args.num_demos >= 1000  # room to think
 
 
 # -------------------------------------------------------------------------------- kills and resume
@@ -1219,14 +1180,6 @@ def test_killed_while_proposing_and_resumed(run_script, whole, tmp_path):
     assert result.status == -9 and len(lines(tmp_path / "run" / "pairs.jsonl")) == 4
     assert run_script(f"{flags} --resume", tmp_path).status == 0
     same_run(whole, tmp_path / "run")
-
-
-def test_pairs_are_known_by_their_content(run_script, whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
-    rows = lines(whole / "pairs.jsonl")
-    common.write_jsonl(tmp_path / "run" / "pairs.jsonl", [rows[0] | {"candidates": ["dance"]}, *rows[1:]])
-    result = run_script(f"{SMALL} --out-dir run --resume", tmp_path)
-    assert result.status == 2 and "pairs.jsonl has changed" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_model_that_proposes_nothing_is_told_so(run_script, llama, tmp_path):
