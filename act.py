@@ -26,7 +26,8 @@ Departures from the paper, and why:
     bare actions; in evaluation they are the policy's own replies.
  2. A candidate without tags, or with nothing in them, makes no pair, and those that are alike make
     one; a question or a state that does not fit the context is left out, a demonstration cut short.
-    A question shows actions as they are listed, or in one form: a spelling would tell whose it is.
+    A question shows actions as they are listed; tool calls, and all where nothing is, in one form:
+    a spelling would tell whose it is.
  3. A choice may be named by its number, where the paper wants the action. Possible is what the
     world lists: what else it understands earns 0. Where it lists nothing, the candidate counts as
     possible. A candidate that is not listed needs no thought: right_if_possible leaves those out.
@@ -206,12 +207,14 @@ def question(world, args, pair, reasons=True):
     reasons = reasons and not args.prefill
     before = [{**message, "content": envs.bare(message["content"])} for message in pair["messages"]]
     lines = [before.pop()["content"]]
-    if pair["admissible"]:
-        lines += [LISTED, *map(envs.one_line, pair["admissible"])]
+    listed = pair["admissible"] or []
+    if listed:
+        lines += [LISTED, *map(envs.one_line, listed)]
     lines.append(PROPOSED)
     for number, action in enumerate(in_order(pair), 1):
-        shown = as_listed(world, action, pair["admissible"] or [])
-        shown = shown or world.canonical(world.read(action))
+        shown = as_listed(world, action, listed) or world.read(action)
+        if world.tools or not listed:  # a spelling would tell whose it is
+            shown = world.canonical(shown)
         lines.append(f"Action {number}: {envs.one_line(shown)}")
     lines.append(choose(reasons))
     shots = worked_examples(args.env, args.shots, False, True, reasons)
@@ -399,15 +402,14 @@ def grpo(job, examples, reasons=True):
     Without `reasons` it is a control, in docs/act_controls.py.
     """
     args = job.args
-    size = args.batch_size // args.group_size
-    for step, batch in stage_steps(job, examples, size, args.lr, refers=bool(args.kl)):
+    for step, batch in stage_steps(
+            job, examples, args.batch_size // args.group_size, args.lr, refers=args.kl > 0):
         if "candidate" in batch[0]:
             batch = shuffled(job, step, batch)
         replies = ask(job, batch, (job.stage, step), args.group_size, reasons=reasons)
         set_advantages(replies, args.group_size)
         job.run.lap("rollout")
-        metrics = grpo_update(
-            job.model, job.reference, job.chat, args, job.optimizer, replies)
+        metrics = grpo_update(job.model, job.reference, job.chat, args, job.optimizer, replies)
         end_step(job, step, metrics | watch_replies(replies, args.group_size), replies)
 
 
