@@ -307,7 +307,7 @@ def pairs_of(world, rows) -> list[dict]:
 
 REWARDS = {  # R = R_acc + R_adm + R_fmt
     "right": 1.0,
-    "possible": 0.1,
+    "possible": 0.1,  # another one that is admissible
     "impossible": 0.0,
     "untagged": -0.5,
     "cut": 0.0}
@@ -764,7 +764,7 @@ def main():
         return evaluate(job, world.splits)
     run.start(model=model)
 
-    job.optimizer = torch.optim.AdamW(
+    job.optimizer = torch.optim.AdamW(  # the rate: stage_steps
         model.parameters(), betas=(0.9, 0.95), weight_decay=0,
         fused=model.device.type == "cuda")  # no copies in the step
     if args.resume and args.kl:

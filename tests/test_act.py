@@ -181,11 +181,11 @@ def test_actions_are_equal_as_the_world_understands_them(env):
 
 def test_no_spelling_tells_whose_an_action_is():
     compact = '{"arguments":{"query":"Velden"},  "name":"search"}'
-    for env, actions in ("search", (CALL, compact)), ("repair", ("Open the case.", "**dance**")):
+    for env, listed, actions in ("search", [QUOTED], (CALL, compact)), ("repair", None, ("Open the case.", "**dance**")):
         world, shown = envs.make(env), []
         for expert, candidate in actions, actions[::-1]:
-            pair = PAIR | {"expert": expert, "candidate": candidate, "expert_second": expert == actions[1], "admissible": None}
-            shown.append(act.question(world, ARGS, pair)[-1]["content"].splitlines()[2:4])
+            pair = PAIR | {"expert": expert, "candidate": candidate, "expert_second": expert == actions[1], "admissible": listed}
+            shown.append(act.question(world, ARGS, pair)[-1]["content"].splitlines()[-3:-1])
         forms = [world.canonical(world.read(action)) for action in actions]
         assert shown[0] == shown[1] == [f"Action {n}: {envs.one_line(form)}" for n, form in enumerate(forms, 1)]
     assert forms == ["open the case", "dance"]
