@@ -116,10 +116,16 @@ def parse_args(cls, tiny=None, argv=None, quick=None):
             stream.reconfigure(errors="backslashreplace")  # what models write is shown anywhere
             setattr(sys, name, _Heard(stream))
     title = str(sys.modules[cls.__module__].__doc__).split("\n")[0]
-    parser = HfArgumentParser(cls, allow_abbrev=False, description=title)
+    parser = HfArgumentParser(cls, allow_abbrev=False, description=title,
+                              usage="%(prog)s [--FLAG VALUE ...]")
+    for action in parser._actions:
+        action.option_strings = action.option_strings[-1:]  # help has --out-dir, not --out_dir, too
     parser.error = refuse  # argparse would print its usage, dozens of lines, before the reason
     settings = [word for word in argv if word not in ("-h", "--help")]
     if tiny and is_tiny(parser.parse_known_args(settings)[0].model):
+        for action in parser._actions:
+            if action.dest in tiny and action.default != tiny[action.dest]:
+                action.help += f" (default: {action.default}, of a tiny model: %(default)s)"
         parser.set_defaults(**tiny)
     args = cls(**vars(parser.parse_args(argv)))
     if quick and args.quick:

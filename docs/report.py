@@ -72,11 +72,26 @@ CLAIMS = (  # pairs of which the papers find, or one hopes for, a plus
     ("U-annotator", "R-2G"),
     ("U-shuffled", "none"),
 )
-DRAWN = (  # arms of the figure; a colour belongs to an arm, whichever others are there
+FIRST = (  # arms in the order of the tables, before all others
     *("nlac", "frozen-critic", "blind-critic", "ceiling", "mc-backup", "ppo"),
     *("self-distillation", "nlql", "grpo", "full", "zero", "immediate", "no-anneal"),
     *("inference", "none", "R-2G", "U"),
 )
+FIGURE = {  # its panels: {arm: the words for it}, of the newest design
+    "NLAC and its rivals, repair": {
+        "nlac": "NLAC", "label-only": "its reasons cut away", "ppo": "PPO",
+        "self-distillation": "self-distillation", "nlac-grpo": "GRPO",
+        "blind-critic": "critic of other states", "frozen-critic": "critic that learns nothing"},
+    "Self-Guide, household, --dose 1": {
+        "self-guide-dose-full": "full method", "self-guide-dose-zero": "guidance alone",
+        "self-guide-dose-grpo": "GRPO"},
+    "Self-Guide, household": {
+        "self-guide-full": "full method", "self-guide-zero": "guidance alone",
+        "self-guide-grpo": "GRPO"},
+    "Reagent, search": {
+        "reagent-U": "U: critique and score", "reagent-R-2G": "R: score, twice the attempts",
+        "reagent-none": "no judge"},
+}
 
 
 # ------------------------------------------------------------------------------ the two files
@@ -289,8 +304,8 @@ def by_table(runs):
 
     def place(run):
         name, method, env = arm_of(run), method_of(run), run["env"]
-        drawn = DRAWN.index(label(name)) if label(name) in DRAWN else len(DRAWN)
-        return method != "NLAC", method, -run["design"], "20q" in env, env, drawn, name
+        order = FIRST.index(label(name)) if label(name) in FIRST else len(FIRST)
+        return method != "NLAC", method, -run["design"], "20q" in env, env, order, name
 
     tables = defaultdict(dict)
     for run in sorted(runs, key=place):
@@ -587,13 +602,18 @@ def write_between_marks(path, texts):
 def curve(runs):
     """(environment steps, mean success, standard error) over the seeds of an arm.
 
-    Each seed's evaluations are interpolated linearly.
+    Each seed's evaluations are interpolated linearly. The first is of the model that learning
+    starts from, after a cold start where there is one; the last is of the trained model.
     """
     lines = []
     for run in runs.values():
-        points = [(0, run["summary"]["before"]["success"])]
+        start = run["summary"].get("cold_started", {}).get("test") or run["summary"]["before"]
+        points = [(0, start["success"])]
         for row in run["curve"]:
             points.append((int(row["env_steps"]), float(row["success"])))
+        steps = run["summary"]["env_steps"]
+        if steps > points[-1][0]:
+            points.append((steps, run["summary"]["after"]["success"]))
         if len(points) > 1:
             lines.append(points)
     if not lines:
@@ -612,7 +632,7 @@ def at(points, x):
 
 
 def draw(runs, path):
-    """Test success against environment steps, a panel per table that has curves."""
+    """Test success against environment steps: the panels of FIGURE that have curves."""
     try:
         import matplotlib
     except ImportError:
@@ -621,39 +641,40 @@ def draw(runs, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    arms, newest = defaultdict(dict), max(run["design"] for run in runs)
+    for run in runs:
+        if run["design"] == newest:
+            arms[arm_of(run)][run["seed"]] = run
     shown = {}
-    for (method, env, design), arms in by_table(runs).items():
-        curves = {arm: seeds for arm, seeds in arms.items() if label(arm) in DRAWN and curve(seeds)}
+    for title, names in FIGURE.items():
+        curves = {words: arms[arm] for arm, words in names.items() if curve(arms[arm])}
         if curves:
-            shown[f"{method}, {env}, design {design}"] = curves
+            shown[title] = curves
     height = max(1, math.ceil(len(shown) / 2))
     figure, panels = plt.subplots(height, 2, figsize=(12.8, 4.4 * height), squeeze=False)
     for panel in panels.flat[len(shown) :]:
         panel.axis("off")
-    for panel, (title, arms) in zip(panels.flat, shown.items()):
-        draw_panel(panel, title, arms)
-    figure.suptitle("mean over seeds (their number in brackets), band: standard error", fontsize=9)
+    for panel, (title, curves) in zip(panels.flat, shown.items()):
+        draw_panel(panel, title, curves)
     figure.tight_layout()
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
 
 
-def draw_panel(panel, title, arms):
-    """The curves of a table, between its base and its expert."""
-    for arm, runs in arms.items():
+def draw_panel(panel, title, curves):
+    """Curves {words: {seed: run}} between their base and the expert; the first is the method's."""
+    for number, (words, runs) in enumerate(curves.items()):
         steps, means, errors = zip(*curve(runs))
-        color = f"C{DRAWN.index(label(arm))}"
-        width = 2.2 if label(arm) in MAIN else 1.3
-        name = f"{label(arm)} ({len(runs)})"
-        panel.plot(steps, means, color=color, label=name, linewidth=width)
+        seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+        width = 1.3 if number else 2.2
+        panel.plot(steps, means, color=f"C{number}", label=f"{words} ({seeds})", linewidth=width)
         errors = [0 if math.isnan(se) else se for se in errors]
         low = [mean - se for mean, se in zip(means, errors)]
         high = [mean + se for mean, se in zip(means, errors)]
-        panel.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-    summaries = [run["summary"] for runs in arms.values() for run in runs.values()]
-    for key, name, style in ("expert", "expert", "--"), ("before", "base", ":"):
-        height = mean_se(summary[key]["success"] for summary in summaries)[0]
-        panel.axhline(height, color="grey", linestyle=style, linewidth=1, label=name)
+        panel.fill_between(steps, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+    summaries = [run["summary"] for runs in curves.values() for run in runs.values()]
+    expert = mean_se(summary["expert"]["success"] for summary in summaries)[0]
+    panel.axhline(expert, color="grey", linestyle="--", linewidth=1, label="expert")
     panel.set(title=title, xlabel="environment steps", ylabel="success on test episodes")
     panel.set(ylim=(-0.02, 1.05))
     panel.legend(fontsize=8)

@@ -1933,7 +1933,7 @@ def test_help_tells_the_defaults_of_the_model(capsys):
         return " ".join(capsys.readouterr().out.split())
 
     for line in "", "--model tiny", "--model tiny:16x1":
-        assert "passes (default: 7)" in help_of(line) and "(default: best)" in help_of(line)
+        assert "passes (default: 100, of a tiny model: 7)" in help_of(line)
     told = help_of("--model some/model")
     assert "passes (default: 100)" in told and "size (default: 1e-06)" in told
 
