@@ -1576,6 +1576,8 @@ class Run:
         for when, _, episode in told:
             print(f"\n{when}\n{show(episode)}\n")
         print_table(found)
+        if getattr(self.settings, "quick", False):
+            print("--quick sees that every line runs; it is too short to learn anything.")
         print(self.closing())
 
     def finish(self, summary, model, chat):

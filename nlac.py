@@ -232,7 +232,7 @@ def in_hindsight(t):
 
 
 def ending(t):
-    """(2) The reward, in words."""
+    """The reward r in words, for the targets of (2)."""
     if t.turns is not None:
         return f"success in {envs.count(t.turns, 'turn')}"
     return f"failure, with a score of {t.score:.2f} of 1" if t.score else "failure"
