@@ -9,8 +9,9 @@ in [0, 1].
     again      o2 ~ pi(. | q, o1, critique), one below each o1                                   (3)
     reward     R(q, o) = R_rule(q, o) + lambda score                                             (4)
     advantage  A = (R - mean R) / std R, over the pool of all 2G attempts at q                   (5)
-    surrogate  min(rho A, clip(rho) A) over sampled tokens, each attempt in its own context: o2
-               below q, o1 and the critique, of which nothing is trained there                   (6)
+    objective  J = 1/(2G) sum over the pool of the mean over an attempt's sampled tokens of
+               min(rho A, clip(rho) A) - beta KL, each attempt in its own context: o2 below q,
+               o1 and the critique, of which nothing is trained there                            (6)
 
 --variant U is all of it; at test time the first attempt alone counts. R has no second attempts, and
 none no judge either: lambda is 0. C trains no agent: (1), (2), (3), and the second attempt counts.
@@ -22,21 +23,26 @@ where --judged asks for a judge of its own, and learning. The judge is --rrm, an
 default --model as the run finds it, prompted and frozen.
 
 Departures from the paper, and why:
- 1. The judge of the paper is trained on judgements by a model of 120 billion parameters. With
-    --judged they come from --judgements or from a program that names the flaws of a process, from
-    what was read there (`annotate`; the agent meets it in a tiny model's warm-up alone). Half of
-    the program's trajectories are the agent's own, the others are by players of different strength.
+ 1. The judge of the paper is trained on judgements by a model of 120 billion parameters, the agent's
+    cold start imitates a stronger model. Here they come from --judgements and --demos, or from
+    programs: one names the flaws of a process, from what was read there (`annotate`; the agent
+    meets it in a tiny model's warm-up alone), the other is the world's expert. Half of the
+    program's trajectories are the agent's own, the others are by players of different strength.
  2. The reward of the judge's GRPO is unpublished: here 1 - |score - the data's score|, 0 where
     nothing can be read; the words of a critique earn nothing. So is the prompt of the second
     attempt. What cannot be read is asked again at --temperature (the paper's script: at 0).
- 3. An attempt that the context leaves no room to begin or to judge stays out of its pool: a score
-    of 0 would teach brevity. One that the context ends midway has failed.
+ 3. An attempt that the context leaves no room to begin or to judge has no part in its pool, as a
+    score of 0 would teach brevity: its advantage is 0, though it counts in 1/(2G). One that the
+    context ends midway keeps the score that it has by then.
  4. Transcripts lack native thoughts, lists of possible actions, and the last observation, in which
-    our worlds say how it ended: neither judge nor second attempt may know.
+    our worlds say how it ended: neither judge nor second attempt may know. The judge reads o2 as it
+    reads o1, beside q alone: R(q, o2), not whether the critique was heeded.
  5. No KL by default, as in the paper's script. Learning rates rise over 5 steps of each phase;
     evaluation is without top-p; SFT at temperature 1; as many turns as the world allows (paper:
     13). R_rule is the world's own score: of `search`, the paper's rule.
- 6. TINY: the cold start also imitates second attempts, below another player's first one and no
+ 6. Smaller by default: 100 steps, 2,000 demonstrations, no training of the judge, which is the base
+    as it is (--judged trains it).
+ 7. TINY: the cold start also imitates second attempts, below another player's first one and no
     critique (--cold-again), or a small model forgets their form.
 
     python reagent.py                            # tiny, search
@@ -66,7 +72,7 @@ from common import flag
 
 @dataclass
 class Args:
-    """The paper's setting. "not in the paper": what it leaves open; TINY has a tiny model's."""
+    """The paper's settings, in smaller amounts. "not in the paper": left open; TINY: a tiny model's."""
 
     # shared by all scripts
     model: str = flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
@@ -106,15 +112,15 @@ class Args:
     # Reagent
     variant: str = flag("U", "how the judge is used (paper)", choices=["U", "R", "C", "none"])
     score_weight: float = flag(0.3, "lambda, of the judge's score beside the rule's (paper)")
-    rrm: str = flag("", "the judge: any model, as in --model; default: --model, trained if there is --judged, else as it is")
+    rrm: str = flag("", "the judge: any model, as in --model, never trained; default: --model, trained with --judged or --judgements, else as it is")
     judge_tokens: int = flag(1024, "of one judgement (not in the paper)")
     judge_retries: int = flag(1, "of a judgement that cannot be read; then its score is 0 (not in the paper; its script retries)")
     demos: str = flag("", "correct trajectories from elsewhere: a JSON lines file, or what datasets.load_dataset takes")
     cold_start: int = flag(2000, "episodes of the expert that the agent imitates first, without --demos (paper: 55.6 thousand)")
     cold_epochs: int = flag(2, "of the cold start (paper)")
     cold_again: bool = flag(False, "imitate each as a second attempt, too (not in the paper)")
-    judgements: str = flag("", "judged trajectories from elsewhere, as in judged.jsonl of a run; all are used where there is --judged")
-    judged: int = flag(0, "trajectories for the judge's SFT, half the agent's own; 0: no training (paper: 28 thousand)")
+    judgements: str = flag("", "judged trajectories for the judge's SFT and GRPO from elsewhere, as in judged.jsonl of a run; all are used")
+    judged: int = flag(0, "trajectories for the judge's SFT without --judgements, half the agent's own; 0: no training (paper: 28 thousand)")
     judge_epochs: int = flag(2, "of its SFT (paper)")
     judge_steps: int = flag(20, "of its GRPO, on --batch-size / --group-size more trajectories each (paper: 90 thousand in all)")
     sft_lr: float = flag(1e-5, "AdamW, of cold start and judge SFT (paper)")
@@ -127,7 +133,11 @@ class Args:
 
 
 def learn(state):
-    """GRPO on attempts at fresh questions of the train split."""
+    """GRPO on attempts at questions of the train split, each met once.
+
+    Not before, either, but in a tiny model's warm-up, whose seeds are those of --seed 0: it saw
+    random play at the first --examples of them.
+    """
     args, agent, size = state.args, state.agent, state.args.group_size
     for step in phase(state, "learn", args.steps, args.lr, agent):
         question = args.seed * 1_000_000_007 + (step - 1) * args.batch_size // size
@@ -139,7 +149,8 @@ def learn(state):
         if args.variant == "U":
             second = attempt(state, "train", seeds, ("learn", step, 2), first)  # (3)
             judgements += review(state, second, ("learn", step, 2))  # (2)
-        batch = sorted(first + second, key=lambda episode: episode.seed)  # by questions
+        # by question, so that a pool is of neighbours and lies within one gradient step
+        batch = sorted(first + second, key=lambda episode: episode.seed)
         for episode in batch:
             episode.earned = judged_return(args, episode)  # (4)
         pool_size = len(batch) * size // args.batch_size
@@ -295,8 +306,8 @@ The transcript:
 
 Now judge how the agent worked. Write three blocks, in this order:
 <think>your analysis</think>
-<critique>to the agent: what to do differently, without the answer or a hint to it; \
-nothing where nothing should change</critique>
+<critique>to the agent, in a few words: what to do differently, if anything, without the answer or \
+a hint to it</critique>
 <score>one number from 0, harmful, to 1, flawless</score>"""
 AGAIN = """You have tried this before:
 {transcript}
@@ -304,6 +315,9 @@ AGAIN = """You have tried this before:
 A reviewer says: {critique}
 
 Try again from the start, with your first turn."""
+PRETENCE = re.compile(  # a label (Observation:, **The transcript:**, ## System:), but no Action:
+    r"\n(?=[^\w\n]*(?:(?!action\b)[^\W\d_][\w' ]{0,40}[*_`]*[:\uff1a]|"
+    r"(?:agent|observation|now judge|try again)\b))", re.IGNORECASE)
 FORCED = 16  # tokens, room for the words of --prefill and the end of a reply that was cut
 
 
@@ -319,7 +333,10 @@ def dialogue(world, args, said, earlier=None) -> list[dict]:
 
 
 def judge_messages(world, args, said) -> list[dict]:
-    """(2) The judge's view of an episode, with all that the agent was told, tools too."""
+    """(2) The judge's view of an episode: task, transcript, and what the world tells the agent.
+
+    That has the rules and the tools; the form of a reply (CALL, ACT) is nothing to judge.
+    """
     rubric = TOOLS if world.tools else ACTIONS
     system = JUDGE.format(rubric=rubric, system=world.system)
     shots = judged_examples(args.env, args.shots, args.show_actions)
@@ -335,8 +352,8 @@ def case(said) -> dict:
 def transcript(said) -> str:
     """What was said and seen after the first observation.
 
-    The last one tells the outcome: left out. A reply cannot pretend to be more than one: lines that
-    look like a turn are set in.
+    The last one tells the outcome: left out. What a turn copies of a transcript or of our prompts
+    is set in: it cannot pretend to be another turn, or a word of ours.
     """
     turns = [[who, text] for who, text in said[1:] if who != "judge"]
     if turns and turns[-1][0] == "world":
@@ -345,8 +362,7 @@ def transcript(said) -> str:
     for who, text in turns:
         name = "Observation" if who == "world" else "Agent"
         text = envs.bare(text) if who == "world" else common.aloud(text)
-        text = "\n".join(text.splitlines())
-        text = re.sub(r"(?im)^(?=\s*(?:agent|observation)\s*:)", "  ", text)
+        text = PRETENCE.sub("\n  ", "\n".join(text.splitlines()))
         lines.append(f"{name}: {text}")
     return "\n".join(lines)
 
@@ -851,16 +867,19 @@ def watch(episodes, prefix="") -> dict:
 
 
 def watch_judgements(episodes, judgements) -> dict:
-    """What can be counted over judgements, and over the episodes that they are about."""
+    """What can be counted over judgements, and over the episodes that they are about.
+
+    Of those that the judge was asked for; without any, `not_judged` alone.
+    """
     if not judgements:
         return {}
-    asked = sum(judgement.asked for judgement in judgements)
-    found = {
-        "judge_readable": common.mean(judgement.readable for judgement in judgements),
-        "judge_score": common.mean(judgement.score for judgement in judgements),
-        "critiques": len({judgement.critique for judgement in judgements}),
-        "not_judged": common.mean(not judgement.asked for judgement in judgements),
-        "cut_judge": sum(judgement.cut for judgement in judgements) / max(1, asked)}
+    found = {"not_judged": common.mean(not judgement.asked for judgement in judgements)}
+    if asked := [judgement for judgement in judgements if judgement.asked]:
+        found |= {
+            "judge_readable": common.mean(judgement.readable for judgement in asked),
+            "judge_score": common.mean(judgement.score for judgement in asked),
+            "critiques": len({judgement.critique for judgement in asked}),
+            "cut_judge": sum(j.cut for j in asked) / sum(j.asked for j in asked)}
     if kept := [episode for episode in episodes if not episode.left_out]:
         found["judge_auc"] = auroc([(e.judge_score, e.won) for e in kept])
         found["leaks"] = leaks(kept)
@@ -885,7 +904,12 @@ def leaks(episodes) -> float | None:
         if gold and gold not in (["yes"], ["no"]) and episode.critique:
             critique = " ".join(envs.plain_words(episode.critique))
             found.append(f" {' '.join(gold)} " in f" {critique} ")
-    return common.mean(found) if found else None
+    return mean_or_none(found)
+
+
+def mean_or_none(values) -> float | None:
+    """None of nothing."""
+    return common.mean(values) if values else None
 
 
 def evaluate(state, splits, fewer=1, again=False):
@@ -928,8 +952,10 @@ def check_args(args):
     common.check_multiple(args, "batch_size", "group_size", "updates")
     judging = args.variant != "none"
     common.check(judging or not args.rrm, "--variant none has no judge: --rrm is of no use")
-    common.check(not args.judgements or judging and args.judged and not args.rrm,
-                 "--judgements are for the training of a judge (--judged, without --rrm)")
+    common.check(args.rrm.split(":")[0] != "tiny",
+                 "--rrm: a tiny model must learn to judge first: give the rrm/ of a run with --judged")
+    common.check(not args.judgements or judging and not args.rrm,
+                 "--judgements are for the training of a judge (without --rrm, --variant none)")
     learns = args.variant != "C"
     common.check(learns or not args.demos, "--variant C imitates nothing: no --demos")
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
@@ -959,6 +985,11 @@ def check_room(args, chat, model, messages, room):
                  "--prefill: the chat template of this model opens a thought before each reply")
 
 
+def trains_judge(args):
+    """Whether a run has a judge of its own; --judged is a default of TINY, so --rrm goes first."""
+    return bool(args.judged or args.judgements) and not args.rrm
+
+
 def judge_of(args, agent) -> Learner | None:
     """The judge, if any: --rrm or the model as it is, frozen; or a copy that will be trained."""
     if args.variant == "none" or args.eval_only and args.variant != "C":
@@ -968,7 +999,7 @@ def judge_of(args, agent) -> Learner | None:
         model, chat = common.load(
             args.rrm, option="--rrm", device=args.device, dtype=args.dtype,
             thinking=args.thinking, max_context=args.max_context)
-    elif args.judged and not args.eval_only:
+    elif trains_judge(args) and not args.eval_only:
         return trained(args, common.copy_of(model), chat)
     return Learner(common.frozen_copy(model), chat)
 
@@ -1184,7 +1215,7 @@ def quality(state) -> dict:
             same.append(episode.critique == critique)
         found[who] = watch_judgements(kept, judgements) | {
             "auc_process": auroc([(e.judge_score, not e.flaws) for e in kept]),
-            "error": common.mean(errors), "same_critique": common.mean(same)}
+            "error": mean_or_none(errors), "same_critique": mean_or_none(same)}
     return found
 
 

@@ -33,7 +33,7 @@ def state_of(run) -> reagent.State:
         common.refuse(f"{run / 'args.json'}: {why}")
     rrm = args.rrm
     common.check(args.variant != "none", f"{run}: it had no judge")
-    if args.judged and not args.rrm:
+    if reagent.trains_judge(args):
         rrm = str(run / "rrm")
     for path, what in (rrm, "judge"), (str(run / "model"), "trained agent"):
         missing = path.startswith(str(run)) and not (Path(path) / "config.json").is_file()
@@ -61,20 +61,15 @@ def reference_score(episode):
     return reagent.annotate(episode.flaws)[2]
 
 
-def mean(values):
-    """None of nothing."""
-    values = list(values)
-    return common.mean(values) if values else None
-
-
 def fifths(episodes):
     """Per fifth of the judge's score: how many, and the means of score, reference and success."""
     rows = []
     for i in range(5):
         some = [episode for episode in episodes if min(int(5 * episode.judge_score), 4) == i]
-        rows.append({"episodes": len(some), "score": mean(e.judge_score for e in some),
-                     "reference": mean(reference_score(e) for e in some),
-                     "success": mean(e.won for e in some)})
+        rows.append({"episodes": len(some),
+                     "score": reagent.mean_or_none([e.judge_score for e in some]),
+                     "reference": reagent.mean_or_none([reference_score(e) for e in some]),
+                     "success": reagent.mean_or_none([e.won for e in some])})
     return rows
 
 
@@ -89,7 +84,7 @@ def lucky(episodes):
     found = {"auc": reagent.auroc([(episode.judge_score, not is_lucky(episode)) for episode in won])}
     for name, side in ("sound", False), ("lucky", True):
         scores = [episode.judge_score for episode in won if is_lucky(episode) == side]
-        found[name] = {"episodes": len(scores), "score": mean(scores)}
+        found[name] = {"episodes": len(scores), "score": reagent.mean_or_none(scores)}
     return found
 
 
