@@ -112,7 +112,7 @@ class Args:
     # Reagent
     variant: str = flag("U", "how the judge is used (paper)", choices=["U", "R", "C", "none"])
     score_weight: float = flag(0.3, "lambda, of the judge's score beside the rule's (paper)")
-    rrm: str = flag("", "the judge: any model, as in --model, never trained; default: --model, trained with --judged or --judgements, else as it is")
+    rrm: str = flag("", "the judge: any model, as in --model, never trained; default: --model, trained if --judged or --judgements")
     judge_tokens: int = flag(1024, "of one judgement (not in the paper)")
     judge_retries: int = flag(1, "of a judgement that cannot be read; then its score is 0 (not in the paper; its script retries)")
     demos: str = flag("", "correct trajectories from elsewhere: a JSON lines file, or what datasets.load_dataset takes")
@@ -120,7 +120,7 @@ class Args:
     cold_epochs: int = flag(2, "of the cold start (paper)")
     cold_again: bool = flag(False, "imitate each as a second attempt, too (not in the paper)")
     judgements: str = flag("", "judged trajectories for the judge's SFT and GRPO from elsewhere, as in judged.jsonl of a run; all are used")
-    judged: int = flag(0, "trajectories for the judge's SFT without --judgements, half the agent's own; 0: no training (paper: 28 thousand)")
+    judged: int = flag(0, "trajectories for the judge's SFT where no --judgements are; 0: no training (paper: 28 thousand)")
     judge_epochs: int = flag(2, "of its SFT (paper)")
     judge_steps: int = flag(20, "of its GRPO, on --batch-size / --group-size more trajectories each (paper: 90 thousand in all)")
     sft_lr: float = flag(1e-5, "AdamW, of cold start and judge SFT (paper)")
@@ -154,24 +154,23 @@ def learn(state):
         for episode in batch:
             episode.earned = judged_return(args, episode)  # (4)
         pool_size = len(batch) * size // args.batch_size
-        for pool in groups(batch, pool_size):
-            pool_advantages([episode for episode in pool if not episode.left_out])  # (5)
-        state.run.lap("rollout")
-        metrics = update(agent.model, agent.reference, agent.chat, args, agent.optimizer, batch,
-                         (args.clip, args.clip_high))  # (6)
+        metrics = grpo(state, agent, batch, pool_size)  # (5), (6)
         metrics |= watch(first) | watch(second, "second_")
         metrics |= watch_judgements(batch, judgements)
         metrics["return"] = common.mean(episode.earned for episode in batch)
-        metrics["groups_flat"] = without_spread([e.advantage for e in batch], pool_size)
+        if step % args.eval_every == 0 and step < args.steps:
+            numbers, _ = evaluate(state, ["test"], fewer=5)
+            metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
         end_step(state, step, metrics, batch, judgements)
 
 
 def attempt(state, split, seeds, stream, earlier=None):
-    """(1) Attempts at questions; (3) second ones, below `earlier` attempts and their critiques."""
-    args, agent = state.args, state.agent
-    temperature = args.temperature if split == "train" else args.eval_temperature
-    return rollout(agent.model, agent.chat, args, split, seeds, temperature=temperature,
-                   stream=stream, earlier=earlier)
+    """(1) Attempts, one per seed; (3) second ones, below `earlier` ones and their critiques."""
+    episodes, size = [], state.args.rollout_batch_size
+    for start in range(0, len(seeds), size):
+        some = seeds[start:start + size]
+        episodes += side_by_side(state, split, some, start, stream, earlier)
+    return episodes
 
 
 def review(state, episodes, stream):
@@ -187,13 +186,6 @@ def review(state, episodes, stream):
 def judged_return(args, episode):
     """(4) R(q, o) = R_rule(q, o) + lambda score"""
     return episode.score + args.score_weight * episode.judge_score
-
-
-def pool_advantages(pool):
-    """(5) Writes the advantages of attempts at one question, or of judgements of one transcript."""
-    returns = [item.earned for item in pool]
-    for item, advantage in zip(pool, group_advantages(returns) if pool else []):
-        item.advantage = advantage
 
 
 # ----------------------------------------------------------------------- the method: C, no training
@@ -213,39 +205,40 @@ def critique_only(state, split, seeds):
 
 def cold_start(state):
     """The agent imitates correct trajectories."""
-    args, world, lessons = state.args, state.world, []
+    args, world, rows = state.args, state.world, []
     for row in state.demos:
         said = said_in(row["messages"])
-        lessons.append([dialogue(world, args, said)])
+        rows.append([dialogue(world, args, said)])
         if args.cold_again and row.get("earlier"):
             earlier = Episode("train", 0, said_in(row["earlier"]))
-            lessons[-1].append(dialogue(world, args, said, earlier))
-    supervised(state, "cold-start", state.agent, lessons, args.cold_epochs)
+            rows[-1].append(dialogue(world, args, said, earlier))
+    supervised(state, "cold-start", state.agent, rows, args.cold_epochs)
 
 
 def judge_sft(state):
     """The judge imitates judgements by others."""
-    args, lessons = state.args, []
+    args, rows = state.args, []
     for row in state.judged[judge_grpo_rows(args):]:
         messages = judge_messages(state.world, args, said_in(row["messages"]))
         reply = judgement_text(row["think"], row["critique"], row["score"])
-        lessons.append([[*messages, {"role": "assistant", "content": reply}]])
-    supervised(state, "judge-sft", state.rrm, lessons, args.judge_epochs)
+        rows.append([[*messages, {"role": "assistant", "content": reply}]])
+    supervised(state, "judge-sft", state.rrm, rows, args.judge_epochs)
 
 
-def supervised(state, name, learner, lessons, epochs):
-    """A phase of imitation: passes over lessons (lists of dialogues) in random order.
+def supervised(state, name, learner, rows, epochs):
+    """A phase of imitation: passes over rows, each a list of dialogues, in random order.
 
-    The last batch is filled up from one more pass.
+    The last batch is filled up from one more pass, so that all steps are of one size.
     """
     args, rng, order = state.args, random.Random(f"{name} {state.args.seed}"), []
-    count = math.ceil(epochs * len(lessons) / args.sft_batch_size)
+    count = math.ceil(epochs * len(rows) / args.sft_batch_size)
     while len(order) < count * args.sft_batch_size:
-        order += rng.sample(lessons, len(lessons))
+        order += rng.sample(rows, len(rows))
     for step in phase(state, name, count, args.sft_lr, learner):
         batch = groups(order, args.sft_batch_size)[step - 1]
         dialogues = list(itertools.chain(*batch))
         metrics = imitate(learner.model, learner.chat, args, learner.optimizer, dialogues)
+        state.run.lap("update")
         end_step(state, step, metrics)
 
 
@@ -260,13 +253,8 @@ def judge_grpo(state):
         for row, group in zip(rows, groups(batch, size)):
             for judgement in group:
                 judgement.earned = judge_reward(judgement, row["score"])
-            pool_advantages(group)
-        state.run.lap("rollout")
-        metrics = update(rrm.model, rrm.reference, rrm.chat, args, rrm.optimizer, batch,
-                         (args.clip, args.clip_high))
-        metrics |= watch_judgements([], batch)
+        metrics = grpo(state, rrm, batch, size) | watch_judgements([], batch)
         metrics["reward"] = common.mean(judgement.earned for judgement in batch)
-        metrics["groups_flat"] = without_spread([j.advantage for j in batch], size)
         end_step(state, step, metrics, judgements=batch)
 
 
@@ -275,9 +263,9 @@ def judge_grpo_rows(args):
     return args.judge_steps * (args.batch_size // args.group_size)
 
 
-def judge_reward(judgement, score):
-    """1 - |its score - the trajectory's score in the data|, 0 where nothing can be read: ours."""
-    return 1 - abs(judgement.score - score) if judgement.readable else 0.0
+def judge_reward(judgement, reference):
+    """1 - |its score - the data's score|, 0 where nothing can be read: ours."""
+    return 1 - abs(judgement.score - reference) if judgement.readable else 0.0
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -379,26 +367,37 @@ def said_in(messages) -> list[list[str]]:
     return [["world" if m["role"] == "user" else "act", m["content"]] for m in messages]
 
 
+def room_of(learner, reply_tokens):
+    """Tokens that a prompt may have before a reply of so many."""
+    return learner.model.max_context - FORCED - reply_tokens
+
+
 # -------------------------------------------------------------------------------------- a judgement
 
 
+@dataclass(kw_only=True)
+class Sampled:
+    """What GRPO needs of what a model wrote: here of an attempt, or of a judgement."""
+
+    ids: list[int] = field(default_factory=list)  # the prompt's, too
+    mask: list[int] = field(default_factory=list)  # 1: sampled
+    logprob: float = 0.0  # of all tokens under the mask, in decoding
+    earned: float = 0.0  # R (4), or `judge_reward`
+    advantage: float = 0.0
+    left_out: bool = False  # of an attempt: no room to play or to judge it
+
+
 @dataclass
-class Judgement:
-    """A reply of the judge. `ids` and `mask` (1: sampled), prompt and all, are for the loss."""
+class Judgement(Sampled):
+    """A reply of the judge."""
 
     text: str = ""
-    think: str = ""
     critique: str = ""
     score: float = 0.0
     readable: bool = False
     asked: int = 0  # how often; 0: the transcript was too long
     cut: int = 0  # of its replies, by the limit
     tokens: int = 0  # sampled
-    earned: float = 0.0
-    advantage: float = 0.0
-    ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    logprob: float = 0.0  # of all tokens under the mask, in decoding
 
 
 BLOCKS = re.compile(  # from the end of the analysis on; no tag stands within the critique
@@ -409,7 +408,7 @@ SCORE = re.compile(  # the only number, in [0, 1]: .8, 0.8/1, **0.8**; not 8/10,
 
 
 def parse_judgement(reply) -> dict | None:
-    """The last three blocks -> {"think", "critique", "score"}; None where one cannot be read.
+    """The last three blocks -> {"critique", "score"}; None where one cannot be read.
 
     Whatever stands before, between and behind them is skipped, such as a native thought; one that
     the chat template opened has no opening tag.
@@ -418,11 +417,7 @@ def parse_judgement(reply) -> dict | None:
     score = SCORE.fullmatch(found[-1]["score"]) if found else None
     if not score:
         return None
-    opening = reply[:found[-1].start()]
-    return {
-        "think": re.split("<think>", opening, flags=re.IGNORECASE)[-1].strip(),
-        "critique": found[-1]["critique"].strip(),
-        "score": float(score[1])}
+    return {"critique": found[-1]["critique"].strip(), "score": float(score[1])}
 
 
 def judgement_text(think, critique, score) -> str:
@@ -437,11 +432,6 @@ def judge_prompt(state, said) -> list[int]:
     return state.rrm.chat.dialogue(messages, "<think>" * state.args.prefill)
 
 
-def judge_room(state):
-    """Tokens that the judge's prompt may have."""
-    return state.rrm.model.max_context - FORCED - state.args.judge_tokens
-
-
 def judge(state, transcripts, stream) -> list[Judgement]:
     """(2) Agent-RRM on [[who, text], ...] of each episode, greedily.
 
@@ -450,17 +440,17 @@ def judge(state, transcripts, stream) -> list[Judgement]:
     """
     args, judgements = state.args, [Judgement() for _ in transcripts]
     prompts = [judge_prompt(state, said) for said in transcripts]
+    room = room_of(state.rrm, args.judge_tokens)
     left = [i for i, prompt in enumerate(prompts)
-            if len(prompt) <= judge_room(state) and len(transcripts[i]) > 1]
+            if len(prompt) <= room and len(transcripts[i]) > 1]
     for retry in range(1 + args.judge_retries):
         temperature = args.temperature if retry else 0.0  # greedily it would repeat itself
         some = [prompts[i] for i in left]
-        replies = ask_judge(state, some, (*stream, retry), temperature)
-        for i, reply in zip(left, replies):
-            reply.asked += judgements[i].asked
-            reply.cut += judgements[i].cut
-            reply.tokens += judgements[i].tokens
-            judgements[i] = reply
+        for i, judgement in zip(left, ask_judge(state, some, (*stream, retry), temperature)):
+            judgement.asked += judgements[i].asked
+            judgement.cut += judgements[i].cut
+            judgement.tokens += judgements[i].tokens
+            judgements[i] = judgement
         left = [i for i in left if not judgements[i].readable]
     return judgements
 
@@ -489,47 +479,12 @@ def ask_judge(state, prompts, stream, temperature, samples=1) -> list[Judgement]
     return judgements
 
 
-# --------------------------------------------------------------------------------------------- data
-# A row is a trajectory: `messages`, observations (user) and replies (assistant) by turns, up to the
-# last reply. One of --judgements also has `think`, `critique` and `score`; --demos may have
-# `earlier`, messages of an attempt that it comes after (--cold-again).
-
-
-def check_row(row):
-    """ValueError, TypeError or KeyError unless it is a trajectory."""
-    common.check_messages(row["messages"], "assistant")
-    common.check_messages(row.get("earlier") or row["messages"], "assistant")
-
-
-def check_judged(row):
-    """ValueError, TypeError or KeyError unless it is a judged trajectory."""
-    check_row(row)
-    common.check_texts([row["think"], row["critique"]])
-    if not 0 <= row["score"] <= 1:
-        raise ValueError(f"score {row['score']} is not in [0, 1]")
-
-
-def judgeable(state, rows) -> list[dict]:
-    """Those that the judge has room for, in random order; says how many these are."""
-    args, fit = state.args, []
-    for row in random.Random(f"judged {args.seed}").sample(rows, len(rows)):
-        prompt = judge_prompt(state, said_in(row["messages"]))
-        reply = judgement_text(row["think"], row["critique"], row["score"])
-        length = len(state.rrm.chat.encode(reply)) + 1  # with its end
-        if len(prompt) <= judge_room(state) and length <= args.judge_tokens:
-            fit.append(row)
-    told = f"{len(fit)} of {len(rows)} judged trajectories fit its context and --judge-tokens"
-    common.check(len(fit) > judge_grpo_rows(args), f"the judge: {told}, too few for GRPO and SFT")
-    tqdm.write(f"the judge: {told}")
-    return fit
-
-
 # ------------------------------------------------------------------------------------------ rollout
 
 
 @dataclass
-class Episode:
-    """One attempt. `ids` and `mask` (1: sampled by the policy) are for the loss."""
+class Episode(Sampled):
+    """One attempt."""
 
     split: str
     seed: int
@@ -546,30 +501,17 @@ class Episode:
     gold: str = ""  # the right answer, where there is one: to count leaks
     critique: str = ""
     judge_score: float = 0.0
-    left_out: bool = False  # no room to play or to judge it
-    earned: float = 0.0  # R (4)
-    advantage: float = 0.0
-    ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    logprob: float = 0.0  # of all tokens under the mask, in decoding
-
-
-def rollout(model, chat, args, split, seeds, **how) -> list[Episode]:
-    """Plays an episode per seed, --rollout-batch-size at once; `how`: see `side_by_side`."""
-    episodes, size = [], args.rollout_batch_size
-    for first in range(0, len(seeds), size):
-        some = seeds[first:first + size]
-        episodes += side_by_side(model, chat, args, split, some, first, **how)
-    return episodes
 
 
 @torch.no_grad()
-def side_by_side(model, chat, args, split, seeds, start, *, temperature, stream, earlier=None):
+def side_by_side(state, split, seeds, start, stream, earlier):
     """Episodes that share a cache, numbered from `start`.
 
     `stream` names the randomness: replies depend on (--seed, stream, number, turn) alone.
     `earlier`: first attempts, to which these are the second ones, by number.
     """
+    args, model, chat = state.args, state.agent.model, state.agent.chat
+    temperature = args.temperature if split == "train" else args.eval_temperature
     worlds, episodes, prompts = [], [], []
     for number, seed in enumerate(seeds, start):
         world = envs.make(args.env, show_actions=args.show_actions)
@@ -580,7 +522,7 @@ def side_by_side(model, chat, args, split, seeds, start, *, temperature, stream,
         episodes.append(Episode(split, seed, said, second=bool(earlier)))
         worlds.append(world)
     actors = common.Dialogues(model, chat, prompts)
-    room = model.max_context - FORCED - args.max_new_tokens
+    room = room_of(state.agent, args.max_new_tokens)
     word = "<tool_call>" if world.tools else "Action:"
     for turn in itertools.count():
         for ids, episode in zip(actors.ids, episodes):
@@ -624,7 +566,26 @@ def look_back(world, episode):
     episode.gold = getattr(world, "gold", "")
 
 
-# --------------------------------------------------------------------------------------- advantages
+# ------------------------------------------------------------------------ group-relative advantages
+
+
+def grpo(state, learner, batch, pool_size) -> dict:
+    """(5) and (6) on attempts or judgements, pools side by side in `batch` -> metrics."""
+    args, clip = state.args, (state.args.clip, state.args.clip_high)
+    for pool in groups(batch, pool_size):
+        pool_advantages([item for item in pool if not item.left_out])
+    state.run.lap("rollout")
+    metrics = update(learner.model, learner.reference, learner.chat, args, learner.optimizer,
+                     batch, clip)
+    state.run.lap("update")
+    return metrics | {"groups_flat": without_spread([item.advantage for item in batch], pool_size)}
+
+
+def pool_advantages(pool):
+    """(5) Writes the advantages of attempts at one question, or of judgements of one transcript."""
+    returns = [item.earned for item in pool]
+    for item, advantage in zip(pool, group_advantages(returns) if pool else []):
+        item.advantage = advantage
 
 
 def groups(items, size):
@@ -791,7 +752,10 @@ class State:
 
 
 def phase(state, name, count, lr, learner):
-    """The steps of a phase that are left, counted from 1; each phase has a fresh optimizer."""
+    """The steps of a phase that are left, counted from 1.
+
+    Each phase has an optimizer without a past: moments of another loss are of no use to this one.
+    """
     begun, done = state.last, state.progress["step"]
     state.phase, state.last = name, begun + count
     if done <= begun and learner.reference:
@@ -800,35 +764,182 @@ def phase(state, name, count, lr, learner):
         for step in state.run.steps(max(done, begun), state.last):
             common.set_rate(learner.optimizer, lr * min(1, (step - begun) / 5))
             yield step - begun
-    if done <= state.last:  # not of a phase that a resumed run left behind
+    if done <= state.last:  # else a resumed run is in a later phase, and these moments are its own
         learner.optimizer.state.clear()
 
 
+# --------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(state, splits, fewer=1, again=False):
+    """The agent on fixed episodes of each split -> ({split: metrics}, an episode of the last).
+
+    Its first attempts; with `again`, variant C, the second ones.
+    """
+    count, found = max(1, state.args.eval_episodes // fewer), {}
+    for split in [split for split in ("test", "ood") if split in splits]:
+        if again:
+            played, metrics = critique_only(state, split, range(count))
+        else:
+            played = attempt(state, split, range(count), ("evaluate",))
+            metrics = watch(played)
+        won = [float(episode.won) for episode in played]
+        _, se = common.mean_se(won)
+        found[split] = metrics | {"se": se, "n": count}
+        tqdm.write(common.result_line(split, found[split]))
+    flaws = [list(flaw) for flaw in played[0].flaws]  # plain, for checkpoints
+    return found, record(played[0]) | {"flaws": flaws}
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def trains_judge(args):
+    """Whether a run has a judge of its own; --judged is a default of TINY, so --rrm goes first."""
+    return bool(args.judged or args.judgements) and not args.rrm
+
+
+def judge_of(args, agent) -> Learner | None:
+    """The judge, if any: --rrm or the model as it is, frozen; or a copy that will be trained."""
+    if args.variant == "none" or args.eval_only and args.variant != "C":
+        return None
+    model, chat = agent.model, agent.chat
+    if args.rrm:
+        model, chat = common.load(
+            args.rrm, option="--rrm", device=args.device, dtype=args.dtype,
+            thinking=args.thinking, max_context=args.max_context)
+    elif trains_judge(args) and not args.eval_only:
+        return trained(args, common.copy_of(model), chat)
+    return Learner(common.frozen_copy(model), chat)
+
+
+def trained(args, model, chat) -> Learner:
+    """A model that will be trained."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
+        fused=model.device.type == "cuda")  # no copies in the step
+    reference = common.frozen_copy(model) if args.kl else None
+    return Learner(model, chat, optimizer, reference)
+
+
+def main():
+    """Cold start, the judge's SFT and GRPO, learning."""
+    args = common.parse_args(Args, TINY, quick=QUICK)
+    world, demos, judged = check_args(args)
+    run = common.Run("reagent", args)
+    agent = trained(args, *load(world, args))
+    rrm = judge_of(args, agent)
+    state = State(args, world, run, agent, rrm)
+    opening = [["world", world.reset(seed=0)[0]]]
+    check_room(args, agent.chat, agent.model, dialogue(world, args, opening),
+               FORCED + args.max_new_tokens)
+    if rrm:
+        check_room(args, rrm.chat, rrm.model, judge_messages(world, args, opening),
+                   FORCED + args.judge_tokens)
+    if args.eval_only:
+        return evaluate(state, world.splits, again=args.variant == "C")
+    judge_is = {"judge": common.fingerprint(rrm.model)} if args.rrm else None
+    run.start(judge_is, model=agent.model)
+
+    state.progress = progress = run.resume(**parts(state)) or state.progress
+    if not progress["step"]:
+        progress["before"], progress["shown"] = evaluate(state, world.splits)
+    learns = args.variant != "C"
+    if learns and (args.cold_start or demos):
+        state.demos = demos or demonstrations(args)
+        cold_start(state)
+        if "cold_started" not in progress:  # a resumed run may be in a later phase
+            progress["cold_started"], _ = evaluate(state, world.splits)
+    if rrm and "before" not in progress["judge"]:
+        progress["judge"]["before"] = quality(state)
+    if rrm and rrm.optimizer:
+        make = functools.partial(judged_rows, state)
+        judged = judged or run.collect("judged.jsonl", progress, make)
+        state.judged = judgeable(state, judged)
+        for name, train in ("judge-sft", judge_sft), ("judge-grpo", judge_grpo):
+            train(state)
+            if name not in progress["judge"]:
+                progress["judge"][name] = quality(state)
+                common.save_model(run.dir / "rrm", rrm.model, rrm.chat)
+    if learns:
+        learn(state)
+
+    after, last = evaluate(state, world.splits, again=not learns)
+    ends = envs.ends(args.env, args.eval_episodes)
+    run.complete(
+        agent.model, agent.chat, "reagent", args.variant, progress["before"], after, ends,
+        shown=[progress["shown"], last],
+        judge=progress["judge"],
+        judged=len(state.judged),
+        cold_start=len(state.demos),
+        cold_started=progress.get("cold_started"))
+
+
+# ---------------------------------------- beside the paper, and at the end only for --model tiny
+# What is refused, what is written down, and what stands in place of a stronger model.
+
+AT_LEAST = {"updates": 1, "judge_tokens": 1, "judge_epochs": 1, "cold_epochs": 1, "examples": 1,
+            "sft_batch_size": 1, "group_size": 2, "clip": 0, "clip_high": 0, "kl": 0, "sft_lr": 0,
+            "score_weight": 0, "judge_retries": 0, "judge_steps": 0, "judged": 0, "cold_start": 0}
+
+
+def check_args(args):
+    """Everything that can be refused before a model is loaded -> (world, demos, judged)."""
+    common.check_common(args)
+    common.check_at_least(args, AT_LEAST)
+    common.check_multiple(args, "batch_size", "group_size", "updates")
+    judging = args.variant != "none"
+    common.check(judging or not args.rrm, "--variant none has no judge: --rrm is of no use")
+    common.check(args.rrm.split(":")[0] != "tiny",
+                 "--rrm: a tiny model must learn to judge first: give the rrm/ of a run with --judged")
+    common.check(not args.judgements or judging and not args.rrm,
+                 "--judgements are for the training of a judge (without --rrm, --variant none)")
+    learns = args.variant != "C"
+    common.check(learns or not args.demos, "--variant C imitates nothing: no --demos")
+    world = common.checked(envs.make, args.env, show_actions=args.show_actions)
+    listed = world.reset(seed=0)[1]["admissible"]
+    common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
+    if learns and args.cold_start and not args.demos and not args.eval_only:
+        common.check(type(world).expert is not envs.World.expert,
+                     f"--env {args.env} has no expert: give --demos, or --cold-start 0")
+    demos = judged = None
+    if args.demos:
+        demos = common.read_rows("--demos", args.demos, check_row)
+    if args.judgements:
+        judged = common.read_rows("--judgements", args.judgements, check_judged)
+        needed = judge_grpo_rows(args) + 1
+        common.check(len(judged) >= needed,
+                     f"--judgements: {len(judged)} rows, --judge-steps need {needed}")
+    return world, demos, judged
+
+
+def check_room(args, chat, model, messages, room):
+    """Refuses a first prompt without room for `room` more tokens, and words before a thought."""
+    length = len(chat.dialogue(messages))
+    common.check(length + room <= model.max_context,
+                 f"the first prompt has {length} tokens, replies may have {room}: "
+                 f"beyond the context of {model.max_context}")
+    common.check(not args.prefill or not chat.opened,
+                 "--prefill: the chat template of this model opens a thought before each reply")
+
+
+LIMITS = {"act": "--max-new-tokens", "judge": "--judge-tokens"}
+
+
 def end_step(state, step, metrics, episodes=(), judgements=()):
-    """Evaluates where that is due, and writes everything down."""
-    args, run, progress = state.args, state.run, state.progress
-    run.lap("update")
-    progress["step"] = run.step
-    ends = run.step == state.last
-    if state.phase == "learn":
-        if step % args.eval_every == 0 and not ends:
-            numbers, _ = evaluate(state, ["test"], fewer=5)
-            metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
-    elif state.phase == "cold-start" and ends:
-        progress["cold_started"], _ = evaluate(state, state.world.splits)
-    elif ends:
-        progress["judge"][state.phase] = quality(state)
-        common.save_model(run.dir / "rrm", state.rrm.model, state.rrm.chat)
+    """Writes everything down."""
+    run = state.run
+    state.progress["step"] = run.step
     tokens = sum(sum(episode.mask) for episode in episodes)
     tokens += sum(judgement.tokens for judgement in judgements)
     run.count(
         episodes=len(episodes),
         env_steps=sum(len(episode.actions) for episode in episodes),
         tokens=tokens,
-        gradient_steps=args.updates if episodes or judgements else 1)
+        gradient_steps=state.args.updates if episodes or judgements else 1)
     run.write_rollouts([{"step": run.step, **record(episode)} for episode in episodes])
     run.log({"phase": state.phase, "phase_step": step, **metrics}, LIMITS)
-    run.save_if_due(progress, **parts(state))
+    run.save_if_due(state.progress, **parts(state))
 
 
 def parts(state):
@@ -842,7 +953,9 @@ def parts(state):
     return found
 
 
-# --------------------------------------------------------------------------------------- evaluation
+def record(episode):
+    """An episode as rollouts.jsonl keeps it: words, not ids."""
+    return {name: value for name, value in vars(episode).items() if name not in ("ids", "mask")}
 
 
 def watch(episodes, prefix="") -> dict:
@@ -912,167 +1025,68 @@ def mean_or_none(values) -> float | None:
     return common.mean(values) if values else None
 
 
-def evaluate(state, splits, fewer=1, again=False):
-    """The agent on fixed episodes of each split -> ({split: metrics}, an episode of the last).
+def quality(state) -> dict:
+    """What the judge is worth on trajectories of the test split, of players and of the agent apart.
 
-    Its first attempts; with `again`, variant C, the second ones.
+    `auc_process`: of its score against a process without flaws (`judge_auc`: against success);
+    `error`: mean distance to the program's score; `same_critique`: share equal to the program's.
     """
-    count, found = max(1, state.args.eval_episodes // fewer), {}
-    for split in [split for split in ("test", "ood") if split in splits]:
-        if again:
-            played, metrics = critique_only(state, split, range(count))
-        else:
-            played = attempt(state, split, range(count), ("evaluate",))
-            metrics = watch(played)
-        won = [float(episode.won) for episode in played]
-        _, se = common.mean_se(won)
-        found[split] = metrics | {"se": se, "n": count}
-        tqdm.write(common.result_line(split, found[split]))
-    flaws = [list(flaw) for flaw in played[0].flaws]  # plain, for checkpoints
-    return found, record(played[0]) | {"flaws": flaws}
+    count, found = min(200, state.args.eval_episodes), {}
+    sides = mixed_episodes(state, "test", range(10_000, 10_000 + 2 * count), ("quality",))
+    for who, episodes in zip(("players", "agent"), sides):
+        judgements = review(state, episodes, ("quality", who))
+        kept = [episode for episode in episodes if not episode.left_out]
+        errors, same = [], []
+        for episode in kept:
+            _, critique, score = annotate(episode.flaws)
+            errors.append(abs(episode.judge_score - score))
+            same.append(episode.critique == critique)
+        found[who] = watch_judgements(kept, judgements) | {
+            "auc_process": auroc([(e.judge_score, not e.flaws) for e in kept]),
+            "error": mean_or_none(errors), "same_critique": mean_or_none(same)}
+    return found
 
 
-def record(episode):
-    """An episode as rollouts.jsonl keeps it: words, not ids."""
-    return {name: value for name, value in vars(episode).items() if name not in ("ids", "mask")}
-
-
-# --------------------------------------------------------------------------------------------- main
-
-LIMITS = {"act": "--max-new-tokens", "judge": "--judge-tokens"}
-AT_LEAST = {"updates": 1, "judge_tokens": 1, "judge_epochs": 1, "cold_epochs": 1, "examples": 1,
-            "sft_batch_size": 1, "group_size": 2, "clip": 0, "clip_high": 0, "kl": 0, "sft_lr": 0,
-            "score_weight": 0, "judge_retries": 0, "judge_steps": 0, "judged": 0, "cold_start": 0}
-
-
-def check_args(args):
-    """Everything that can be refused before a model is loaded -> (world, demos, judged)."""
-    common.check_common(args)
-    common.check_at_least(args, AT_LEAST)
-    common.check_multiple(args, "batch_size", "group_size", "updates")
-    judging = args.variant != "none"
-    common.check(judging or not args.rrm, "--variant none has no judge: --rrm is of no use")
-    common.check(args.rrm.split(":")[0] != "tiny",
-                 "--rrm: a tiny model must learn to judge first: give the rrm/ of a run with --judged")
-    common.check(not args.judgements or judging and not args.rrm,
-                 "--judgements are for the training of a judge (without --rrm, --variant none)")
-    learns = args.variant != "C"
-    common.check(learns or not args.demos, "--variant C imitates nothing: no --demos")
-    world = common.checked(envs.make, args.env, show_actions=args.show_actions)
-    listed = world.reset(seed=0)[1]["admissible"]
-    common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
-    if learns and args.cold_start and not args.demos and not args.eval_only:
-        common.check(type(world).expert is not envs.World.expert,
-                     f"--env {args.env} has no expert: give --demos, or --cold-start 0")
-    demos = judged = None
-    if args.demos:
-        demos = common.read_rows("--demos", args.demos, check_row)
-    if args.judgements:
-        judged = common.read_rows("--judgements", args.judgements, check_judged)
-        needed = judge_grpo_rows(args) + 1
-        common.check(len(judged) >= needed,
-                     f"--judgements: {len(judged)} rows, --judge-steps need {needed}")
-    return world, demos, judged
-
-
-def check_room(args, chat, model, messages, room):
-    """Refuses a first prompt without room for `room` more tokens, and words before a thought."""
-    length = len(chat.dialogue(messages))
-    common.check(length + room <= model.max_context,
-                 f"the first prompt has {length} tokens, replies may have {room}: "
-                 f"beyond the context of {model.max_context}")
-    common.check(not args.prefill or not chat.opened,
-                 "--prefill: the chat template of this model opens a thought before each reply")
-
-
-def trains_judge(args):
-    """Whether a run has a judge of its own; --judged is a default of TINY, so --rrm goes first."""
-    return bool(args.judged or args.judgements) and not args.rrm
-
-
-def judge_of(args, agent) -> Learner | None:
-    """The judge, if any: --rrm or the model as it is, frozen; or a copy that will be trained."""
-    if args.variant == "none" or args.eval_only and args.variant != "C":
-        return None
-    model, chat = agent.model, agent.chat
-    if args.rrm:
-        model, chat = common.load(
-            args.rrm, option="--rrm", device=args.device, dtype=args.dtype,
-            thinking=args.thinking, max_context=args.max_context)
-    elif trains_judge(args) and not args.eval_only:
-        return trained(args, common.copy_of(model), chat)
-    return Learner(common.frozen_copy(model), chat)
-
-
-def trained(args, model, chat) -> Learner:
-    """A model that will be trained."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
-        fused=model.device.type == "cuda")  # no copies in the step
-    reference = common.frozen_copy(model) if args.kl else None
-    return Learner(model, chat, optimizer, reference)
-
-
-def check_prompts(state):
-    """Refuses a context without room for a first reply or judgement."""
-    args, world, agent, rrm = state.args, state.world, state.agent, state.rrm
-    said = [["world", world.reset(seed=0)[0]]]
-    messages = dialogue(world, args, said)
-    check_room(args, agent.chat, agent.model, messages, FORCED + args.max_new_tokens)
-    if rrm:
-        messages = judge_messages(world, args, said)
-        check_room(args, rrm.chat, rrm.model, messages, FORCED + args.judge_tokens)
-
-
-def main():
-    """Cold start, the judge's SFT and GRPO, learning."""
-    args = common.parse_args(Args, TINY, quick=QUICK)
-    world, demos, judged = check_args(args)
-    run = common.Run("reagent", args)
-    agent = trained(args, *load(world, args))
-    rrm = judge_of(args, agent)
-    state = State(args, world, run, agent, rrm)
-    check_prompts(state)
-    if args.eval_only:
-        return evaluate(state, world.splits, again=args.variant == "C")
-    judge_is = {"judge": common.fingerprint(rrm.model)} if args.rrm else None
-    run.start(judge_is, model=agent.model)
-
-    state.progress = progress = run.resume(**parts(state)) or state.progress
-    if not progress["step"]:
-        progress["before"], progress["shown"] = evaluate(state, world.splits)
-    learns = args.variant != "C"
-    if learns and (args.cold_start or demos):
-        state.demos = demos or demonstrations(args)
-        cold_start(state)
-    if rrm and "before" not in progress["judge"]:
-        progress["judge"]["before"] = quality(state)
-    if rrm and rrm.optimizer:
-        make = functools.partial(judged_rows, state)
-        judged = judged or run.collect("judged.jsonl", progress, make)
-        state.judged = judgeable(state, judged)
-        judge_sft(state)
-        judge_grpo(state)
-    if learns:
-        learn(state)
-
-    after, last = evaluate(state, world.splits, again=not learns)
-    ends = envs.ends(args.env, args.eval_episodes)
-    run.complete(
-        agent.model, agent.chat, "reagent", args.variant, progress["before"], after, ends,
-        shown=[progress["shown"], last],
-        judge=progress["judge"],
-        judged=len(state.judged),
-        cold_start=len(state.demos),
-        cold_started=progress.get("cold_started"))
-
-
-# --------------------------- in place of a stronger model, and then what is only for --model tiny
+# ------------------------------------------------ data, in place of a stronger model where need be
 # Trajectories come from the worlds' players, judgements from a program that names the flaws of a
 # process. Who brings --demos and --judgements needs of it the examples of --shots, and what
 # `quality` compares a judge with.
+#
+# A row is a trajectory: `messages`, observations (user) and replies (assistant) by turns, up to the
+# last reply. One of --judgements also has `think`, `critique` and `score`; --demos may have
+# `earlier`, messages of an attempt that it comes after (--cold-again).
 
 JUDGED, DEMONSTRATED = 300_000_000, 500_000_000  # where the seeds of these data begin
+
+
+def check_row(row):
+    """ValueError, TypeError or KeyError unless it is a trajectory."""
+    common.check_messages(row["messages"], "assistant")
+    common.check_messages(row.get("earlier") or row["messages"], "assistant")
+
+
+def check_judged(row):
+    """ValueError, TypeError or KeyError unless it is a judged trajectory."""
+    check_row(row)
+    common.check_texts([row["think"], row["critique"]])
+    if not 0 <= row["score"] <= 1:
+        raise ValueError(f"score {row['score']} is not in [0, 1]")
+
+
+def judgeable(state, rows) -> list[dict]:
+    """Those that the judge has room for, in random order; says how many these are."""
+    args, fit = state.args, []
+    room = room_of(state.rrm, args.judge_tokens)
+    for row in random.Random(f"judged {args.seed}").sample(rows, len(rows)):
+        prompt = judge_prompt(state, said_in(row["messages"]))
+        reply = judgement_text(row["think"], row["critique"], row["score"])
+        length = len(state.rrm.chat.encode(reply)) + 1  # with its end
+        if len(prompt) <= room and length <= args.judge_tokens:
+            fit.append(row)
+    told = f"{len(fit)} of {len(rows)} judged trajectories fit its context and --judge-tokens"
+    common.check(len(fit) > judge_grpo_rows(args), f"the judge: {told}, too few for GRPO and SFT")
+    tqdm.write(f"the judge: {told}")
+    return fit
 
 
 def process_flaws(world, episode) -> list[envs.Flaw]:
@@ -1195,28 +1209,6 @@ def judged_rows(state, done):
         think, critique, score = annotate(episode.flaws)
         yield {"messages": messages_of(episode.said)[:-1], "think": think, "critique": critique,
                "score": score, "won": episode.won}
-
-
-def quality(state) -> dict:
-    """What the judge is worth on trajectories of the test split, of players and of the agent apart.
-
-    `auc_process`: of its score against a process without flaws (`judge_auc`: against success);
-    `error`: mean distance to the program's score; `same_critique`: share equal to the program's.
-    """
-    count, found = min(200, state.args.eval_episodes), {}
-    sides = mixed_episodes(state, "test", range(10_000, 10_000 + 2 * count), ("quality",))
-    for who, episodes in zip(("players", "agent"), sides):
-        judgements = review(state, episodes, ("quality", who))
-        kept = [episode for episode in episodes if not episode.left_out]
-        errors, same = [], []
-        for episode in kept:
-            _, critique, score = annotate(episode.flaws)
-            errors.append(abs(episode.judge_score - score))
-            same.append(episode.critique == critique)
-        found[who] = watch_judgements(kept, judgements) | {
-            "auc_process": auroc([(e.judge_score, not e.flaws) for e in kept]),
-            "error": mean_or_none(errors), "same_critique": mean_or_none(same)}
-    return found
 
 
 # ---------------------------------------------------------------------------- only for --model tiny

@@ -54,7 +54,7 @@ def by_reference(episodes):
         text = reagent.judgement_text(think, critique, score)
         episode.critique, episode.judge_score = critique, score
         episode.said.append(["judge", text])
-        found.append(reagent.Judgement(text, think, critique, score, readable=True, asked=1))
+        found.append(reagent.Judgement(text, critique, score, readable=True, asked=1))
     return found
 
 

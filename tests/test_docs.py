@@ -739,17 +739,16 @@ def test_second_attempts_by_hand():
 
 
 def test_second_attempts_differ_in_the_critique_alone(trained, monkeypatch, capsys):
-    played, rollout = [], reagent.rollout
-    monkeypatch.setattr(reagent, "rollout", lambda *given, earlier=None, **rest: played.append(
-        (earlier, rest, rollout(*given, earlier=earlier, **rest))) or played[-1][2])
+    played, attempt = [], reagent.attempt
+    monkeypatch.setattr(reagent, "attempt", lambda state, split, seeds, stream, earlier=None: played.append(
+        (earlier, stream, attempt(state, split, seeds, stream, earlier))) or played[-1][2])
     monkeypatch.setattr(reagent, "judge", lambda state, transcripts, stream: [
         reagent.Judgement(critique=f"Number {i}.", asked=1) for i in range(len(transcripts))])
     monkeypatch.setattr(sys, "argv", ["second_attempts.py", str(trained), "--episodes", "6"])
     second_attempts.main()
     (none, _, first), *again = played
     assert none is None is again[4][0] and len(again) == 5
-    assert len({rest["stream"] for _, rest, _ in again}) == 1  # the same random numbers
-    assert {rest["temperature"] for _, rest, _ in played} == {0.6}
+    assert len({stream for _, stream, _ in again}) == 1  # the same random numbers
     assert all([e.said for e in before] == [e.said for e in first] for before, *_ in again[:4])
     by_judge, by_annotator, other, nothing = ([e.critique for e in before] for before, *_ in again[:4])
     assert by_judge == [f"Number {i}." for i in range(6)] and other == by_judge[1:] + by_judge[:1] and nothing == [""] * 6

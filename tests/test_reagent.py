@@ -146,16 +146,14 @@ TABLE += [(text, 0.5) for text in READ] + [(text, None) for text in UNREADABLE]
 def test_parse_judgement(text, score):
     found = ra.parse_judgement(text)
     assert (found and found["score"]) == (score and pytest.approx(score, abs=1e-9))
-    assert found is None or set(found) == {"think", "critique", "score"}
+    assert found is None or set(found) == {"critique", "score"}
 
 
 def test_parse_judgement_keeps_the_words():
-    said = {"think": "a\nb", "critique": "Do it again.", "score": 0.2}
-    assert ra.parse_judgement(blocks("0.2", " a\nb ", "\nDo it again. ")) == said
-    assert ra.parse_judgement(ra.judgement_text(*said.values())) == said
-    for text in f"<think>native</think>{GOOD}", GOOD.removeprefix("<think>"), blocks("0.1") + GOOD:
-        found = ra.parse_judgement(text)
-        assert (found["think"], found["critique"]) == ("No flaw.", "Go on like this.")
+    said = {"critique": "Do it\nagain.", "score": 0.2}
+    assert ra.parse_judgement(blocks("0.2", " a\nb ", "\nDo it\nagain. ")) == said
+    assert ra.parse_judgement(ra.judgement_text("a", *said.values())) == said
+    assert ra.parse_judgement(blocks("0.1") + GOOD)["critique"] == "Go on like this."
 
 
 TAGS = [f"<{slash}{name}>" for name in ("think", "critique", "score") for slash in ("", "/")]
@@ -335,10 +333,13 @@ def judge_says(monkeypatch):
 
 @pytest.fixture
 def agent_says(monkeypatch):
-    """agent_says(say): the agent's replies are say(what it reads, number of the turn)."""
+    """agent_says(say): the agent's replies are say(what it reads, number of the turn) -> the
+    temperatures that they were asked at."""
+    temperatures = []
 
     def begin(say):
         def reply(self, rows, *, max_new_tokens, temperature, seeds, prefill):
+            temperatures.append(temperature)
             turns, texts = self.__dict__.setdefault("turns", Counter()), []
             for row in rows:
                 texts.append(say(self.chat.tokenizer.decode(self.ids[row]), turns[row]))
@@ -347,6 +348,7 @@ def agent_says(monkeypatch):
             return common.Replies([], [], texts, [True] * len(rows))
 
         monkeypatch.setattr(common.Dialogues, "reply", reply)
+        return temperatures
 
     return begin
 
@@ -364,10 +366,10 @@ def test_an_unreadable_judgement_is_asked_for_again_then_zero(tiny, judge_says, 
     state = state_of(tiny, judge_retries=retries)
     a, b = ra.judge(state, [A, B], ("s",))
     good, *spent = (len(tiny[1].encode(text)) for text in (GOOD, *said))
-    assert (a.think, a.critique, a.score) == ("No flaw.", "Go on like this.", 0.5)
+    assert (a.critique, a.score) == ("Go on like this.", 0.5)
     assert (a.readable, a.asked, a.tokens, a.text) == (True, 1, good, GOOD)
-    last = ("t", "c", 0.1, True) if retries == 2 else ("", "", 0.0, False)
-    assert (b.think, b.critique, b.score, b.readable) == last and b.text == said[retries]
+    last = ("c", 0.1, True) if retries == 2 else ("", 0.0, False)
+    assert (b.critique, b.score, b.readable) == last and b.text == said[retries]
     assert (b.asked, b.tokens) == (1 + retries, sum(spent[:1 + retries]))  # all was sampled
     assert [len(call.asked) for call in calls] == [2, 1, 1][:1 + retries]
     assert [call.temperature for call in calls] == [0.0, 0.7, 0.7][:1 + retries]
@@ -489,7 +491,8 @@ def test_returns_and_advantages_of_a_pool_by_hand():
 
 
 def attempts(tiny, seeds, earlier=None, args=ARGS, stream=("test",)):
-    return ra.rollout(*tiny, args, "train", seeds, temperature=0.7, stream=stream, earlier=earlier)
+    state = ra.State(args, WORLD, None, ra.Learner(*tiny))
+    return ra.attempt(state, "train", seeds, stream, earlier)
 
 
 CRITIQUES = ["Read every page.", "", "Mind the {braces} <|im_end|>.", "Go on like this."] * 2
@@ -575,8 +578,10 @@ def test_attempts_depend_on_their_stream_row_and_turn_alone(tiny, both):
 def test_a_thought_is_kept_but_not_acted_on(tiny, agent_says):
     call = envs.tool_call("search", "Anything")
     text = f"<think>{envs.tool_call('answer', 'Nobody')}</think>{call}"
-    agent_says(lambda seen, turn: text)
+    temperatures = agent_says(lambda seen, turn: text)
+    ra.attempt(state_of(tiny), "test", [0], ("test",))
     [e] = attempts(tiny, [0])
+    assert temperatures == [0.6] * WORLD.max_turns + [0.7] * WORLD.max_turns
     assert len(e.valid) == WORLD.max_turns and all(e.valid) and e.actions == [call] * WORLD.max_turns
     assert "Nobody" not in ra.transcript(e.said) and "no answer" in [flaw.name for flaw in e.flaws]
     assert tiny[1].decode([i for i, m in zip(e.ids, e.mask) if m]) == text * WORLD.max_turns
@@ -608,16 +613,16 @@ def updates(monkeypatch):
 @pytest.fixture
 def luck(monkeypatch):
     """The attempts in the order in which they were played; every third one gets 1 from the rule."""
-    played, rollout = [], ra.rollout
+    played, attempt = [], ra.attempt
 
-    def rolling(*given, **how):
-        episodes = rollout(*given, **how)
+    def attempting(state, split, seeds, stream, earlier=None):
+        episodes = attempt(state, split, seeds, stream, earlier)
         for i, episode in enumerate(episodes):
             episode.score = float((i + len(played)) % 3 == 0)
-        played.append((given[3:], how, episodes))
+        played.append(((split, seeds), {"stream": stream, "earlier": earlier}, episodes))
         return episodes
 
-    monkeypatch.setattr(ra, "rollout", rolling)
+    monkeypatch.setattr(ra, "attempt", attempting)
     return played
 
 
@@ -695,7 +700,7 @@ def test_no_prompt_depends_on_the_right_answer(
     seed = next(s for s in range(100) if (world.reset(seed=s)[0].startswith("How many years after")
                                           == (env == "search-full")))
     script = envs.run_episode(world, envs.expert_player, seed)["actions"]
-    read, said, rollout = [], [], ra.rollout
+    read, said, side_by_side = [], [], ra.side_by_side
 
     def say(seen, turn):
         read.append(seen)
@@ -703,8 +708,8 @@ def test_no_prompt_depends_on_the_right_answer(
 
     agent_says(say)
     calls = judge_says(GOOD)
-    monkeypatch.setattr(ra, "rollout", lambda model, chat, args, split, seeds, **how: rollout(
-        model, chat, args, "train", [seed] * len(seeds), **how))
+    monkeypatch.setattr(ra, "side_by_side", lambda state, split, seeds, *rest: side_by_side(
+        state, "train", [seed] * len(seeds), *rest))
     for same in True, False:
         if not same:
             other_answers(monkeypatch)
@@ -908,20 +913,20 @@ def test_quality_of_a_judge(tiny, judge_says, monkeypatch):
 
 
 def test_first_attempts_count_at_test_time_and_second_ones_in_c(tiny, judge_says, monkeypatch):
-    def rollout(model, chat, args, split, seeds, *, temperature, stream, earlier=None):
-        played.append((split, stream, earlier, temperature))
+    def attempt(state, split, seeds, stream, earlier=None):
+        played.append((split, stream, earlier))
         return [ra.Episode(split, seed, list(A), ["x"], [True], won=earlier is not None, score=0.25,
                            gold="Go") for seed in seeds]  # fmt: skip
 
-    monkeypatch.setattr(ra, "rollout", rollout)
+    monkeypatch.setattr(ra, "attempt", attempt)
     calls, played, state = judge_says(GOOD), [], state_of(tiny, eval_episodes=10)
     numbers, shown = ra.evaluate(state, ("train", "test", "ood"))
-    assert [(split, earlier) for split, _, earlier, _ in played] == [("test", None), ("ood", None)]
+    assert [(split, earlier) for split, _, earlier in played] == [("test", None), ("ood", None)]
     assert numbers["test"]["success"] == 0 and numbers["test"]["n"] == 10 and not calls
-    assert {temperature for *_, temperature in played} == {0.6} and shown["won"] is False
+    assert shown["won"] is False
     played.clear()
     numbers, shown = ra.evaluate(state, ("test",), fewer=5, again=True)
-    assert [earlier is None for _, _, earlier, _ in played] == [True, False]
+    assert [earlier is None for _, _, earlier in played] == [True, False]
     assert [e.critique for e in played[1][2]] == ["Go on like this."] * 2 and shown["won"] is True
     found = numbers["test"]
     assert (found["success"], found["first_success"], found["n"], found["leaks"]) == (1, 0, 2, 1)
