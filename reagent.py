@@ -303,9 +303,9 @@ AGAIN = """You have tried this before:
 A reviewer says: {critique}
 
 Try again from the start, with your first turn."""
-PRETENCE = re.compile(  # a label (Observation:, **The transcript:**, ## System:), but no Action:
-    r"\n(?=[^\w\n]*(?:(?!action\b)[^\W\d_][\w' ]{0,40}[*_`]*[:\uff1a]|"
-    r"(?:agent|observation|now judge|try again)\b))", re.IGNORECASE)
+PRETENCE = re.compile(  # a line that begins, whatever its marks, as a speaker's or as one of ours
+    r"\n(?=[^\w\n]*(?:agent|observation|system|user|assistant|(?:a )?reviewer|the task|"
+    r"the transcript|this is what|you have tried|now judge|try again)\b)", re.IGNORECASE)
 FORCED = 16  # tokens, room for the words of --prefill and the end of a reply that was cut
 
 
