@@ -400,11 +400,12 @@ class Judgement(Sampled):
     tokens: int = 0  # sampled
 
 
-BLOCKS = re.compile(  # from the end of the analysis on; no tag stands within the critique
+BLOCKS = re.compile(  # from the end of the analysis on; no tag stands within the critique, and the
+    # score has its end: of a reply that was cut, 0. may be the beginning of 0.8
     r"</think>[^<]*<critique>(?P<critique>(?:(?!</?(?:think|critique|score)>).)*)</critique>"
-    r"[^<]*<score>(?P<score>[^<]*)", re.DOTALL | re.IGNORECASE)
-SCORE = re.compile(  # the only number, in [0, 1]: .8, 0.8/1, **0.8**; not 8/10, 80%, -1, 0.6-0.8
-    r"[^\d.,\u2212-]*(0(?:\.\d*)?|\.\d+|1(?:\.0*)?)(?:\s*/\s*1(?:\.0)?)?(?:[^\w/%][^\d/%]*)?")
+    r"[^<]*<score>(?P<score>[^<]*)</score>", re.DOTALL | re.IGNORECASE)
+SCORE = re.compile(  # one number in [0, 1], alone or out of 1, and words: not 8/10, 80%, 0.6-0.8
+    r"[^\d.,\u2212-]*(\.\d+|0(?:\.\d*)?|1(?:\.0*)?)(?:\s*/\s*1(?:\.0*)?)?(?:[^\w/%][^\d/%]*)?")
 
 
 def parse_judgement(reply) -> dict | None:

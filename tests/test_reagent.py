@@ -114,7 +114,7 @@ WITHOUT_THINK, WITHOUT_CRITIQUE = (
     re.sub(rf"<{name}>.*</{name}>\n", "", GOOD) for name in ("think", "critique"))
 SCORES = {
     0.7: ["0.7", " 0.7\n", "**0.7**", "`0.7`", "Score: 0.7", "0.7.", "0.7 (good)", "(0.7)", "0.7/1",
-          "0.7 / 1.0", "0.7 - a good start"],
+          "0.7 / 1.0", "0.7/1.00", "0.7 - a good start"],
     0.5: [".5", "0.5/1"], 0.0: ["0", "0.0", "0."], 1.0: ["1", "1.", "1.0", "1/1"],
     None: ["1.01", "2", "8", "10", "-0.1", "\u22120.1", "nan", "inf", "1e-3", "9" * 400, "11/10", "0,7",
            "7/10", "1/10", "70%", "0%", "0.6-0.8", "0.6 or 0.8", "0.5/0", "1/0.5", "0.3/0.5", "", "v2",
@@ -123,7 +123,7 @@ SCORES = {
 READ = [
     f" {GOOD}\n\n", f"```xml\n{GOOD}\n```", f"Here it is:\n\n{GOOD}", GOOD + "\n\nI hope it helps!",
     GOOD.upper(), GOOD.replace("score", "Score"), f"**1.** {GOOD}".replace("\n", "\n\n### Next\n"),
-    GOOD.replace("</score>", ""), GOOD.replace("</think>\n<critique>", "</think> and so <critique>"),
+    GOOD.replace("</think>\n<critique>", "</think> and so <critique>"),
     GOOD * 2, blocks("0.1") + "\nNo, rather:\n" + GOOD, GOOD + " The <score> is high.",
     blocks("0.5", think="What a <score> would be fair?"),
     f"<think>a thinking model's own</think>\n\n{GOOD}", f"its template began</think>\n\n{GOOD}",
@@ -133,7 +133,7 @@ READ = [
     blocks("0.5", "", ""), blocks("0.5", critique="Call <open> with 1 < 2."),
 ]  # fmt: skip
 UNREADABLE = [
-    "", "0.5", WITHOUT_THINK, WITHOUT_CRITIQUE, GOOD.split("<score>")[0],
+    "", "0.5", GOOD.split("5</score>")[0], WITHOUT_THINK, WITHOUT_CRITIQUE, GOOD.split("<score>")[0],
     GOOD.replace("</think>", ""), GOOD.replace("</critique>", ""), blocks("0.1") + blocks("2"),
     blocks("0.5", critique="a</critique><critique>b"), "Think: fine. Critique: go on. Score: 0.5",
     "<score>1</score><think>t</think><critique>c</critique>", "<think>only a native thought</think>",
