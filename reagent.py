@@ -19,8 +19,8 @@ The control that the paper lacks is R with --batch-size and --group-size twice a
 attempts at as many questions as U.
 
 A run has four phases: the agent's cold start on correct trajectories, the judge's SFT and its GRPO
-where --judged asks for a judge of its own, and learning. The judge is --rrm, any model at all; by
-default --model as the run finds it, prompted and frozen.
+where --judged or --judgements ask for a judge of its own, and learning. The judge is --rrm, any
+model at all; by default --model as the run finds it, prompted and frozen.
 
 Departures from the paper, and why:
  1. The judge of the paper is trained on judgements by a model of 120 billion parameters, the agent's
@@ -133,10 +133,9 @@ class Args:
 
 
 def learn(state):
-    """GRPO on attempts at questions of the train split, each met once.
+    """GRPO on attempts at questions of the train split, no question twice.
 
-    Not before, either, but in a tiny model's warm-up, whose seeds are those of --seed 0: it saw
-    random play at the first --examples of them.
+    At --seed 0 they are not new to a tiny model: its warm-up shows random play at the same ones.
     """
     args, agent, size = state.args, state.agent, state.args.group_size
     for step in phase(state, "learn", args.steps, args.lr, agent):
