@@ -153,7 +153,7 @@ def learn(state):
         for episode in batch:
             episode.earned = judged_return(args, episode)  # (4)
         pool_size = len(batch) * size // args.batch_size
-        metrics = grpo(state, agent, batch, pool_size)  # (5), (6)
+        metrics = learn_from_pools(state, agent, batch, pool_size)  # (5), (6)
         metrics |= watch(first) | watch(second, "second_")
         metrics |= watch_judgements(batch, judgements)
         metrics["return"] = common.mean(episode.earned for episode in batch)
@@ -252,7 +252,7 @@ def judge_grpo(state):
         for row, group in zip(rows, groups(batch, size)):
             for judgement in group:
                 judgement.earned = judge_reward(judgement, row["score"])
-        metrics = grpo(state, rrm, batch, size) | watch_judgements([], batch)
+        metrics = learn_from_pools(state, rrm, batch, size) | watch_judgements([], batch)
         metrics["reward"] = common.mean(judgement.earned for judgement in batch)
         end_step(state, step, metrics, judgements=batch)
 
@@ -569,7 +569,7 @@ def look_back(world, episode):
 # ------------------------------------------------------------------------ group-relative advantages
 
 
-def grpo(state, learner, batch, pool_size) -> dict:
+def learn_from_pools(state, learner, batch, pool_size) -> dict:
     """(5) and (6) on attempts or judgements, pools side by side in `batch` -> metrics."""
     args, clip = state.args, (state.args.clip, state.args.clip_high)
     for pool in groups(batch, pool_size):
