@@ -891,7 +891,7 @@ def check_args(args):
     judging = args.variant != "none"
     common.check(judging or not args.rrm, "--variant none has no judge: --rrm is of no use")
     common.check(args.rrm.split(":")[0] != "tiny",
-                 "--rrm: a tiny model must learn to judge first: give the rrm/ of a run with --judged")
+                 "--rrm: tiny must learn to judge first: give the rrm/ of a run with --judged")
     common.check(not args.judgements or judging and not args.rrm,
                  "--judgements are for the training of a judge (without --rrm, --variant none)")
     learns = args.variant != "C"
