@@ -88,9 +88,9 @@ FIGURE = {  # its panels: {arm: the words for it}, of the newest design
     "Self-Guide, household": {
         "self-guide-full": "full method", "self-guide-zero": "guidance alone",
         "self-guide-grpo": "GRPO"},
-    "Reagent, search": {
-        "reagent-U": "U: critique and score", "reagent-R-2G": "R: score, twice the attempts",
-        "reagent-none": "no judge"},
+    "Reagent, search, --dose 1": {
+        "reagent-dose-U": "U: critique and score",
+        "reagent-dose-R-2G": "R: score, twice the attempts", "reagent-dose-none": "no judge"},
 }
 
 
