@@ -31,7 +31,7 @@ tokens; the scale of R_env (1 as written; a public script has 10); gradient step
 DAPO's sampling looks at R or at R_env (here: R, so where ratings earn few groups are replaced).
 Plain GRPO at equal tokens is --guide off with more --steps: metrics.jsonl counts `tokens`.
 
-    python self_guide.py                                   # household, tiny: .06 -> .62, minutes
+    python self_guide.py                                   # household, tiny: .06 -> .58, minutes
     python self_guide.py --guide off --out-dir runs/grpo   # an arm wants its own directory
     python self_guide.py --model smollm2 --shots 2 --prefill --show-actions --guide inference \\
         --eval-episodes 20 --max-new-tokens 24 --rate-tokens 48  # a chat model on a laptop
