@@ -72,7 +72,7 @@ from common import flag
 
 @dataclass
 class Args:
-    """The paper's settings, in smaller amounts. "not in the paper": left open; TINY: a tiny model's."""
+    """The paper's setting, in smaller amounts. "not in the paper": left open; TINY has a tiny model's."""
 
     # shared by all scripts
     model: str = flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
