@@ -23,7 +23,7 @@ where --judged or --judgements ask for a judge of its own, and learning. The jud
 model at all; by default --model as the run finds it, prompted and frozen.
 
 Departures from the paper, and why:
- 1. The judge of the paper is trained on judgements by a model of 120 billion parameters, the agent's
+ 1. The paper's judge learns from judgements by a model of 120 billion parameters, the agent's
     cold start imitates a stronger model. Here they come from --judgements and --demos, or from
     programs: one names the flaws of a process, from what was read there (`annotate`; the agent
     meets it in a tiny model's warm-up alone), the other is the world's expert. Half of the
@@ -72,7 +72,7 @@ from common import flag
 
 @dataclass
 class Args:
-    """The paper's setting, in smaller amounts. "not in the paper": left open; TINY has a tiny model's."""
+    """The paper's setting, smaller. "not in the paper": left open; TINY has a tiny model's."""
 
     # shared by all scripts
     model: str = flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
