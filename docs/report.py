@@ -1,22 +1,16 @@
-"""README's tables and the learning curves, from results.jsonl and curves.csv alone.
+"""Keeps runs in results.jsonl and curves.csv, and makes the tables of results.md from them alone.
 
-    python docs/report.py                       print the tables; draw docs/learning_curves.png
-    python docs/report.py --write PAGE.md       the tables of each method in it, too, between
-                                                <!-- results: METHOD --> and <!-- /results -->
+    python docs/report.py                       print the tables
+    python docs/report.py --write docs/results.md       ... to a page, below its mark
     python docs/report.py add runs/nlac-s0      keep a finished run, in place of an older one
     python docs/report.py add runs/x --name nlac-s0     ... under another name
-    python docs/report.py best ppo-search       the flags of PPO's search, of the best arm
-    python docs/report.py tokens nlac-s0        what a kept run sampled
 
-A run is named ARM-sSEED. Standard errors are over seeds. Runs of one design of the scripts are
-never averaged or compared with those of another, and a name is unique within its design.
-
-results.jsonl has a line per run: `design` (1 or 2), `name`, what summary.json says of the run
-(`script` to `commit`; `n` test episodes), its resolved `args`, the rest of args.json (`setup`),
-the rest of summary.json (`summary`), means of the `last_third` of the training metrics of its
-last phase, and what `probes` beside them found (judge.json and the like, by their names).
-curves.csv has a row per evaluation within a run. Floats have six digits (the lines of design 1
-have all); what is not finite is null.
+A run is named ARM-sSEED. results.jsonl has a line per run: the `design` of the scripts, `name`,
+what summary.json says of the run (`script` to `commit`; `n` test episodes), its resolved `args`,
+the rest of args.json (`setup`) and of summary.json (`summary`), means over the `last_third` of the
+training metrics of its last phase, and what `probes` found out (judge.json and the like, by their
+names). curves.csv has a row per evaluation within a run; docs/learning_curves.py draws them. Floats
+have six digits; what is not finite is null.
 """
 
 import argparse
@@ -28,70 +22,30 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-DESIGN = 2  # of the scripts whose runs are added now
+DESIGN = 2  # of the scripts; runs of the first one are in git's history alone: docs/design1.md
 COLUMNS = "design", "run", "step", "env_steps", "tokens", "success", "se"  # of curves.csv
 TOLD = "script", "method", "arm", "env", "model", "seed", "device"  # by each line itself
 ENDS = "before", "after", "random", "expert"  # what a table cannot do without, in summary.json
 NEEDED = *ENDS, "env_steps", "generated_tokens", "gradient_steps", "seconds"
 COUNTS = "step", "stage_step", "phase_step", "env_steps", "tokens", "episodes", "gradient_steps"
 
-METHODS = {  # by the beginning of a run's name; NLAC and rivals: no such
-    "self-guide": "Self-Guide",
-    "act": "ACT",
-    "reagent": "Reagent",
-    # The same arms from another tiny model: they are not averaged with the rest.
-    "other-base-reagent": "Reagent, another base",
-}
-MAIN = "nlac", "full", "act,il", "U"  # what the other arms of a table are compared with
-CLAIMS = (  # pairs of which the papers find, or one hopes for, a plus
-    ("zero", "grpo"),
-    ("zero", "immediate"),
-    ("dapo", "grpo-dapo"),
-    ("act,il,rl", "il,rl"),
-    ("few-demos-act,il", "few-demos-il,il"),
-    ("few-demos-act,il", "few-demos-il"),
-    ("few-demos-act,il", "few-demos-sft-choice,il"),
-    ("few-demos-act,il", "few-demos-no-reasoning,il"),
-    ("many-demos-act,il", "many-demos-il,il"),
-    ("128x2-act,il", "128x2-il,il"),
-    ("k4", "il,il"),
-    ("32x2", "32x2-il,il"),
-    ("32x2-foreign", "32x2-il,il"),
-    ("32x2-foreign", "32x2"),
-    ("R", "none"),
-    ("R-2G", "none-2G"),
-    ("R-2G", "none"),
-    ("none-2G", "none"),
-    ("U-lambda0", "none"),
-    ("U-annotator", "U-shuffled"),
-    ("U-annotator", "R-2G"),
-    ("U-shuffled", "none"),
-)
-FIRST = (  # arms in the order of the tables, before all others
-    *("nlac", "frozen-critic", "blind-critic", "ceiling", "mc-backup", "ppo"),
-    *("self-distillation", "nlql", "grpo", "full", "zero", "immediate", "no-anneal"),
-    *("inference", "none", "R-2G", "U"),
-)
-FIGURE = {  # its panels: {arm: the words for it}, of the newest design
-    "NLAC and its rivals, repair": {
-        "nlac": "NLAC", "label-only": "its reasons cut away", "ppo": "PPO",
-        "self-distillation": "self-distillation", "nlac-grpo": "GRPO",
-        "blind-critic": "critic of other states", "frozen-critic": "critic that learns nothing"},
-    "Self-Guide, household, --dose 1": {
-        "self-guide-dose-full": "full method", "self-guide-dose-zero": "guidance alone",
-        "self-guide-dose-grpo": "GRPO"},
-    "Self-Guide, household": {
-        "self-guide-full": "full method", "self-guide-zero": "guidance alone",
-        "self-guide-grpo": "GRPO"},
-    "Reagent, search, --dose 1": {
-        "reagent-dose-U": "U: critique and score",
-        "reagent-dose-R-2G": "R: score, twice the attempts", "reagent-dose-none": "no judge"},
-}
+METHODS = {"": "NLAC and its rivals", "self-guide-": "Self-Guide", "act-": "ACT",
+           "reagent-": "Reagent"}  # by the beginning of a run's name
+FAMILIES = {  # what can be compared begins alike: the rest of the name of the method's own arm
+    "": "nlac", "20q-": "nlac", "nlac-smollm2": "",
+    "self-guide-": "full", "self-guide-dose-": "full", "self-guide-smollm2-": "full",
+    "act-": "act,il", "act-dose-": "act,il", "act-dose20k-": "act,il", "act-smollm2-": "act,il",
+    "act-few-demos-": "act,il", "act-many-demos-": "act,il", "act-128x2-": "act,il", "act-32x2": "",
+    "reagent-": "U", "reagent-dose-": "U"}
+PAIRS = (  # compared besides, within each family
+    ("zero", "grpo"), ("act,il,rl", "il,rl"), ("R-2G", "none"), ("U-annotator", "R-2G"))
+MARK = "<!-- below: docs/report.py -->\n"  # what stands above it in the page is written by hand
 
 
 # ------------------------------------------------------------------------------ the two files
@@ -99,32 +53,26 @@ FIGURE = {  # its panels: {arm: the words for it}, of the newest design
 
 def read_runs(folder):
     """The kept runs: the lines of results.jsonl, each with its rows of curves.csv as `curve`."""
-    curves = defaultdict(list)
+    curves, runs = defaultdict(list), []
     for row in read_curves(folder):
-        curves[row["design"], row["run"]].append(row)
-    runs = []
-    for count, line in enumerate(read_lines(folder), start=1):
+        curves[row["run"]].append(row)
+    for count, line in enumerate(read_lines(folder / "results.jsonl"), start=1):
         try:
             run = json.loads(line)
         except ValueError as error:
             refuse(f"{folder}/results.jsonl, line {count} cannot be read: {error}")
-        runs.append(run | {"curve": curves[str(run["design"]), run["name"]]})
+        runs.append(run | {"curve": curves[run["name"]]})
     return runs
 
 
-def read_lines(folder):
-    """The lines of results.jsonl; none where there is no such file."""
-    path = Path(folder, "results.jsonl")
+def read_lines(path):
+    """The lines of a file; none where there is no such file."""
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def read_curves(folder):
     """The rows of curves.csv, all of it text; none where there is no such file."""
-    path = Path(folder, "curves.csv")
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(read_lines(folder / "curves.csv")))
 
 
 def write_atomically(path, text):
@@ -148,21 +96,20 @@ def locked(folder):
 # --------------------------------------------------------------------------------- keep a run
 
 
-def add(directory, folder, name="", design=DESIGN):
-    """Keeps a finished run under its name, which it returns.
-
-    Its line and its curve replace those of that name and design.
-    """
-    directory, folder = Path(directory).resolve(), Path(folder)
+def add(directory, folder, name=""):
+    """Keeps a finished run under its name, which it returns, in place of what had that name."""
+    directory = directory.resolve()
     name = name or directory.name
     if not (directory / "summary.json").is_file():
         refuse(f"{directory}: no finished run there (no summary.json)")
     try:
-        metrics = read_metrics(directory / "metrics.jsonl")
-        line = run_line(directory, name, design, metrics)
-        curve = curve_rows(name, design, metrics)
+        metrics = [json.loads(line) for line in read_lines(directory / "metrics.jsonl")]
+        line = run_line(directory, name, metrics)
+        curve = curve_rows(name, metrics)
         text = json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        text = text.replace(str(directory.parent), "runs")  # where it lies says nothing
+        for place in directory, Path(line["args"].get("out_dir", "")):
+            if place.is_absolute():  # where it lies, or lay, says nothing
+                text = text.replace(str(place.parent), "runs")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         refuse(f"{directory} cannot be read ({type(error).__name__}: {error})")
     if not re.fullmatch(rf"\S+-s{line['seed']}", name):
@@ -170,27 +117,23 @@ def add(directory, folder, name="", design=DESIGN):
 
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        curves = [row for row in read_curves(folder) if not same(row["run"], row["design"], line)]
-        lines = []
-        for old in read_lines(folder):
-            known = json.loads(old)
-            if not same(known["name"], known["design"], line):
-                lines.append(old)
-        write_atomically(folder / "curves.csv", csv_text(curves + curve))
+        known = read_lines(folder / "results.jsonl")
+        lines = [old for old in known if json.loads(old)["name"] != name]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for row in read_curves(folder) if row["run"] != name)
+        writer.writerows(curve)
+        write_atomically(folder / "curves.csv", table.getvalue())
         write_atomically(folder / "results.jsonl", "\n".join([*lines, text]) + "\n")
     return name
 
 
-def same(name, design, line):
-    """Whether a kept line or row is of this run."""
-    return name == line["name"] and int(design) == line["design"]
-
-
-def run_line(directory, name, design, metrics):
+def run_line(directory, name, metrics):
     """What results.jsonl keeps of a run."""
-    summary = read_json(directory / "summary.json")
-    settings = read_json(directory / "args.json")
-    line = {"design": design, "name": name}
+    files = {path.name: read_json(path) for path in sorted(directory.glob("*.json"))}
+    summary, settings = files.pop("summary.json"), files.pop("args.json")
+    line = {"design": DESIGN, "name": name}
     for key in TOLD:
         line[key] = summary.pop(key)
     line["n"] = summary.pop("eval_episodes")
@@ -202,22 +145,18 @@ def run_line(directory, name, design, metrics):
             raise ValueError(f"{key} of summary.json is not a number")
     line["args"] = settings.pop("args")
     line["setup"] = {key: value for key, value in settings.items() if key not in line}
-    line["summary"] = shortened(summary)
-    line["last_third"] = shortened(last_third(metrics))
-    line["probes"] = {}
-    for path in sorted(directory.glob("*.json")):
-        if path.stem not in ("args", "summary"):
-            line["probes"][path.stem] = shortened(read_json(path))
-    return line
+    probes = {name.removesuffix(".json"): found for name, found in files.items()}
+    measured = {"summary": summary, "last_third": last_third(metrics), "probes": probes}
+    return line | shortened(measured)
 
 
 def last_third(metrics):
-    """Means of the last third of the training metrics, of the run's last phase or stage."""
+    """Means of the last third of the training metrics, of the last phase or stage of a run."""
     if not metrics:
         return {}
-    phase = phase_of(metrics[-1])
-    steps = [step for step in metrics if phase_of(step) == phase]
-    steps = steps[-max(1, len(steps) // 3) :]
+    phases = [step.get("phase", step.get("stage")) for step in metrics]
+    steps = [step for step, phase in zip(metrics, phases) if phase == phases[-1]]
+    steps = steps[-max(1, len(steps) // 3):]
     values = defaultdict(list)
     for step in steps:
         for key, value in step.items():
@@ -225,36 +164,19 @@ def last_third(metrics):
             if measured and key not in COUNTS and not key.startswith("eval_"):
                 values[key].append(value)
     means = {key: sum(some) / len(some) for key, some in values.items()}
-    return {"phase": phase, "lines": len(steps)} | means
+    return {"phase": phases[-1], "lines": len(steps)} | means
 
 
-def phase_of(step):
-    """The part of a run that a line of metrics is of; None in runs of one part."""
-    return step.get("phase", step.get("stage"))
-
-
-def curve_rows(name, design, metrics):
+def curve_rows(name, metrics):
     """The evaluations within a run, as rows of curves.csv."""
     rows = []
     for step in metrics:
-        if shortened(step.get("eval_success")) is None:
-            continue
-        row = {"design": design, "run": name}
-        for key in "step", "env_steps", "tokens":
-            row[key] = step[key]
-        for key in "success", "se":
-            row[key] = f"{step[f'eval_{key}']:.6g}"
-        rows.append(row)
+        if shortened(step.get("eval_success")) is not None:
+            row = {"design": DESIGN, "run": name}
+            row |= {key: step[key] for key in ("step", "env_steps", "tokens")}
+            row |= {key: f"{step[f'eval_{key}']:.6g}" for key in ("success", "se")}
+            rows.append(row)
     return rows
-
-
-def csv_text(rows):
-    """curves.csv as text."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def shortened(value):
@@ -271,14 +193,7 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_metrics(path):
-    """The lines of metrics.jsonl; none where there is none, as of a run that trains nothing."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-# ------------------------------------------------------------------------- arms, seeds, tables
+# ----------------------------------------------------------------------------- arms and seeds
 
 
 def arm_of(run):
@@ -286,133 +201,124 @@ def arm_of(run):
     return run["name"].rpartition("-s")[0]
 
 
-def label(arm):
-    """The name of an arm without its method and world."""
-    return re.sub(r"^(20q(-full)?|self-guide|act|(other-base-)?reagent)-", "", arm)
+def beginning(name, known):
+    """The longest of the `known` beginnings that a name has."""
+    return max(filter(name.startswith, known), key=len)
 
 
-def method_of(run):
-    """The method whose tables show a run."""
-    for start, method in METHODS.items():
-        if run["name"].startswith(f"{start}-"):
-            return method
-    return "NLAC"
+def place(run):
+    """What the tables are sorted by: a family's own arm goes first."""
+    arm = arm_of(run)
+    method, family = beginning(arm, METHODS), beginning(arm, FAMILIES)
+    order = [*METHODS].index(method), run["env"], [*FAMILIES].index(family)
+    return *order, arm != family + FAMILIES[family], arm
 
 
 def by_table(runs):
-    """{(method, world, design): {arm: {seed: run}}}: NLAC and its rivals first, 20q last."""
-
-    def place(run):
-        name, method, env = arm_of(run), method_of(run), run["env"]
-        order = FIRST.index(label(name)) if label(name) in FIRST else len(FIRST)
-        return method != "NLAC", method, -run["design"], "20q" in env, env, order, name
-
+    """{(method, world): {arm: {seed: run}}}, in the order of the page."""
     tables = defaultdict(dict)
     for run in sorted(runs, key=place):
-        arms = tables[method_of(run), run["env"], run["design"]]
-        arms.setdefault(arm_of(run), {})[run["seed"]] = run
+        method = METHODS[beginning(run["name"], METHODS)]
+        tables[method, run["env"]].setdefault(arm_of(run), {})[run["seed"]] = run
     return tables
-
-
-def mean_se(values):
-    """Mean and standard error over seeds; the latter is nan for a single one."""
-    values = list(values)
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
-
-
-def number(mean, se, signed=False):
-    """0.500 ± 0.010, or without the error where it is not known."""
-    text = f"{mean:+.3f}" if signed else f"{mean:.3f}"
-    return text if math.isnan(se) else f"{text} ± {se:.3f}"
-
-
-def cell(values, signed=False):
-    """Mean and standard error of the values that are known; a dash without any."""
-    known = [value for value in values if value is not None]
-    return number(*mean_se(known), signed=signed) if known else "-"
-
-
-def markdown(head, rows):
-    """A table, "" without rows; `head` is the text of its first line."""
-    if not rows:
-        return ""
-    columns = head.count("|") + 1
-    lines = [f"| {head} |", "|" + "---|" * columns]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join(lines)
-
-
-def tables(runs):
-    """{method: markdown}: per world and design the tables, and what only one method has."""
-    texts = defaultdict(list)
-    for (method, env, design), arms in by_table(runs).items():
-        texts[method].append(heading(env, design, arms))
-        texts[method] += [text for table in TABLES if (text := table(arms))]
-    return {method: "\n\n".join(parts) for method, parts in texts.items()}
-
-
-def heading(env, design, arms):
-    """What the numbers of a table are."""
-    runs = [run for seeds in arms.values() for run in seeds.values()]
-    players = runs[0]["summary"]
-    ends = "; ".join(f"{who} {players[who]['success']:.3f}" for who in ("random", "expert"))
-    episodes = "/".join(str(n) for n in sorted({run["n"] for run in runs}))
-    devices = ", ".join(sorted({str(run["device"]) for run in runs}))
-    return (
-        f"**{env}, design {design}** (success on {episodes} test episodes per run; "
-        f"mean ± standard error over seeds; {ends} player; {devices})"
-    )
-
-
-def result_table(arms):
-    """A row per arm: everything by which runs can be compared, as means over seeds."""
-    head = (
-        "arm | seeds | before | after | ood, after | of the expert's | environment steps | "
-        "generated tokens | gradient steps | minutes"
-    )
-    rows = []
-    for arm, runs in arms.items():
-        rows.append(result_row(arm, [run["summary"] for run in runs.values()]))
-    if all(row[4] == "-" for row in rows):  # this world has no such split
-        head = head.replace(" ood, after |", "")
-        rows = [row[:4] + row[5:] for row in rows]
-    return markdown(head, rows)
-
-
-def result_row(arm, summaries):
-    """The cells of an arm."""
-
-    def mean(key):
-        return sum(summary.get(key, 0) for summary in summaries) / len(summaries)
-
-    def share(summary):
-        return summary["after"]["success"] / (summary["expert"]["success"] or math.nan)
-
-    after = cell(summary["after"]["success"] for summary in summaries)
-    steps = f"{mean('env_steps'):,.0f}"
-    if mean("simulation_steps"):
-        steps += f" + {mean('simulation_steps'):,.0f} simulated"
-    return [
-        arm,
-        str(len(summaries)),
-        cell(summary["before"]["success"] for summary in summaries),
-        f"**{after}**",
-        cell(summary.get("after_ood", {}).get("success") for summary in summaries),
-        f"{mean_se(share(summary) for summary in summaries)[0]:.0%}",
-        steps,
-        f"{mean('generated_tokens'):,.0f}",
-        f"{mean('gradient_steps'):,.0f}",
-        f"{mean('seconds') / 60:.1f}",
-    ]
 
 
 def success(runs, when="after"):
     """{seed: success} of an arm."""
     return {seed: run["summary"][when]["success"] for seed, run in runs.items()}
+
+
+def mean_se(values):
+    """Mean and standard error over seeds; the latter is nan for a single one."""
+    values = list(values)
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.fmean(values), spread / math.sqrt(len(values))
+
+
+# --------------------------------------------------------------------------------- the tables
+
+
+def tables(runs):
+    """All of them, as markdown."""
+    parts, shown = [], ""
+    for (method, env), arms in by_table(runs).items():
+        parts += [f"## {method}\n"] * (method != shown)
+        shown = method
+        parts += [heading(env, arms), result_table(arms), difference_table(arms)]
+        parts += [detail_table(arms, title, told) for title, told in DETAILS.items()]
+    return "\n".join(filter(None, parts))
+
+
+def heading(env, arms):
+    """The world, who bounds what can be won in it, and where the runs were."""
+    runs = [run for seeds in arms.values() for run in seeds.values()]
+    most = max(runs, key=lambda run: run["n"])["summary"]
+    random, expert = most["random"]["success"], most["expert"]["success"]
+    devices = ", ".join(sorted({run["device"] for run in runs}))
+    return f"### {env}\n\nA random player wins {random:.3f}, the expert {expert:.3f}; {devices}.\n"
+
+
+def number(mean, se, sign=""):
+    """0.500 ± 0.010, or without the error where it is not known."""
+    return f"{mean:{sign}.3f}" + ("" if math.isnan(se) else f" ± {se:.3f}")
+
+
+def cell(values):
+    """Mean and standard error of the values that are known; a dash without any."""
+    known = [value for value in values if value is not None]
+    return number(*mean_se(known)) if known else "-"
+
+
+def markdown(head, rows):
+    """A table, "" without rows; `head`: the cells of its first line."""
+    lines = [f"| {' | '.join(line)} |\n" for line in (head, *rows)]
+    lines.insert(1, "|" + "---|" * len(head) + "\n")
+    return "".join(lines) if rows else ""
+
+
+def result_table(arms):
+    """A row per arm: everything by which runs can be compared, as means over seeds."""
+    head = ("arm,seeds,n,before,after,ood after,environment steps,generated tokens,"
+            "gradient steps,minutes").split(",")
+    rows = [result_row(arm, [*runs.values()]) for arm, runs in arms.items()]
+    if all(row[5] == "-" for row in rows):  # this world has no such split
+        head, *rows = [row[:5] + row[6:] for row in (head, *rows)]
+    return markdown(head, rows)
+
+
+def result_row(arm, runs):
+    """The cells of an arm."""
+    summaries = [run["summary"] for run in runs]
+    cost = {}
+    for key in "env_steps", "simulation_steps", "generated_tokens", "gradient_steps", "seconds":
+        cost[key] = statistics.fmean(summary.get(key, 0) for summary in summaries)
+    simulated = f" + {cost['simulation_steps']:,.0f} simulated" if cost["simulation_steps"] else ""
+    return [
+        arm, str(len(runs)), str(runs[0]["n"]),
+        cell(summary["before"]["success"] for summary in summaries),
+        f"**{cell(summary['after']['success'] for summary in summaries)}**",
+        cell(summary.get("after_ood", {}).get("success") for summary in summaries),
+        f"{cost['env_steps']:,.0f}{simulated}",
+        f"{cost['generated_tokens']:,.0f}",
+        f"{cost['gradient_steps']:,.0f}",
+        f"{cost['seconds'] / 60:.1f}"]
+
+
+def difference_table(arms):
+    """Of each family: its own arm after minus before and minus all others, then PAIRS."""
+    after = {arm: success(runs) for arm, runs in arms.items()}
+    rows = []
+    for family, rest in FAMILIES.items():
+        own = family + rest
+        if own in arms:
+            before = success(arms[own], "before")
+            rows += difference(f"{own}: after minus before", after[own], before)
+        others = [arm for arm in arms if beginning(arm, FAMILIES) == family and arm != own]
+        pairs = [(own, arm) for arm in others]
+        pairs += [(family + one, family + other) for one, other in PAIRS]
+        for one, other in pairs:
+            rows += difference(f"{one} minus {other}", after.get(one, {}), after.get(other, {}))
+    return markdown(["difference", "seeds", "mean", "beyond 2 standard errors"], rows)
 
 
 def difference(name, one, other):
@@ -421,293 +327,88 @@ def difference(name, one, other):
     if not shared:
         return []
     mean, se = mean_se(one[seed] - other[seed] for seed in shared)
-    told = "yes" if abs(mean) > 2 * se else "no"
-    told = "one seed" if math.isnan(se) else told
-    return [[name, str(len(shared)), number(mean, se, signed=True), told]]
+    told = "one seed" if math.isnan(se) else "yes" if abs(mean) > 2 * se else "no"
+    return [[name, str(len(shared)), number(mean, se, sign="+"), told]]
 
 
-def difference_table(arms):
-    """The method minus its own base, and minus each other arm."""
-    mine = next((arm for arm in arms if label(arm) in MAIN), None)
-    if mine is None:
-        return ""
-    after = success(arms[mine])
-    rows = difference("its base", after, success(arms[mine], "before"))
+def detail_table(arms, title, told):
+    """What one method alone has: `told` a run, {row: {column: number}}, as means over seeds."""
+    found = defaultdict(list)
     for arm, runs in arms.items():
-        if arm != mine:
-            rows += difference(arm, after, success(runs))
-    return markdown(f"{label(mine)} minus | seeds | difference | beyond 2 standard errors", rows)
-
-
-def claim_table(arms):
-    """Other pairs of arms."""
-    known = {label(arm): success(runs) for arm, runs in arms.items()}
-    rows = []
-    for one, other in CLAIMS:
-        rows += difference(f"{one} minus {other}", known.get(one, {}), known.get(other, {}))
-    head = "other pairs of arms | seeds | difference | beyond 2 standard errors"
+        for run in runs.values():
+            for row, numbers in told(run).items():
+                found[f"{arm}{row}"].append(numbers)
+    head, rows = [title, "seeds"], []
+    for name, seeds in found.items():
+        head[2:] = seeds[0]
+        cells = [cell(numbers[column] for numbers in seeds) for column in seeds[0]]
+        rows.append([name, str(len(seeds)), *cells])
     return markdown(head, rows)
 
 
-def rating_table(arms):
-    """Of arms that rate themselves: what ratings say, and whether they tell success from failure.
-
-    Means over seeds, on `test`.
-    """
-    rows = []
-    for arm, runs in arms.items():
-        watched = [run["summary"].get("watched", {}) for run in runs.values()]
-        before = [ends.get("before", {}).get("test", {}) for ends in watched]
-        after = [ends.get("after", {}).get("test", {}) for ends in watched]
-        if not any("label_positive" in numbers for numbers in after):
-            continue
-        row = [arm]
-        for key, ends in (
-            ("label_outcome_correlation", before),
-            ("label_outcome_correlation", after),
-            ("label_positive", after),
-            ("label_negative", after),
-            ("label_malformed", after),
-            ("looping", before),
-            ("looping", after),
-        ):
-            row.append(cell(numbers.get(key) for numbers in ends))
-        rows.append(row)
-    head = (
-        "arm | correlation of ratings with success, before | after | positive, after | "
-        "negative | malformed | looping, before | after"
-    )
-    return markdown(head, rows)
+def ratings(run):
+    """Of a run that rates itself: what its ratings on `test` say, and how they go with success."""
+    watched = run["summary"].get("watched", {})
+    before, after = (watched.get(when, {}).get("test", {}) for when in ("before", "after"))
+    told = {"correlation with success, before": before.get("label_outcome_correlation"),
+            "after": after.get("label_outcome_correlation")}
+    told |= {label: after.get(f"label_{label}") for label in ("positive", "negative", "malformed")}
+    return {"": told} if "label_positive" in after else {}
 
 
-def stage_table(arms):
-    """Of ACT's pipelines: what docs/rationale.py found on held-out states of the expert."""
-    rows, keys = [], ("next_action", "free", "choice_first", "choice_second")
-    for arm, runs in arms.items():
-        found = probes(runs, "rationale")
-        if found:
-            cells = [cell(one.get(key) for one in found) for key in keys]
-            rows.append([arm, found[0]["stage"], *cells])
-    head = (
-        "arm | stage | the expert's action | the right one of two | "
-        "if shown first | if shown second"
-    )
-    return markdown(head, rows)
+def choices(run):
+    """What docs/rationale.py found of one of ACT's."""
+    found = run["probes"].get("rationale", {})
+    columns = {
+        "next_action": "the expert's action", "free": "the right one of two",
+        "choice_first": "if shown first", "choice_second": "if shown second",
+        "removed": "without a thought", "wrong": "behind the thought of another state"}
+    told = {name: found.get(key) for key, name in columns.items()}
+    return {f", {found['stage']}": told} if found else {}
 
 
-def probes(runs, name):
-    """What a file of docs/ found out about the runs of an arm, where it was asked."""
-    return [run["probes"][name] for run in runs.values() if run["probes"].get(name)]
+def attempts(run):
+    """Of one of Reagent's: what the attempts of the last third of the updates were like."""
+    means = run["last_third"]
+    columns = {
+        "success": "first attempts won", "second_success": "second ones",
+        "judge_score": "judge's score", "judge_auc": "its AUC for success",
+        "leaks": "critiques that name the answer",
+        "flaws": "flaws of a first attempt", "second_flaws": "of a second one"}
+    told = {name: means.get(key) for key, name in columns.items()}
+    return {"": told} if means.get("phase") == "learn" else {}
 
 
-def rationale_table(arms):
-    """What docs/rationale.py found: how often the right action is chosen, by the thought."""
-    rows = []
-    for arm, runs in arms.items():
-        found = probes(runs, "rationale")
-        if found:
-            cells = [cell(one[key] for one in found) for key in ("free", "removed", "wrong")]
-            rows.append([arm, found[0]["stage"], *cells])
-    head = (
-        "arm | stage | right one of two, free thought | no thought | the thought of another state"
-    )
-    return markdown(head, rows)
-
-
-def attempt_table(arms):
-    """Of Reagent's runs: what the attempts of the last third of the updates were like."""
-    keys = (
-        *(["success"], ["second_success"], ["judge_score", "reward_model"], ["judge_auc"], ["leaks"]),
-        *(["flaws", "repeated_calls"], ["second_flaws", "second_repeated_calls"]),
-    )
-    rows = []
-    for arm, runs in arms.items():
-        last = [run["last_third"] for run in runs.values()]
-        last = [means for means in last if means.get("phase") == "learn"]
-        if last:
-            rows.append([arm, *(cell(of_either(means, key) for means in last) for key in keys)])
-    head = (
-        "arm, last third of training | first attempts won | second attempts won | "
-        "judge's score | its AUC for success | critiques that name the answer | "
-        "flaws (design 1: repeated calls), first | second"
-    )
-    return markdown(head, rows)
-
-
-def second_attempt_table(arms):
+def second_attempts(run):
     """What docs/second_attempts.py found: how often they win, by what they are told."""
-    rows = []
-    for arm, runs in arms.items():
-        found = probes(runs, "second_attempts")
-        for way in found[0] if found else ():
-            told = [one[way] for one in found]
-            row = [f"{arm}, {way}", str(len(found))]
-            for part in "all", "lost", "won":
-                row.append(cell(one.get(part, {}).get("success") for one in told))
-            paired = [one.get("minus_nothing", {}).get("difference") for one in told]
-            rows.append([*row, cell(paired, signed=True)])
-    head = (
-        "arm after training, attempt | seeds | won | where the first was lost | "
-        "where it was won | minus `nothing`, paired"
-    )
-    return markdown(head, rows)
+    rows = {}
+    for way, found in run["probes"].get("second_attempts", {}).items():
+        columns = {"all": "won", "lost": "where the first was lost", "won": "where it was won"}
+        told = {name: found.get(part, {}).get("success") for part, name in columns.items()}
+        paired = found.get("minus_nothing", {}).get("difference")
+        rows[f", {way}"] = told | {"minus nothing, paired": paired}
+    return rows
 
 
-def of_either(numbers, names):
-    """What has one of the names: the second design's, then the first's."""
-    return next((numbers[name] for name in names if name in numbers), None)
+def judges(run):
+    """Of a run that trained a judge: its quality on trajectories of `test`."""
+    judge = run["summary"].get("judge") or {}
+    columns = {
+        "judge_readable": "readable", "judge_auc": "AUC of its score for success",
+        "auc_process": "for a process without flaws", "error": "distance to the reference score"}
+    rows = {}
+    for when in judge if "judge-sft" in judge else ():
+        for who, found in judge[when].items():
+            rows[f", {when}, on {who}"] = {name: found[key] for key, name in columns.items()}
+    return rows
 
 
-def judge_table(arms):
-    """Of judges trained in a run: their quality on trajectories of the test split."""
-    keys = ["judge_readable", "parsed"], ["judge_auc", "auc_outcome"], ["auc_process"], ["error"]
-    rows = []
-    for arm, runs in arms.items():
-        judges = [run["summary"].get("judge") or {} for run in runs.values()]
-        judges = [judge for judge in judges if "judge-sft" in judge]
-        for when in "before", "judge-sft", "judge-grpo":
-            for who in "players", "agent":
-                seen = [judge[when][who] for judge in judges if who in judge.get(when, {})]
-                if seen:
-                    cells = [cell(of_either(judge, names) for judge in seen) for names in keys]
-                    rows.append([f"{arm}, {when}, on {who}", *cells])
-    head = (
-        "judge | readable | AUC of its score for success | for a process without flaws | "
-        "distance to the reference score"
-    )
-    return markdown(head, rows)
-
-
-TABLES = (
-    *(result_table, difference_table, claim_table, rating_table, stage_table, rationale_table),
-    *(attempt_table, second_attempt_table, judge_table),
-)
-
-
-def write_between_marks(path, texts):
-    """Each method's tables, in a page that has the marks for them."""
-    page = Path(path).read_text(encoding="utf-8")
-    for method, text in texts.items():
-        start, end = f"<!-- results: {method} -->", "<!-- /results -->"
-        places = re.findall(rf"{start}\n(?:(?!<!-- results).)*?{end}", page, flags=re.DOTALL)
-        if len(places) != 1:
-            refuse(f"{path} needs one {start} and, behind it, one {end}")
-        page = page.replace(places[0], f"{start}\n{text}\n{end}")
-    write_atomically(Path(path), page)
-
-
-# --------------------------------------------------------------------------------- the figure
-
-
-def curve(runs):
-    """(environment steps, mean success, standard error) over the seeds of an arm.
-
-    Each seed's evaluations are interpolated linearly. The first is of the model that learning
-    starts from, after a cold start where there is one; the last is of the trained model.
-    """
-    lines = []
-    for run in runs.values():
-        start = run["summary"].get("cold_started", {}).get("test") or run["summary"]["before"]
-        points = [(0, start["success"])]
-        for row in run["curve"]:
-            points.append((int(row["env_steps"]), float(row["success"])))
-        steps = run["summary"]["env_steps"]
-        if steps > points[-1][0]:
-            points.append((steps, run["summary"]["after"]["success"]))
-        if len(points) > 1:
-            lines.append(points)
-    if not lines:
-        return []
-    end = min(points[-1][0] for points in lines)
-    steps = {step for points in lines for step, _ in points if step <= end}
-    return [(step, *mean_se(at(points, step) for points in lines)) for step in sorted(steps)]
-
-
-def at(points, x):
-    """The height at x of the line through these points."""
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if x0 <= x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / ((x1 - x0) or 1)
-    return points[-1][1]
-
-
-def draw(runs, path):
-    """Test success against environment steps: the panels of FIGURE that have curves."""
-    try:
-        import matplotlib
-    except ImportError:
-        message = "no figure: it needs matplotlib (pip install -r requirements-dev.txt)"
-        return print(message, file=sys.stderr)
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    arms, newest = defaultdict(dict), max(run["design"] for run in runs)
-    for run in runs:
-        if run["design"] == newest:
-            arms[arm_of(run)][run["seed"]] = run
-    shown = {}
-    for title, names in FIGURE.items():
-        curves = {words: arms[arm] for arm, words in names.items() if curve(arms[arm])}
-        if curves:
-            shown[title] = curves
-    height = max(1, math.ceil(len(shown) / 2))
-    figure, panels = plt.subplots(height, 2, figsize=(12.8, 4.4 * height), squeeze=False)
-    for panel in panels.flat[len(shown) :]:
-        panel.axis("off")
-    for panel, (title, curves) in zip(panels.flat, shown.items()):
-        draw_panel(panel, title, curves)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
-
-
-def draw_panel(panel, title, curves):
-    """Curves {words: {seed: run}} between their base and the expert; the first is the method's."""
-    for number, (words, runs) in enumerate(curves.items()):
-        steps, means, errors = zip(*curve(runs))
-        seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
-        width = 1.3 if number else 2.2
-        panel.plot(steps, means, color=f"C{number}", label=f"{words} ({seeds})", linewidth=width)
-        errors = [0 if math.isnan(se) else se for se in errors]
-        low = [mean - se for mean, se in zip(means, errors)]
-        high = [mean + se for mean, se in zip(means, errors)]
-        panel.fill_between(steps, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
-    summaries = [run["summary"] for runs in curves.values() for run in runs.values()]
-    expert = mean_se(summary["expert"]["success"] for summary in summaries)[0]
-    panel.axhline(expert, color="grey", linestyle="--", linewidth=1, label="expert")
-    panel.set(title=title, xlabel="environment steps", ylabel="success on test episodes")
-    panel.set(ylim=(-0.02, 1.05))
-    panel.legend(fontsize=8)
+DETAILS = {  # what the rows of each table are of
+    "ratings": ratings, "choices, held out": choices, "last third of training": attempts,
+    "attempts after training": second_attempts, "judge": judges}
 
 
 # ------------------------------------------------------------------------------- command line
-
-
-def best(runs, prefix):
-    """Learning rate and entropy bonus, as flags, of the best arm whose name begins so, or None.
-
-    Of the newest design that has such arms.
-    """
-    arms = defaultdict(list)
-    for run in runs:
-        if run["name"].startswith(prefix):
-            arms[run["design"], arm_of(run)].append(run)
-    if not arms:
-        return None
-
-    def rank(key):
-        mean, _ = mean_se(run["summary"]["after"]["success"] for run in arms[key])
-        return key[0], mean
-
-    args = arms[max(arms, key=rank)][0]["args"]
-    flags = {"--lr": args.get("lr"), "--entropy-coef": args.get("entropy_coef")}
-    return " ".join(f"{flag} {value}" for flag, value in flags.items() if value is not None)
-
-
-def tokens(runs, name):
-    """What a run sampled, in the newest design that has it; None where it is not kept."""
-    found = sorted((run for run in runs if run["name"] == name), key=lambda run: run["design"])
-    return found[-1]["summary"]["generated_tokens"] if found else None
 
 
 def refuse(message):
@@ -716,27 +417,16 @@ def refuse(message):
     raise SystemExit(2)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Its errors are one line each."""
-
-    def error(self, message):
-        """See refuse."""
-        refuse(message)
-
-
 def parse(argv):
     """The command line above."""
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--results", default=str(HERE), help="the folder of the two files")
-    parser.add_argument("--figure", default=str(HERE / "learning_curves.png"))
-    parser.add_argument("--write", default="", metavar="FILE", help="a page with these marks")
-    parser.add_argument("--design", type=int, help="only runs of this design")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--results", type=Path, default=HERE, help="the folder of the two files")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="where the tables go")
     commands = parser.add_subparsers(dest="command")
     adding = commands.add_parser("add", help="keep a finished run")
-    adding.add_argument("run", metavar="RUN_DIR")
+    adding.add_argument("run", metavar="RUN_DIR", type=Path)
     adding.add_argument("--name", default="", help="NAME-sSEED; default: RUN_DIR's own")
-    commands.add_parser("best").add_argument("prefix", help="beginning of the arms' names")
-    commands.add_parser("tokens").add_argument("run", help="NAME-sSEED")
+    parser.error = adding.error = refuse
     return parser.parse_args(argv)
 
 
@@ -746,22 +436,16 @@ def main(argv=None):
     if args.command == "add":
         name = add(args.run, args.results, args.name)
         return print(f"{name} is kept in {args.results}")
-    runs = [run for run in read_runs(args.results) if args.design in (None, run["design"])]
-    if args.command == "best":
-        told = best(runs, args.prefix)
-        missing = f"no run kept in {args.results} begins with {args.prefix}"
-        return print(told) if told is not None else refuse(missing)
-    if args.command == "tokens":
-        told = tokens(runs, args.run)
-        missing = f"no run {args.run} is kept in {args.results}"
-        return print(told) if told is not None else refuse(missing)
+    runs = read_runs(args.results)
     if not runs:
         refuse(f"no run is kept in {args.results}: see docs/experiments.sh")
-    texts = tables(runs)
-    print("\n\n".join(f"{method}\n{text}" for method, text in texts.items()))
-    if args.write:
-        write_between_marks(args.write, texts)
-    draw(runs, args.figure)
+    if not args.write:
+        return print(tables(runs))
+    page = args.write.read_text(encoding="utf-8") if args.write.exists() else ""
+    head, mark, _ = page.partition(MARK)
+    if not mark:
+        refuse(f"{args.write} needs the line {MARK}")
+    write_atomically(args.write, f"{head}{MARK}\n{tables(runs)}")
 
 
 if __name__ == "__main__":

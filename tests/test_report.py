@@ -1,6 +1,5 @@
-"""docs/report.py on made-up runs; the kept results; docs/experiments.sh, which names them."""
+"""docs/report.py and the figure on made-up runs; the kept runs; docs/experiments.sh, which names them."""
 
-import csv
 import dataclasses
 import importlib
 import itertools
@@ -18,6 +17,7 @@ from helpers import lines
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 
+import learning_curves  # noqa: E402
 import report  # noqa: E402
 
 
@@ -32,7 +32,8 @@ def made_up(folder, name, seed, after, env="repair", lr=1e-3, **more):
     summary |= {"generated_tokens": 3000000, "gradient_steps": 600, "seconds": 300.0}
     summary |= {"device": "cpu", "git_commit": "c0ffee"}
     write(out / "summary.json", summary | more)
-    settings = {"script": "nlac", "args": {"lr": lr}, "git_commit": "c0ffee", "start": "abc"}
+    args = {"lr": lr, "out_dir": f"/elsewhere/{out.name}", "rrm": str(folder / "x" / "rrm")}
+    settings = {"script": "nlac", "args": args, "git_commit": "c0ffee", "start": "abc"}
     write(out / "args.json", settings)
     metrics = []
     for step in range(1, 201):
@@ -68,7 +69,7 @@ def kept(tmp_path):
     """A folder with a few runs and, of those that are finished, the two files."""
     folder = tmp_path / "kept"
     runs = [made_up(folder, "ceiling", 0, 0.95, simulation_steps=123456)]
-    runs.append(made_up(folder, "20q-nlac", 0, 0.5, env="20q"))
+    runs.append(made_up(folder, "20q-nlac", 0, 0.5, env="twenty_questions:listed"))
     for seed, (ours, blind) in enumerate([(0.8, 0.1), (0.9, 0.1), (0.7, 0.2)]):
         runs.append(made_up(folder, "nlac", seed, ours))
         runs.append(made_up(folder, "blind-critic", seed, blind))
@@ -82,38 +83,29 @@ def kept(tmp_path):
 
 
 def test_tables(kept):
-    text = report.tables(report.read_runs(kept))["NLAC"]
-    after = "0.100 ± 0.000 | **0.800 ± 0.058** | 80%"
-    assert f"| nlac | 3 | {after} | 20,000 | 3,000,000 | 600 | 5.0 |" in text
+    text = report.tables(report.read_runs(kept))
+    after = "0.100 ± 0.000 | **0.800 ± 0.058**"
+    assert f"| nlac | 3 | 500 | {after} | 20,000 | 3,000,000 | 600 | 5.0 |" in text
     assert "20,000 + 123,456 simulated" in text
-    assert "| its base | 3 | +0.700 ± 0.058 | yes |" in text
-    assert "| blind-critic | 3 | +0.667 ± 0.088 | yes |" in text
-    assert "| ceiling | 1 | -0.150 | one seed |" in text
-    assert text.index("**repair, design 2**") < text.index("**20q, design 2**")
+    assert "| nlac: after minus before | 3 | +0.700 ± 0.058 | yes |" in text
+    assert "| nlac minus blind-critic | 3 | +0.667 ± 0.088 | yes |" in text
+    assert "| nlac minus ceiling | 1 | -0.150 | one seed |" in text
+    assert text.startswith("## NLAC and its rivals\n\n### repair\n\nA random player wins 0.125, the expert 1.000; cpu.")
+    assert text.index("### repair") < text.index("### twenty_questions:listed") and text.count("## ") == 3
     assert "ppo" not in text and "ood" not in text
-    assert {row.count("|") for row in text.split("\n\n")[1].splitlines()} == {10}
+    assert {row.count("|") for row in text.split("\n\n")[3].splitlines()} == {10}
 
 
-def test_designs_are_kept_apart(kept):
-    old = made_up(kept.parent / "old", "nlac", 0, 0.3)
-    report.add(old, kept, design=1)
-    lines_before = lines(kept / "results.jsonl")
-    assert [line["design"] for line in lines_before if line["name"] == "nlac-s0"] == [2, 1]
-    text = report.tables(report.read_runs(kept))["NLAC"]
-    new, old = text.split("**repair, design 1**")
-    assert "| nlac | 3 |" in new and "**0.800 ± 0.058**" in new and "| blind-critic |" in new
-    assert "| nlac | 1 | 0.100 | **0.300** |" in old and "blind-critic" not in old
-    assert len(report.read_runs(kept)[-1]["curve"]) == 8  # its own
-
-
-def test_one_design_alone(kept, tmp_path, capsys):
-    report.add(made_up(tmp_path / "old", "nlac", 0, 0.3), kept, design=1)
-    arguments = ["--results", kept, "--figure", tmp_path / "x.png", "--design"]
-    capsys.readouterr()
-    report.main([str(argument) for argument in (*arguments, 1)])
-    out = capsys.readouterr().out
-    assert "**0.300**" in out and "design 2" not in out
-    assert "no run" in refused(capsys, *arguments, 3)
+def test_arms_are_compared_within_their_family(tmp_path):
+    after = {"full": 0.5, "grpo": 0.4, "dose-full": 0.9, "dose-zero": 0.7, "dose-grpo": 0.6}
+    for arm, success in after.items():
+        add(tmp_path, made_up(tmp_path, f"self-guide-{arm}", 0, success, after_ood={"success": 0.3}))
+    text = report.tables(report.read_runs(tmp_path))
+    rows = [row for row in text.splitlines() if "minus" in row]
+    assert [row.split(" | ")[0].removeprefix("| ").replace("self-guide-", "") for row in rows] == [
+        "full: after minus before", "full minus grpo", "dose-full: after minus before",
+        "dose-full minus dose-grpo", "dose-full minus dose-zero", "dose-zero minus dose-grpo"]  # fmt: skip
+    assert "| ood after |" in text and "| **0.500** | 0.300 |" in text
 
 
 def test_tables_of_one_method(tmp_path):
@@ -123,13 +115,14 @@ def test_tables_of_one_method(tmp_path):
         thoughts = {"stage": "1-act", "free": 0.7 + 0.1 * seed, "removed": 0.5, "wrong": 0.4}
         thoughts |= {"next_action": 0.5 + 0.2 * seed, "choice_first": 0.7, "choice_second": None}
         write(runs[-1] / "rationale.json", thoughts)
-        runs.append(made_up(tmp_path, "act-il,il", seed, 0.4 + 0.1 * seed, env="household"))
-        numbers = {"parsed": 1.0, "auc_outcome": 0.8, "auc_process": 0.9 - 0.1 * seed}
+        numbers = {"judge_readable": 1.0, "judge_auc": 0.8, "auc_process": 0.9 - 0.1 * seed}
         numbers["error"] = None
         judge = {"before": {"agent": numbers}, "judge-sft": {"players": numbers}}
         runs.append(made_up(tmp_path, "reagent-U", seed, 0.6, env="search", judge=judge))
-    runs.append(made_up(tmp_path, "other-base-reagent-U", 0, 0.9, env="search"))
-    runs.append(made_up(tmp_path, "other-base-reagent-R", 0, 0.7, env="search"))
+        labels = {"label_outcome_correlation": 0.4 + 0.2 * seed, "label_positive": 0.5}
+        labels |= {"label_negative": 0.25, "label_malformed": 0.0}
+        watched = {"before": {"test": {}}, "after": {"test": labels}}
+        runs.append(made_up(tmp_path, "self-guide-full", seed, 0.6, env="household", watched=watched))
 
     judged = {"all": {"success": 0.6}, "lost": {"success": 0.2}, "won": {"success": 1.0}}
     judged["minus_nothing"] = {"difference": 0.1}
@@ -143,21 +136,18 @@ def test_tables_of_one_method(tmp_path):
 
     for run in runs:
         add(kept, run)
-    texts = report.tables(report.read_runs(kept))
-    assert list(texts) == ["ACT", "Reagent", "Reagent, another base"]
-    assert "reagent" not in texts["ACT"]
-    other = texts.pop("Reagent, another base")  # neither averaged nor paired with the rest
-    assert "| other-base-reagent-U | 1 | 0.100 | **0.900** |" in other
-    assert "| other-base-reagent-R | 1 | +0.200 | one seed |" in other
-    text = "\n".join(texts.values())
-    assert "| act-act,il | 1-act | 0.600 ± 0.100 | 0.750 ± 0.050 | 0.700 ± 0.000 | - |" in text
-    assert "| act-act,il | 1-act | 0.750 ± 0.050 | 0.500 ± 0.000 | 0.400 ± 0.000 |" in text
-    assert "| act-il,il | 2 | +0.050 ± 0.050 | no |" in text
-    assert "| reagent-U | 0.800 | 0.500 | - | - | 0.100 | - | - |" in text
+    text = report.tables(report.read_runs(kept))
+    methods = re.findall("^## (.*)$", text, re.M)
+    assert methods == ["Self-Guide", "ACT", "Reagent"]
+    assert "| self-guide-full | 2 | - | 0.500 ± 0.100 | 0.500 ± 0.000 | 0.250 ± 0.000 |" in text
+    choices = "0.600 ± 0.100 | 0.750 ± 0.050 | 0.700 ± 0.000 | - | 0.500 ± 0.000 | 0.400 ± 0.000"
+    assert f"| act-act,il, 1-act | 2 | {choices} |" in text
+    assert "| reagent-U | 1 | 0.800 | 0.500 | - | - | 0.100 | - | - |" in text
     assert "| reagent-U, first | 1 | 0.500 | - | - | - |" in text
-    assert "| reagent-U, judge | 1 | 0.600 | 0.200 | 1.000 | +0.100 |" in text
+    assert "| reagent-U, judge | 1 | 0.600 | 0.200 | 1.000 | 0.100 |" in text
     for row in "judge-sft, on players", "before, on agent":
-        assert f"| reagent-U, {row} | 1.000 ± 0.000 | 0.800 ± 0.000 | 0.850 ± 0.050 | - |" in text
+        told = "1.000 ± 0.000 | 0.800 ± 0.000 | 0.850 ± 0.050 | -"
+        assert f"| reagent-U, {row} | 2 | {told} |" in text
     assert "judge-grpo" not in text and "before, on players" not in text
 
 
@@ -167,14 +157,14 @@ def test_numbers_by_hand():
     assert mean == pytest.approx(2 / 3) and se == pytest.approx(math.sqrt(variance / 3))
     assert math.isnan(report.mean_se([1.0])[1])
     assert report.cell([0.5, None]) == "0.500" and report.cell([None]) == "-"
-    assert report.cell([0.25, 0.75], signed=True) == "+0.500 ± 0.250"
+    assert report.number(0.5, 0.25, sign="+") == "+0.500 ± 0.250"
 
     runs = {}
     for seed, points in enumerate([[(10, 0.2), (20, 0.4)], [(20, 0.8), (40, 1.0)]]):
         curve = [{"env_steps": str(x), "success": str(y)} for x, y in points]
         summary = {"before": {"success": 0.0}, "after": {"success": 0.6}, "env_steps": 30}
         runs[seed] = {"summary": summary, "curve": curve}
-    means = [(x, round(y, 6)) for x, y, _ in report.curve(runs)]
+    means = [(x, round(y, 6)) for x, y, _ in learning_curves.curve(runs)]
     assert means == [(0, 0.0), (10, 0.3), (20, 0.6), (30, 0.75)]
 
 
@@ -192,41 +182,38 @@ def test_the_last_third_is_of_the_last_phase():
 # -------------------------------------------------------------------------- the page, the figure
 
 
-def test_it_writes_between_the_marks_and_draws(kept, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    page, figure = tmp_path / "README.md", tmp_path / "curves.png"
-    other = "<!-- results: Reagent -->\nnot of these runs\n<!-- /results -->\n"
-    start = f"head\n{other}<!-- results: NLAC -->\n"
-    page.write_text(f"{start}old\n<!-- /results -->\ntail\n")
-    arguments = ["--results", kept, "--figure", figure, "--write", page]
+def test_it_writes_below_the_mark(kept, tmp_path, capsys):
+    page = tmp_path / "results.md"
+    page.write_text(f"by hand\n{report.MARK}old\n")
     for _ in range(2):  # writing again changes nothing
-        report.main([str(argument) for argument in arguments])
-        text = page.read_text()
-        assert text.startswith(f"{start}**repair, design 2**") and "old" not in text
-        assert text.endswith("|\n<!-- /results -->\ntail\n")
-    assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    page.write_text("no marks")
-    assert "<!-- results: NLAC -->" in refused_after_tables(capsys, arguments)
-    assert page.read_text() == "no marks"
+        report.main(["--results", str(kept), "--write", str(page)])
+        told = report.tables(report.read_runs(kept))
+        assert page.read_text() == f"by hand\n{report.MARK}\n{told}"
+    report.main(["--results", str(kept)])
+    assert capsys.readouterr().out == f"{told}\n"
+    page.write_text("no mark")
+    for path in page, tmp_path / "none.md":
+        assert report.MARK.strip() in refused(capsys, "--results", kept, "--write", path)
+    assert page.read_text() == "no mark" and not path.exists()
 
 
-def refused_after_tables(capsys, arguments):
-    """The tables come first, then the refusal."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        report.main([str(argument) for argument in arguments])
-    assert end.value.code == 2
-    return capsys.readouterr().err
-
-
-def test_without_matplotlib_or_results(kept, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    figure = tmp_path / "x.png"
-    report.main(["--results", str(kept), "--figure", str(figure)])
-    assert "pip install" in capsys.readouterr().err and not figure.exists()
+def test_refusals(kept, tmp_path, capsys):
     assert "no run is kept" in refused(capsys, "--results", tmp_path / "nothing")
     (kept / "results.jsonl").write_text('{"name": \n')
     assert "line 1" in refused(capsys, "--results", kept)
+    for given in ["keep", "runs"], ["add"], ["--fast"]:
+        refused(capsys, *given)
+
+
+def test_the_figure(kept, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    learning_curves.draw(report.read_runs(kept), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["learning_curves.py", str(tmp_path / "x.png")])
+    with pytest.raises(SystemExit) as end:
+        learning_curves.main()
+    assert end.value.code == 2 and "pip install" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ what add keeps
@@ -244,7 +231,7 @@ def test_add_keeps_a_line_and_a_curve(tmp_path, capsys):
     assert line == {
         "design": 2, "name": "nlac-s3", "script": "nlac", "method": "nlac", "arm": "none",
         "env": "repair", "model": "tiny", "seed": 3, "device": "cpu", "n": 500, "commit": "c0ffee",
-        "args": {"lr": 0.001}, "setup": {"start": "abc"}, "last_third": third,
+        "args": {"lr": 0.001, "out_dir": "runs/nlac-s3", "rrm": "runs/x/rrm"}, "setup": {"start": "abc"}, "last_third": third,
         "probes": {"judge": {"auc": 0.123457, "error": None}},
     }  # fmt: skip
     assert summary["after"] == {"success": 0.123457, "se": 0.0} and summary["env_steps"] == 20000
@@ -252,9 +239,9 @@ def test_add_keeps_a_line_and_a_curve(tmp_path, capsys):
     told = (kept / "results.jsonl").read_text()
     assert told.startswith('{"design":2,"name":"nlac-s3",')  # what docs/experiments.sh may look for
 
-    rows = list(csv.reader((kept / "curves.csv").open(newline="")))
-    assert rows[0] == list(report.COLUMNS) and len(rows) == 9
-    assert rows[1] == ["2", "nlac-s3", "25", "2500", "175", "0.0154321", "0.01"]
+    rows = (kept / "curves.csv").read_text().splitlines()
+    assert rows[0] == ",".join(report.COLUMNS) and len(rows) == 9
+    assert rows[1] == "2,nlac-s3,25,2500,175,0.0154321,0.01"
     [read] = report.read_runs(kept)
     assert [row["step"] for row in read["curve"]] == [str(n) for n in range(25, 201, 25)]
 
@@ -275,21 +262,14 @@ def test_add_replaces_by_name_and_leaves_the_rest(kept, tmp_path):
     assert len(lines(kept / "results.jsonl")) == len(before) + 1
 
 
-def test_the_commit_is_that_of_the_start(tmp_path):
-    run = made_up(tmp_path, "nlac", 0, 0.1)
-    broken(run / "summary.json", lambda summary: summary | {"git_commit": "later"})
-    add(tmp_path / "kept", run)
-    [line] = lines(tmp_path / "kept" / "results.jsonl")
-    assert line["commit"] == "c0ffee" and line["summary"]["git_commit"] == "later"
-
-
-def test_add_of_a_run_that_trained_nothing(tmp_path):
+def test_add_of_a_run_that_trained_nothing_and_ended_at_another_commit(tmp_path):
     run = made_up(tmp_path, "untrained", 0, 0.1)
     (run / "metrics.jsonl").unlink()
+    broken(run / "summary.json", lambda summary: summary | {"git_commit": "later"})
     add(tmp_path / "kept", run)
     [read] = report.read_runs(tmp_path / "kept")
-    assert read["last_third"] == {} and read["curve"] == []
-    assert "untrained" in report.tables([read])["NLAC"]
+    assert read["last_third"] == {} and read["curve"] == [] and "| untrained | 1 |" in report.tables([read])
+    assert read["commit"] == "c0ffee" and read["summary"]["git_commit"] == "later"  # that of the start counts
 
 
 def broken(path, change):
@@ -346,23 +326,6 @@ def test_runs_that_end_together_are_all_kept(tmp_path):
     assert all(len(run["curve"]) == 8 for run in found)
 
 
-def test_best_and_tokens(tmp_path, capsys):
-    kept = tmp_path / "kept"
-    arms = ("ppo-lr1e-4", 100, 0.3, 1e-4), ("ppo-lr3e-4", 100, 0.6, 3e-4), ("ppo", 0, 0.9, 1.0)
-    for name, seed, after, lr in arms:
-        add(kept, made_up(tmp_path, name, seed, after, lr=lr))
-    older = made_up(tmp_path / "old", "ppo-lr1e-2", 100, 0.99, lr=1e-2)
-    report.add(older, kept, design=1)
-    capsys.readouterr()
-    report.main(["--results", str(kept), "best", "ppo-lr"])
-    assert capsys.readouterr().out == "--lr 0.0003\n"  # of the newest design
-    report.main(["--results", str(kept), "tokens", "ppo-lr1e-2-s100"])
-    assert capsys.readouterr().out == "3000000\n"
-    assert "begins with x" in refused(capsys, "--results", kept, "best", "x")
-    assert "no run ppo-s1" in refused(capsys, "--results", kept, "tokens", "ppo-s1")
-    refused(capsys, "--results", kept, "keep", "runs")
-
-
 # ----------------------------------------------------------------------- the results themselves
 
 
@@ -380,99 +343,94 @@ def test_the_kept_files_are_small_and_whole(results):
     for line in paths[0].read_text(encoding="utf-8").splitlines():
         json.loads(line, parse_constant=refuse_constant)  # no nan, no infinity
     assert not list(paths[0].parent.glob("*.tmp"))
-    names = [(run["design"], run["name"]) for run in results]
+    names = [run["name"] for run in results]
     assert len(set(names)) == len(names)
-    assert sum(design == 1 for design, _ in names) == 218
     rows = report.read_curves(ROOT / "docs")
-    assert {(int(row["design"]), row["run"]) for row in rows} <= set(names)
+    assert {row["run"] for row in rows} <= set(names) and {row["design"] for row in rows} == {"2"}
     for row in rows:
         assert 0 <= float(row["success"]) <= 1 and 0 <= float(row["se"]) <= 0.5
         assert int(row["step"]) > 0 and int(row["env_steps"]) >= 0 and int(row["tokens"]) >= 0
-    places = [(row["design"], row["run"], row["step"]) for row in rows]
+    places = [(row["run"], row["step"]) for row in rows]
     assert len(set(places)) == len(places)
-
-
-def test_every_kept_run_says_what_it_is(results):
     for run in results:
         name, args, summary = run["name"], run["args"], run["summary"]
-        assert re.fullmatch(rf"\S+-s{run['seed']}", name) and run["design"] in (1, 2), name
+        assert re.fullmatch(rf"\S+-s{run['seed']}", name) and run["design"] == 2, name
         assert run["n"] > 0 and re.fullmatch(r"[0-9a-f]{40}(-dirty)?", run["commit"]), name
         for key in *report.TOLD, "args", "summary", "last_third", "probes", "setup":
             assert run[key] is not None, (name, key)
-        assert args["seed"] == run["seed"] and args["eval_episodes"] == run["n"], name
-        assert args["env"] == run["env"] and args["model"] == run["model"], name
+        for key, value in ("seed", run["seed"]), ("eval_episodes", run["n"]), ("env", run["env"]), ("model", run["model"]):
+            assert args[key] == value, name
         for end in report.ENDS:
             assert 0 <= summary[end]["success"] <= 1 and summary[end]["se"] >= 0, (name, end)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design1.md"])
-def test_pages_say_what_the_results_say(results, page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    told = "\n".join(report.tables(results).values())
-    rows = set(told.splitlines())
-    blocks = re.findall(r"<!-- results: [^>]+ -->\n(.*?)<!-- /results -->", text, re.DOTALL)
-    shown = [row for block in blocks for row in block.splitlines() if row.startswith("|")]
-    assert not [row for row in shown if row not in rows]  # `report.py --write PAGE` mends it
-    for line in text.splitlines():
+def test_pages_say_what_the_results_say(results):
+    told = report.tables(results)
+    head, _, shown = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").partition(report.MARK)
+    assert head and shown == f"\n{told}", "python docs/report.py --write docs/results.md mends it"
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("|"):
             for number in re.findall(r"[+-]?\d\.\d{3} ± \d\.\d{3}", line):
                 assert number in told, line
 
 
-def test_every_method_has_its_table_and_every_drawn_arm_its_curve(results):
-    methods = {method for method, _, _ in report.by_table(results)}
-    assert methods == {"NLAC", *report.METHODS.values()}
-    for arm in itertools.chain(*report.FIGURE.values()):
-        runs = {run["seed"]: run for run in results if run["design"] == 2 and report.arm_of(run) == arm}
-        assert report.curve(runs), arm
-    for name, count in ("judge", 5), ("rationale", 5), ("second_attempts", 2):
-        assert sum(name in run["probes"] for run in results if run["design"] == 1) == count
+def test_every_drawn_arm_has_its_curve(results):
+    for arm in itertools.chain(*learning_curves.PANELS.values()):
+        runs = {run["seed"]: run for run in results if report.arm_of(run) == arm}
+        assert learning_curves.curve(runs), arm
     assert (ROOT / "docs" / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # ------------------------------------------------------------------------------- experiments.sh
 
 
-@pytest.fixture
-def dry(kept):
-    """dry("PATTERN") -> what docs/experiments.sh would run, a line each, and what it says."""
-    for lr, after in (1e-4, 0.4), (3e-3, 0.2):
-        add(kept, made_up(kept, f"ppo-search-lr{lr:g}", 100, after, lr=lr))
-    where = {"RESULTS": str(kept), "KEPT": str(kept)}
-    environment = os.environ | where | {"DRY": "1", "PYTHON": sys.executable}
-
-    def run(*pattern):
-        command = ["bash", str(ROOT / "docs" / "experiments.sh"), *pattern]
-        options = {"capture_output": True, "text": True, "timeout": 60, "env": environment}
-        done = subprocess.run(command, **options)
-        assert done.returncode == 0, done.stderr
-        return [line for line in done.stdout.splitlines() if line.startswith("==")], done.stderr
-
-    return run
+def dry(folder, results, *pattern):
+    """What docs/experiments.sh would run, {NAME-sSEED: words}, and what it says besides."""
+    where = {"RESULTS": str(results), "KEPT": str(folder), "DRY": "1", "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "docs" / "experiments.sh"), *pattern]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | where)
+    assert done.returncode == 0, done.stderr
+    told = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("==")]
+    runs = {Path(words[-1]).name: words for words in told}
+    assert len(runs) == len(told)  # each is named once
+    return runs, done.stderr
 
 
-def test_experiments_names_every_run_once_and_skips_what_is_finished(dry, kept):
-    told, errors = dry()
-    outs = [line.split()[-1] for line in told]
-    assert len(set(outs)) == len(outs) > 60 and "ppo-s0 is unfinished" in errors
-    names = {Path(out).name for out in outs}
-    assert {"nlac-s3", "nlac-s4", "frozen-critic-s2", "ppo-s1", "m2-s0", "no-ema-s0"} <= names
-    assert {"self-distillation-s2", "ceiling-s2"} <= names
-    assert "nlac-s0" not in names and "ppo-s0" not in names  # finished, unfinished
-    [nlql] = [line for line in told if line.endswith("/nlql-s1")]
-    assert nlql.split()[2:] == [
+def test_experiments_skips_what_is_finished(kept):
+    thoughtful = made_up(kept, "act-act,il", 0, 0.5)
+    made_up(kept, "act-act,il", 1, 0.5)
+    (thoughtful / "rationale.json").write_text("{}")
+    runs, errors = dry(kept, kept)
+    assert len(runs) > 60 and "ppo-s0 is unfinished" in errors
+    assert "act-act,il-s0" not in runs and runs["act-act,il-s1"] == ["docs/rationale.py", f"{kept}/act-act,il-s1"]
+    assert {"nlac-s3", "nlac-s4", "frozen-critic-s2", "ppo-s1", "m2-s0", "no-ema-s0"} <= set(runs)
+    assert "nlac-s0" not in runs and "ppo-s0" not in runs  # finished, unfinished
+    assert runs["nlql-s1"] == [
         "docs/nlql.py", "--match", f"{kept}/nlac-s1", "--seed", "1", "--out-dir", f"{kept}/nlql-s1"
     ]  # fmt: skip
-    [ppo] = [line for line in told if line.endswith("/ppo-s1")]
-    assert ppo.split()[2:5] == ["docs/ppo.py", "--lr", "0.0001"]
-    outs = [line.split()[-1] for line in dry("^k1-")[0]]
-    assert outs == [f"{kept}/k1-s{seed}" for seed in range(3)]
+    assert list(dry(kept, kept, "^k1-")[0]) == [f"k1-s{seed}" for seed in range(3)]
 
 
-def test_every_command_of_experiments_can_be_parsed(dry):
-    common = importlib.import_module("common")
-    for line in dry()[0]:
-        script, *flags = line.split()[2:]
-        name = Path(script).stem.replace("early_experience", "act")  # it has the flags of act.py
-        args = common.parse_args(importlib.import_module(name).Args, argv=flags)
-        assert dataclasses.is_dataclass(args)
+ELSEWHERE = {"out_dir", "match", "rrm", "pairs"}  # directories
+SINCE = {"act-smollm2-il-s0": {"held_out", "rl", "dpo_beta", "pair_batch_size"}}  # flags that are gone
+
+
+def test_every_kept_run_is_what_experiments_would_run(results, tmp_path):
+    """Every command can be parsed, and gives the settings of the kept run of that name."""
+    commands, _ = dry(tmp_path, "runs")
+    kept = {run["name"]: run["args"] for run in results}
+    assert set(kept) <= set(commands)
+    for name, (script, *flags) in commands.items():
+        args = settings(Path(script).stem, flags)
+        for key, value in kept.get(name, {}).items():
+            if key not in ELSEWHERE | SINCE.get(name, set()):
+                assert value == args[key], f"{name}: --{key} was {value}, not {args[key]}"
+
+
+def settings(script, flags):
+    """The resolved Args of a command."""
+    module = importlib.import_module(script)
+    base = next(importlib.import_module(cls.__module__) for cls in module.Args.__mro__
+                if cls.__module__ in ("act", "nlac", "reagent", "self_guide"))  # fmt: skip
+    tiny = base.TINY | getattr(module, "TINY", {})
+    return dataclasses.asdict(importlib.import_module("common").parse_args(module.Args, tiny, flags))

@@ -1,0 +1,113 @@
+"""The learning curves of README: docs/learning_curves.png, from results.jsonl and curves.csv.
+
+    python docs/learning_curves.py [FIGURE]
+"""
+
+import math
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import report
+from report import HERE, arm_of, mean_se, success
+
+PANELS = {  # of each, {arm: the words for it}
+    "NLAC and its rivals, repair": {
+        "nlac": "NLAC", "label-only": "its reasons cut away", "ppo": "PPO",
+        "self-distillation": "self-distillation", "nlac-grpo": "GRPO",
+        "blind-critic": "critic of other states", "frozen-critic": "critic that learns nothing"},
+    "Self-Guide, household, --dose 1": {
+        "self-guide-dose-full": "full method", "self-guide-dose-zero": "guidance alone",
+        "self-guide-dose-grpo": "GRPO"},
+    "Self-Guide, household": {
+        "self-guide-full": "full method", "self-guide-zero": "guidance alone",
+        "self-guide-grpo": "GRPO"},
+    "Reagent, search, --dose 1": {
+        "reagent-dose-U": "U: critique and score",
+        "reagent-dose-R-2G": "R: score, twice the attempts", "reagent-dose-none": "no judge"},
+}
+
+
+def curve(runs):
+    """(environment steps, mean success, standard error) over the seeds of an arm.
+
+    Each seed's evaluations are interpolated linearly. The first is of the model that learning
+    starts from, after a cold start where there is one; the last is of the trained model.
+    """
+    lines = []
+    for run in runs.values():
+        start = run["summary"].get("cold_started", {}).get("test") or run["summary"]["before"]
+        points = [(0, start["success"])]
+        points += [(int(row["env_steps"]), float(row["success"])) for row in run["curve"]]
+        steps = run["summary"]["env_steps"]
+        if steps > points[-1][0]:
+            points.append((steps, run["summary"]["after"]["success"]))
+        lines += [points] * (len(points) > 1)
+    end = min((points[-1][0] for points in lines), default=0)
+    steps = {step for points in lines for step, _ in points if step <= end}
+    return [(step, *mean_se(at(points, step) for points in lines)) for step in sorted(steps)]
+
+
+def at(points, x):
+    """The height at x of the line through these points."""
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / ((x1 - x0) or 1)
+    return points[-1][1]
+
+
+def draw(runs, path):
+    """Test success against environment steps: the panels of PANELS that have curves."""
+    try:
+        import matplotlib
+    except ImportError:
+        report.refuse("the figure needs matplotlib: pip install -r requirements-dev.txt")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    arms, shown = defaultdict(dict), {}
+    for run in runs:
+        arms[arm_of(run)][run["seed"]] = run
+    for title, names in PANELS.items():
+        curves = {words: arms[arm] for arm, words in names.items() if curve(arms[arm])}
+        shown |= {title: curves} if curves else {}
+    height = max(1, math.ceil(len(shown) / 2))
+    figure, panels = plt.subplots(height, 2, figsize=(12.8, 4.4 * height), squeeze=False)
+    for panel in panels.flat[len(shown):]:
+        panel.axis("off")
+    for panel, (title, curves) in zip(panels.flat, shown.items()):
+        draw_panel(panel, title, curves)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_panel(panel, title, curves):
+    """Curves {words: {seed: run}} between their base and the expert; the first is the method's."""
+    experts = []
+    for place, (words, runs) in enumerate(curves.items()):
+        steps, means, errors = zip(*curve(runs))
+        seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+        width = 1.3 if place else 2.2
+        panel.plot(steps, means, color=f"C{place}", label=f"{words} ({seeds})", linewidth=width)
+        errors = [0 if math.isnan(se) else se for se in errors]
+        low = [mean - se for mean, se in zip(means, errors)]
+        high = [mean + se for mean, se in zip(means, errors)]
+        panel.fill_between(steps, low, high, color=f"C{place}", alpha=0.15, linewidth=0)
+        experts += success(runs, "expert").values()
+    expert = statistics.fmean(experts)
+    panel.axhline(expert, color="grey", linestyle="--", linewidth=1, label="expert")
+    panel.set(title=title, xlabel="environment steps", ylabel="success on test episodes")
+    panel.set(ylim=(-0.02, 1.05))
+    panel.legend(fontsize=8)
+
+
+def main():
+    """The command line above."""
+    runs = report.read_runs(HERE)
+    draw(runs, Path(sys.argv[1]) if sys.argv[1:] else HERE / "learning_curves.png")
+
+
+if __name__ == "__main__":
+    main()
