@@ -1,9 +1,8 @@
-"""The loop around the rivals under docs/: what they share with nlac.py, so that each file holds
-only what is its own.
+"""The loop around nlac.py's rivals: ceiling.py, nlql.py, ppo.py and self_distillation.py.
 
-Same base model, prompts, worlds, evaluation and files in --out-dir as nlac.py. What differs: a rival
-can stop at another run's number of environment steps (--match), and it cannot be resumed (there is
-no checkpoint/; these runs take minutes).
+Same base model, prompts, worlds, evaluation and files in --out-dir as nlac.py, so that each of them
+holds only what is its own. What differs: a rival can stop at another run's number of environment
+steps (--match), and it cannot be resumed (there is no checkpoint/; these runs take minutes).
 """
 
 import json
@@ -18,9 +17,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common  # noqa: E402
-import envs  # noqa: E402
-import nlac  # noqa: E402
+import common
+import envs
+import nlac
 
 QUICK = nlac.QUICK | dict(micro_batch_size=8)
 UNTIL = "directory of a finished run: stop after as many environment steps, whatever --steps says"
@@ -32,15 +31,17 @@ class Args(nlac.Args):
 
 
 class Learner:
-    """A rival. `learn` takes the gradient steps of a step; `extra` counts what it spends besides acting."""
+    """A rival; `extra` counts what it spends besides acting."""
 
     Parts = nlac.Parts
 
     def __init__(self, model, chat, world, args):
         self.model, self.chat, self.world, self.args = model, chat, world, args
         self.parts = self.Parts(model, chat, world, args)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        self.learns, self.foretold = not args.critic_gate, []  # see --critic-gate
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95),
+                                           weight_decay=0.0)
+        self.learns = not args.critic_gate  # until then only M does, and the start policy acts
+        self.foretold = []
         self.buffer = []
         self.extra = Counter()  # env_steps, simulation_steps, tokens, gradient_steps
 
@@ -49,16 +50,15 @@ class Learner:
         """Refuses what is impossible for this rival, before anything is loaded."""
 
     def act(self, step, seeds):
+        """The episodes of a step."""
         actor = self.model if self.learns else self.parts.start
         return nlac.rollout(actor, self.chat, self.args, "train", seeds,
                             temperature=self.args.temperature, stream=("act", step))
 
     def learn(self, step, episodes, rng, clock):
-        """Learns from the episodes just played, and from `self.buffer`, which holds their transitions
-        by now. Returns metrics."""
+        """Takes the gradient steps of a step, on the episodes just played and on `self.buffer`,
+        which holds their transitions by now. Returns metrics."""
         raise NotImplementedError
-
-    # what NLAC's relatives do as nlac.main does
 
     def states(self, rng):
         """What is refined in this step."""
@@ -84,12 +84,12 @@ class Learner:
 
 
 class PlayedParts(nlac.Parts):
-    """Parts in which futures are played instead of foreseen: no successor model. A rival writes `play`."""
+    """Parts in which futures are played, not foreseen: there is no M. A rival writes `play`."""
 
     def __init__(self, *all_of_it):
         super().__init__(*all_of_it)
         self.extra = Counter()
-        self.asked = []  # the transitions whose states are refined: what is played knows their seeds
+        self.asked = []  # the transitions whose states are refined: `play` needs their seeds
 
     def foresee(self, states, actions, stream, samples=1, averaged=False):
         """`samples` episodes of each action, told as futures; of none where there is no action."""
@@ -99,7 +99,7 @@ class PlayedParts(nlac.Parts):
         return [self.describe(t, next(played)) if action else "" for t, action in rows]
 
     def play(self, rows, stream):
-        """An episode for each (transition, action): its dialogue, the action, how the policy went on."""
+        """An episode for each (transition, action): the state, the action, how it goes on."""
         raise NotImplementedError
 
     @staticmethod
@@ -142,32 +142,37 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
     """
     args = common.parse_args(arguments, nlac.TINY | (tiny or {}), quick=QUICK | (quick or {}))
     world = nlac.check_args(args)
-    common.check(not args.resume and not args.eval_only, "the rivals under docs/ know neither --resume nor --eval-only")
+    common.check(not args.resume and not args.eval_only,
+                 "the rivals under docs/ know neither --resume nor --eval-only")
     common.check(args.ablation == "none", "--ablation belongs to nlac.py")
     make_learner.check(args)
     limit = steps_of(args.match) if args.match else None
     run = common.Run(method, args, common.run_directory(method, args))
     model, chat = nlac.load(world, args)
     run.start({"parameters": common.count_parameters(model)})
+    end = f"{limit} environment steps" if limit else f"{args.steps} steps"
     tqdm.write(f"{method} on {args.env}: {common.count_parameters(model):,} parameters on "
-               f"{common.device_name(args.device)}; a step plays {args.episodes_per_step} episodes; stops after "
-               f"{f'{limit} environment steps' if limit else f'{args.steps} steps'}")
+               f"{common.device_name(args.device)}; stops after {end}, a step plays "
+               f"{args.episodes_per_step} episodes")
     torch.manual_seed(args.seed)  # for parameters that a rival adds
     learner = make_learner(model, chat, world, args)
     before, episode = nlac.evaluate(model, chat, args, ["test"])
     shown = [("before", episode)]
     run.write_rollouts([{"step": 0, "evaluation": "before", **vars(episode)}])
 
-    totals, seconds, told = Counter(env_steps=0, tokens=0, gradient_steps=0, episodes=0), Counter(), set()
-    step, last = 0, False
+    totals = Counter(env_steps=0, tokens=0, gradient_steps=0, episodes=0)
+    seconds = Counter()
+    told = set()
+    step = 0
+    last = False
     bar = tqdm(total=limit or args.steps, desc=method, dynamic_ncols=True,
                unit=" environment steps" if limit else " steps")
     while not last:
         step += 1
         clock = common.Clock(seconds)
         learner.parts.counts.clear()
-        first = args.seed * 1_000_000_007 + (step - 1) * args.episodes_per_step
-        episodes = learner.act(step, range(first, first + args.episodes_per_step))  # those of nlac.py
+        first = args.seed * 1_000_000_007 + (step - 1) * args.episodes_per_step  # as in nlac.py
+        episodes = learner.act(step, range(first, first + args.episodes_per_step))
         fresh = [t for e in episodes for t in nlac.transitions(e)]
         learner.buffer = (learner.buffer + fresh)[-args.buffer_size:]
         clock.lap("rollout")
@@ -199,7 +204,9 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
     ends = envs.ends(args.env, args.eval_episodes)
     summary = common.summary(f"docs/{Path(sys.argv[0]).name}", method, "none", args, before, after,
                              ends, totals, seconds)
-    run.finish(summary | {key: totals[key] for key in ("simulation_steps",) if key in totals}, model, chat)
+    if "simulation_steps" in totals:
+        summary["simulation_steps"] = totals["simulation_steps"]
+    run.finish(summary, model, chat)
     for name, episode in shown:
         print(f"\n{name}\n{common.show(vars(episode))}")
     print()

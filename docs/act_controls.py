@@ -1,4 +1,4 @@
-"""What replaces ACT in the controls of its paper, each a stage for --pipeline beside act, il and rl.
+"""What replaces ACT in the controls of its paper: stages for --pipeline beside act, il and rl.
 
     sft-choice    the right choice of two actions is imitated
     dpo           direct preference for the expert's action over the candidate (arXiv 2305.18290)
@@ -58,7 +58,7 @@ def dpo(job):
 
 
 def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
-    """Eq. 7: - log sigmoid(beta (log-ratio chosen - log-ratio rejected)); log-probs of replies, [B]."""
+    """Its eq. 7, - log sigmoid(beta (log-ratio chosen - log-ratio rejected)), of log-probs [B]."""
     margin = chosen - reference_chosen - rejected + reference_rejected
     return -torch.nn.functional.logsigmoid(beta * margin)
 

@@ -29,9 +29,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import act  # noqa: E402
-import common  # noqa: E402
-import envs  # noqa: E402
+from act_controls import only_last
+
+import act
+import common
+import envs
 
 REFLECT = ("This is what actions would lead to now. Say in your own words why the last one is the "
            "best. Then write it, word for word, between <action> and </action>.")
@@ -147,9 +149,7 @@ def reflect(job):
 
 def lesson(world, args, row):
     """A state's dialogue with its reply, which alone is imitated."""
-    before = [{**m, "shot": True} for m in row["messages"]]
-    reply = act.assistant(row["reply"])
-    return [*act.dialogue(world, args, before), reply]
+    return only_last([*act.dialogue(world, args, row["messages"]), act.assistant(row["reply"])])
 
 
 def early_experience(job):
@@ -160,8 +160,9 @@ def early_experience(job):
     run.count(tokens=counts["tokens"], env_steps=counts["env_steps"])
     plain = [{**each, "reply": act.tagged(each["expert"])} for each in job.states]
     print(f"{len(plain)} expert states, {counts}")
-    for step, rows in act.stage_steps(job, [*reflections, *plain], args.pair_batch_size, args.sft_lr):
-        dialogues = [lesson(job.world, args, row) for row in rows]
+    rows = [*reflections, *plain]
+    for step, batch in act.stage_steps(job, rows, args.pair_batch_size, args.sft_lr):
+        dialogues = [lesson(job.world, args, row) for row in batch]
         metrics = act.imitate(job.model, job.chat, args, job.optimizer, dialogues)
         act.end_step(job, step, metrics | {f"reflections_{name}": n for name, n in counts.items()})
 

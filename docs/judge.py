@@ -1,11 +1,10 @@
-"""What a judge of Reagent is worth: calibration, lucky answers, transcripts with its words.
+"""What a judge of Reagent is worth: its scores against the program's, lucky answers, its words.
 
 Of finished runs of reagent.py, on trajectories of the `test` split that no judge has seen: of
 players, and of the run's agent after its training. A lucky answer is right although a page was
 skipped or the value had not been read; an outcome reward cannot tell it from a sound one.
 
-    python docs/judge.py runs/reagent-search-s0  # writes judge.json there, prints the rest
-    python docs/judge.py runs/reagent-U-s* --figure docs/judge.png
+    python docs/judge.py runs/reagent-search-s0  # writes judge.json there, prints it and examples
 """
 
 import argparse
@@ -16,15 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common  # noqa: E402
-import envs  # noqa: E402
-import reagent  # noqa: E402
+import common
+import envs
+import reagent
 
 LUCK = {"skipped lookup", "unsupported guess"}  # of an answer that is right
 
 
 def state_of(run) -> reagent.State:
-    """The agent of a finished run after its training, and its judge: trained, of --rrm, or --model."""
+    """A finished run's agent after training, and its judge: trained, of --rrm, or --model."""
     common.check((run / "args.json").is_file(), f"{run}: no run of reagent.py there")
     try:
         args = reagent.Args(**json.loads((run / "args.json").read_text(encoding="utf-8"))["args"])
@@ -38,19 +37,19 @@ def state_of(run) -> reagent.State:
     for path, what in (rrm, "judge"), (str(run / "model"), "trained agent"):
         missing = path.startswith(str(run)) and not (Path(path) / "config.json").is_file()
         common.check(not missing, f"{run}: its {what} is missing ({Path(path).name}/)")
-    args = dataclasses.replace(args, device="cpu", rrm=rrm)
+    args = dataclasses.replace(args, device=common.default_device(), rrm=rrm)
     world = envs.make(args.env, show_actions=args.show_actions)
-    agent = common.load(str(run / "model"), dtype=args.dtype, thinking=args.thinking,
-                        max_context=args.max_context)
-    judge = common.load(rrm, option="--rrm", dtype=args.dtype, thinking=args.thinking,
-                        max_context=args.max_context) if rrm else reagent.load(world, args)
+    how = {key: getattr(args, key) for key in ("device", "dtype", "thinking", "max_context")}
+    agent = common.load(str(run / "model"), **how)
+    judge = common.load(rrm, option="--rrm", **how) if rrm else reagent.load(world, args)
     return reagent.State(args, world, None, reagent.Learner(*agent), reagent.Learner(*judge))
 
 
 def judged_trajectories(state, count):
     """{"players": episodes, "agent": as many}, judged."""
     seeds = range(20_000, 20_000 + 2 * count)
-    found = dict(zip(("players", "agent"), reagent.mixed_episodes(state, "test", seeds, ("judge",))))
+    players, agent = reagent.mixed_episodes(state, "test", seeds, ("judge",))
+    found = {"players": players, "agent": agent}
     for who, episodes in found.items():
         reagent.review(state, episodes, ("judge", who))
     return found
@@ -81,7 +80,8 @@ def is_lucky(episode):
 def lucky(episodes):
     """The scores of right answers, sound and lucky ones; how often the judge tells them apart."""
     won = [episode for episode in episodes if episode.won]
-    found = {"auc": reagent.auroc([(episode.judge_score, not is_lucky(episode)) for episode in won])}
+    scored = [(episode.judge_score, not is_lucky(episode)) for episode in won]
+    found = {"auc": reagent.auroc(scored)}
     for name, side in ("sound", False), ("lucky", True):
         scores = [episode.judge_score for episode in won if is_lucky(episode) == side]
         found[name] = {"episodes": len(scores), "score": reagent.mean_or_none(scores)}
@@ -108,52 +108,19 @@ def show_examples(found):
             print(f"\n{title}, {scores}\n{common.show(vars(episode), width=400)}")
 
 
-def draw(runs, path):
-    """Mean reference score and success against the judge's score, per fifth, over all runs."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: it needs matplotlib (pip install -r requirements-dev.txt)", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
-    titles = {"players": "players of different strength", "agent": "the agent after its training"}
-    for panel, (who, title) in zip(panels, titles.items()):
-        rows = fifths([episode for found in runs for episode in found[who]])
-        rows = [row for row in rows if row["episodes"]]
-        scores = [row["score"] for row in rows]
-        panel.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="calibrated")
-        for key, label in ("reference", "reference score"), ("success", "success"):
-            panel.plot(scores, [row[key] for row in rows], marker="o", label=label)
-        for row in rows:
-            panel.annotate(row["episodes"], (row["score"], 0.02), ha="center", fontsize=8)
-        panel.set(xlabel="judge's score, means of its fifths (below: episodes)", title=title,
-                  xlim=(-0.05, 1.05), ylim=(0, 1.05))
-    panels[0].set_ylabel(f"mean, {len(runs)} judges")
-    panels[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
-
-
 def main():
     """The command line above."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="+")
     parser.add_argument("--episodes", type=int, default=500)
-    parser.add_argument("--figure", default="")
-    given, runs = parser.parse_args(), []
+    given = parser.parse_args()
     for run in given.run:
-        runs.append(judged_trajectories(state_of(run), given.episodes))
-        numbers = {who: numbers_of(episodes) for who, episodes in runs[-1].items()}
+        found = judged_trajectories(state_of(run), given.episodes)
+        numbers = {who: numbers_of(episodes) for who, episodes in found.items()}
         (run / "judge.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
         print(f"{run}: {json.dumps(numbers)}")
-    show_examples(runs[0])
-    if given.figure:
-        draw(runs, given.figure)
+        show_examples(found)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What fits a card: peak memory of training, computed: python docs/memory.py > docs/memory.md
 
-The factors were counted: what autograd keeps for a backward pass (on a CPU, where autocast keeps the same
-dtypes), the peak of a head, and whole steps on an H200 (docs/gpu_h200.jsonl). tests/test_benchmark.py
-compares the function with both.
+The factors were counted: what autograd keeps for a backward pass (on a CPU, where autocast keeps the
+same dtypes), the peak of a head, and whole steps on an H200 (docs/gpu_h200.jsonl).
+tests/test_benchmark.py compares the function with both.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Shape:
-    """A Llama-like model. `pairs`: key-value heads; the head is the embeddings again where `tied`."""
+    """A Llama-like model. `pairs`: key-value heads; `tied`: the head is the embeddings again."""
 
     width: int
     hidden: int  # of the feed-forward part
@@ -40,8 +40,8 @@ class Shape:
 
     def adapters(self, rank):
         """Weights of A and B of all linear layers but the head."""
-        both = 2 * 2 * self.width + 2 * (self.width + self.pair_width) + 3 * (self.width + self.hidden)
-        return self.layers * rank * both
+        attention = 2 * 2 * self.width + 2 * (self.width + self.pair_width)
+        return self.layers * rank * (attention + 3 * (self.width + self.hidden))
 
 
 SHAPES = {  # by their config.json
@@ -57,7 +57,8 @@ STEP = 16  # bytes per weight while AdamW steps: weight, gradient, two moments
 
 def kept(shape, rank) -> int:
     """Bytes that a layer keeps of a token for the backward pass."""
-    width = 16 if rank else 30  # inputs of frozen layers are not kept, what runs between layers is bfloat16
+    # with adapters the inputs of frozen layers are not kept, and what runs between layers is bfloat16
+    width = 16 if rank else 30
     return 8 * shape.hidden + width * shape.width + 4 * shape.pair_width
 
 
@@ -78,10 +79,13 @@ def training(shape, tokens, counted, rank=0, checkpointing=False, step=STEP, hea
 
 
 def sampling(shape, rows, length, rank=0) -> float:
-    """Peak bytes while `rows` dialogues of `length` tokens are sampled: cache, logits, weights, moments."""
+    """Peak bytes while `rows` dialogues of `length` tokens are sampled.
+
+    Cache, logits, weights and moments.
+    """
     cache = 2 * 2 * shape.layers * shape.pair_width * rows * length * 9 / 8  # with room to grow
     weights = 2 * shape.parameters + 14 * shape.adapters(rank) if rank else 14 * shape.parameters
-    reading = 8192 * (6 * shape.hidden + 10 * shape.width)  # as many tokens at once, a layer at a time
+    reading = 8192 * (6 * shape.hidden + 10 * shape.width)  # so many tokens at once, layer by layer
     return weights + cache + max(18 * shape.vocabulary * rows, reading)
 
 
@@ -119,6 +123,7 @@ or adapters over bfloat16 ones). Each `--micro-batch-size` more and longer dialo
 
 
 def main():
+    """Prints the page."""
     print(HEADER)
     for name, shape in SHAPES.items():
         for flags, (rank, checkpointing) in FLAGS.items():

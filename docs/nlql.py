@@ -1,14 +1,17 @@
-"""NLQL, the paper's ablation without a refiner: several actions of the policy are critiqued, and the one valued best is distilled.
+"""NLQL, the paper's ablation without a refiner: the best of several judged actions is distilled.
 
  1. Act, and train the successor model M by L1, exactly as nlac.py does.
- 2. For sampled states the policy proposes 4 actions; M writes k futures of each, the evaluator a critique of each.
- 3. L2: the policy learns to write the action with the best verdict (the first of the best). Where all verdicts tie there is no lesson.
-    The anchor and the start policy's acting while only M learns are nlac.py's, too.
+ 2. For sampled states the policy proposes 4 actions; M writes k futures of each, the evaluator a
+    critique of each.
+ 3. L2: the policy learns to write the action with the best verdict (the first of the best). Where
+    all verdicts tie there is no lesson. The anchor and the start policy's acting while only M
+    learns are nlac.py's, too.
 
---m only shapes the base model, which is nlac.py's; --distil is without effect. It cannot be resumed.
+--m only shapes the base model, which is nlac.py's; --distil is without effect. It cannot be
+resumed.
 
     python docs/nlql.py
-    python docs/nlql.py --seed 1 --match docs/results/nlac-s1 --out-dir docs/results/nlql-s1
+    python docs/nlql.py --seed 1 --match runs/nlac-s1 --out-dir runs/nlql-s1
 """
 
 from dataclasses import dataclass
@@ -35,7 +38,8 @@ class NLQL(_loop.Learner):
 
     @classmethod
     def check(cls, args):
-        common.check(args.candidates >= 2, f"--candidates must be at least 2, not {args.candidates}")
+        common.check(args.candidates >= 2,
+                     f"--candidates must be at least 2, not {args.candidates}")
 
     def learn(self, step, episodes, rng, clock):
         fresh = self.buffer[-sum(len(e.valid) for e in episodes):]
@@ -44,9 +48,7 @@ class NLQL(_loop.Learner):
         self.learns = self.learns or nlac.opens(self.args, self.foretold, calibration["auc"])
         forecasts, dropped = self.successor_lessons(step, rng)
         clock.lap("backup")
-        lessons, metrics = [], {}
-        if states := [t.state for t in self.states(rng)]:
-            lessons, metrics = self.best_lessons(states, ("refine", step))
+        lessons, metrics = self.best_lessons([t.state for t in self.states(rng)], ("refine", step))
         clock.lap("refinement")
         metrics |= self.update(step, forecasts, lessons, self.anchor_lessons(episodes, rng))
         clock.lap("update")
@@ -54,6 +56,8 @@ class NLQL(_loop.Learner):
 
     def best_lessons(self, states, stream):
         """Steps 2 and 3 -> (pairs for L2, metrics)."""
+        if not states:
+            return [], {}
         parts, n = self.parts, self.args.candidates
         asked = [nlac.policy_messages(self.world, state) for state in states]
         replies = parts.ask("policy", asked, stream, n)
@@ -67,7 +71,8 @@ class NLQL(_loop.Learner):
             tied = chosen[-1] is None
             taught.append("" if tied else nlac.in_form(self.world, replies[i * n + chosen[-1]]))
         return nlac.lessons(parts, "policy", asked, taught), {
-            "ties": chosen.count(None) / len(states), "changed": common.mean(bool(c) for c in chosen),
+            "ties": chosen.count(None) / len(states),
+            "changed": common.mean(bool(c) for c in chosen),
             "verdicts": {name: verdicts.count(i) for i, name in enumerate(nlac.VERDICTS)},
             "sentiment": common.mean(v / 4 for v in verdicts if v is not None)}
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common  # noqa: E402
-import reagent  # noqa: E402
+import common
+import reagent
 
 REVIEW = reagent.review
 

@@ -1,12 +1,13 @@
 """Self-Guide with another rater: the two ends between which the one that learns stands.
 
- exact     the ceiling: each step's rating is right by construction. Its label is what the step did to
+ exact     the ceiling: each step's rating is right by construction. Its label is what the step did
+to
            a random player's chance to win (self_guide.Prospects), its reason what would undo it.
  shuffled  the floor: the same ratings, each given to an episode of the next task.
 
-What is rated is not sampled, so nothing trains it; it steers, and earns as --trust has it. Evaluation,
-while the run goes and at its end, is with this rater, too: `before` and `after` compare policies.
-(--frozen-rater of self_guide.py is the step between: the start policy rates.)
+What is rated is not sampled, so nothing trains it; it steers, and earns as --trust has it.
+Evaluation, while the run goes and at its end, is with this rater, too: `before` and `after`
+compare policies. (--frozen-rater of self_guide.py is the step between: the start policy rates.)
 
     python docs/other_rater.py --rating exact --dose 1 --examples 20000 --out-dir runs/exact
     python docs/other_rater.py --rating shuffled --dose 1 --examples 20000 --out-dir runs/shuffled
@@ -20,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common  # noqa: E402
-import self_guide  # noqa: E402
+import common
+import self_guide
 
 SIDE_BY_SIDE, TAKE_TURN = self_guide.side_by_side, self_guide.take_turn
 

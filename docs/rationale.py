@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import act  # noqa: E402
-import common  # noqa: E402
+import act
+import common
 
 
 def accuracy(job, prompts, thoughts, pairs):
@@ -40,7 +40,7 @@ def accuracy(job, prompts, thoughts, pairs):
 
 
 def settings_of(run):
-    """The Args of a run of act.py (or docs/act_controls.py), and where its first stage's model is."""
+    """The Args of a run of act.py (or docs/act_controls.py), and its first stage's directory."""
     common.check((run / "args.json").is_file(), f"{run}: no run of act.py there")
     known = {field.name for field in dataclasses.fields(act.Args)}
     try:
@@ -63,45 +63,56 @@ def held_out_states(args, count):
     return states[:count]
 
 
+def findings(job, states, pairs):
+    """What the model of `job` does at these states and pairs."""
+    both = pairs + [pair | {"expert_second": True} for pair in pairs]
+    prompts = [act.question(job.world, job.args, pair) for pair in both]
+    free, replies = accuracy(job, prompts, [None] * len(both), both)
+    right = [reply.outcome == "right" for reply in replies]
+    thoughts = [re.split(r"<action\s*>", reply.text, flags=re.I)[0] for reply in replies]
+    removed, _ = accuracy(job, prompts, [""] * len(both), both)
+    wrong, _ = accuracy(job, prompts, of_other_states(thoughts, len(pairs)), both)
+    acted = act.ask(job, states, ("rationale",))
+    return {
+        "choices": len(both),
+        "free": free,
+        "choice_first": common.mean(right[:len(pairs)]),
+        "choice_second": common.mean(right[len(pairs):]),
+        "thought": common.mean(bool(thought.strip()) for thought in thoughts),
+        "removed": removed,
+        "wrong": wrong,
+        "next_action": common.mean(reply.outcome == "right" for reply in acted)}
+
+
+def of_other_states(thoughts, count):
+    """Each thought moved to another state, within the same order of the two actions."""
+    shift = random.Random(0).randrange(1, count)
+    first, second = thoughts[:count], thoughts[count:]
+    return first[shift:] + first[:shift] + second[shift:] + second[:shift]
+
+
 def main():
+    """The command line above."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--stage", default="", help="a directory in RUN; default: the first stage's")
+    parser.add_argument("--stage", default="", help="a directory in RUN; default: the first's")
     parser.add_argument("--states", type=int, default=200, help="of the expert on `test`")
     given = parser.parse_args()
     args, first = settings_of(given.run)
     world, *_ = act.check_args(args)
-    stage = given.stage or first
-    common.check((given.run / stage / "config.json").is_file(),
-                 f"{given.run / stage}: no model there")
+    stage = given.run / (given.stage or first)
+    common.check((stage / "config.json").is_file(), f"{stage}: no model there")
 
-    # the start policy proposed the other actions
-    model, chat = act.load(world, args)
+    model, chat = act.load(world, args)  # the start policy proposed the other actions
     job = act.Job(args, world, chat, model)
     args.candidates = 1
     states = act.that_fit(job, held_out_states(args, given.states))
     pairs = act.that_fit(job, act.pairs_of(world, act.propose(job, states)))
     common.check(len(pairs) > 1, f"{given.run}: fewer than two held-out pairs")
-    job.model, _ = act.load(world, dataclasses.replace(args, model=str(given.run / stage)))
-    pairs = pairs + [pair | {"expert_second": True} for pair in pairs]
-    prompts = [act.question(world, args, pair) for pair in pairs]
-    count = len(pairs) // 2
-
-    free, replies = accuracy(job, prompts, [None] * len(pairs), pairs)
-    right = [reply.outcome == "right" for reply in replies]
-    thoughts = [re.split(r"<action\s*>", reply.text, flags=re.I)[0] for reply in replies]
-    shift = random.Random(0).randrange(1, count)
-    others = [i // count * count + (i + shift) % count for i in range(len(pairs))]
-    wrong = [thoughts[i] for i in others]  # of another state, in the same order
+    job.model, _ = act.load(world, dataclasses.replace(args, model=str(stage)))
     args.temperature = 0.0
-    acted = act.ask(job, states, ("rationale",))
-    found = {"stage": stage, "choices": len(pairs), "free": free,
-             "choice_first": common.mean(right[:count]), "choice_second": common.mean(right[count:]),
-             "thought": common.mean(bool(thought.strip()) for thought in thoughts),
-             "removed": accuracy(job, prompts, [""] * len(pairs), pairs)[0],
-             "wrong": accuracy(job, prompts, wrong, pairs)[0],
-             "next_action": common.mean(reply.outcome == "right" for reply in acted)}
+    found = {"stage": stage.name} | findings(job, states, pairs)
     (given.run / "rationale.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     print(json.dumps(found))
 

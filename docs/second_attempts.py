@@ -20,10 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from judge import state_of  # noqa: E402
+from judge import state_of
 
-import common  # noqa: E402
-import reagent  # noqa: E402
+import common
+import reagent
 
 WAYS = "judge", "annotator", "other", "nothing", "afresh"
 

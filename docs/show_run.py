@@ -9,8 +9,8 @@ scripts and of the rivals in docs/, one that goes on or broke off as well. Witho
 episodes stand one below the other. The layout is show_run.html.
 
 A record of rollouts.jsonl may have any fields. What somebody said is known by its shape: a list of
-[who, text], of {"role": ..., "content": ...}, a "history" of turn and reply, or a long text. All
-else is a fact and stands below the words, by its name.
+[who, text], of {"role": ..., "content": ...}, or a long text. All else is a fact and stands below
+the words, by its name.
 """
 
 import argparse
@@ -37,7 +37,8 @@ MATTER = (  # metrics that are looked at first, in this order
     r"right_if_\w+|second_success|judge_auc"
 ).split()
 COST = (  # of summary.json and args.json
-    "eval_episodes train_episodes env_steps generated_tokens gradient_steps seconds parameters device"
+    "eval_episodes train_episodes env_steps generated_tokens gradient_steps seconds parameters "
+    "device"
 ).split()
 LEGEND = {
     "line": "while training",
@@ -138,9 +139,6 @@ def pieces(value, name="", listed=False):
             value = {k: v for k, v in value.items() if k not in ("role", "who", "content")}
         for key, item in value.items():
             yield from pieces(item, key if listed else f"{name} {key}".strip(), listed)
-    elif isinstance(value, list) and name == "history":
-        for number, item in enumerate(value):
-            yield ("world", "act")[number % 2], fact(item), True
     elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
         for item in value:
             if isinstance(item, list) and list(map(type, item)) == [str, str]:
@@ -170,7 +168,7 @@ def outcome(record) -> str:
     """Of an episode, or of one of ACT's choices."""
     if isinstance(record.get("won"), bool):
         return "won" if record["won"] else "lost"
-    chosen = record.get("outcome", record.get("row"))  # "row": of earlier runs
+    chosen = record.get("outcome")
     if isinstance(chosen, str):
         return "right" if chosen == "right" else "wrong"
     return "no outcome"

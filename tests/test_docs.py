@@ -1,4 +1,4 @@
-"""docs/: every rival and the ceiling run, their formulas by hand numbers, ACT's baseline and its rationale test."""
+"""docs/: rivals, baselines and probes run, and their formulas by hand numbers."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import lines, trained_on
+from helpers import SUMMARY, everything_under, lines, trained_on
 
 import act
 import common
@@ -39,8 +39,11 @@ import ppo  # noqa: E402
 import rationale  # noqa: E402
 import second_attempts  # noqa: E402
 import self_distillation  # noqa: E402
+import self_guide_dose  # noqa: E402
+import world_scores  # noqa: E402
+import zero_shot  # noqa: E402
 
-RIVALS = {"ppo": "ppo", "nlql": "nlql", "self_distillation": "self-distillation", "ceiling": "ceiling"}  # file: method
+RIVALS = {"ppo": ppo.PPO, "nlql": nlql.NLQL, "self_distillation": self_distillation.SelfDistillation, "ceiling": ceiling.Ceiling}
 SMALL = dict(model="tiny:32x1", examples=60, max_new_tokens=12, forecast_tokens=12, critique_tokens=12, steps=2, episodes_per_step=8,
              updates=1, batch_size=8, micro_batch_size=4, actor_states=6, eval_episodes=8, eval_every=1, k=2, critic_gate=0.0)
 
@@ -60,6 +63,8 @@ def put_back(monkeypatch):
                           (self_guide, "Args", "side_by_side", "take_turn")):  # fmt: skip
         for name in names:
             monkeypatch.setattr(owner, name, getattr(owner, name))
+    for name in "STAGES", "PAIRED", "AT_LEAST":
+        monkeypatch.setattr(act, name, getattr(act, name).copy())
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,40 @@ def flags_of(**settings):
 def python(cache, script, **settings):
     return subprocess.run([sys.executable, str(ROOT / "docs" / script), *flags_of(**settings)], capture_output=True, text=True, timeout=120,
                           cwd=cache, env=os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture
+def call(monkeypatch, cache):
+    """call(main, words...) runs a program in this process, with the tiny models of these tests."""
+
+    def run(main, *words):
+        monkeypatch.setattr(sys, "argv", ["x", *map(str, words)])
+        monkeypatch.setattr(signal, "signal", lambda *a: None)  # the tests' own handlers stay
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        main()
+
+    return run
+
+
+@pytest.fixture
+def refusal(call, capsys):
+    """refusal(main, words...): the one line in which a program refuses them."""
+
+    def run(main, *words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            call(main, *words)
+        out, err = capsys.readouterr()
+        assert end.value.code == 2 and not out and re.fullmatch(r"error: [^\n]+\n", err)
+        return err
+
+    return run
+
+
+def rival(script):
+    """The main of a rival."""
+    module = sys.modules[script]
+    return lambda: _loop.main(script, module.Args, RIVALS[script], getattr(module, "TINY", None))
 
 
 # --------------------------------------------------------------------------------------------------------------- the runs
@@ -95,10 +134,8 @@ def test_a_rival_runs_and_leaves_what_nlac_leaves(runs, script):
     assert result.returncode == 0, result.stderr
     assert {path.name for path in out.iterdir()} == {"args.json", "metrics.jsonl", "rollouts.jsonl", "summary.json", "model"}
     summary = json.loads((out / "summary.json").read_text())
-    expected = """script method arm env model seed split eval_episodes before after random expert train_episodes env_steps generated_tokens
-        gradient_steps seconds peak_memory_bytes device git_commit""".split()
-    assert set(expected) <= set(summary) <= {*expected, "simulation_steps", "watched"}
-    assert summary["method"] == RIVALS[script] and summary["script"] == f"docs/{script}.py"
+    assert {*SUMMARY} <= {*summary} <= {*SUMMARY, "simulation_steps", "watched"}
+    assert summary["method"] == script.replace("_", "-") and summary["script"] == f"docs/{script}.py"
     assert set(summary["after"]) == set(summary["expert"]) == {"success", "se"}
     metrics = lines(out / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2] and metrics[-1]["eval_n"] == 8
@@ -123,7 +160,7 @@ def test_all_share_one_base_and_the_first_episodes(runs, cache):
     assert all(episodes == first[0] for episodes in first)
 
 
-def test_the_base_is_the_one_of_nlac(monkeypatch):
+def test_the_base_is_the_one_of_nlac(call, monkeypatch):
     """nlac.main and the rivals ask common.load for the same thing: the cache knows a base by its corpus and constants."""
     asked = []
 
@@ -133,35 +170,27 @@ def test_the_base_is_the_one_of_nlac(monkeypatch):
 
     monkeypatch.setattr(common, "load", load)
     monkeypatch.setattr(common, "Run", lambda *a, **k: None)
-    for main in nlac.main, lambda: _loop.main("ppo", ppo.Args, ppo.PPO):
-        monkeypatch.setattr(sys, "argv", ["x", "--examples", "20"])
+    for main in nlac.main, rival("ppo"):
         with pytest.raises(KeyboardInterrupt):
-            main()
+            call(main, "--examples", 20)
     assert asked[0] == asked[1]
 
 
-def test_match_stops_at_the_steps_of_another_run(runs, cache, monkeypatch):
+def test_match_stops_at_the_steps_of_another_run(runs, cache, call):
     other, _ = runs["self_distillation"]
     limit = json.loads((other / "summary.json").read_text())["env_steps"]
     out = cache / "runs" / "matched-s0"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr(sys, "argv", ["ppo.py", *flags_of(**SMALL | {"steps": 1, "eval_every": 100}, match=other, out_dir=out)])
-    monkeypatch.setattr(signal, "signal", lambda *a: None)  # the tests' own handlers stay
-    _loop.main("ppo", ppo.Args, ppo.PPO, ppo.TINY)
-    steps = [m["env_steps"] for m in lines(out / "metrics.jsonl")]
-    assert steps[-2] < limit <= steps[-1] and lines(out / "metrics.jsonl")[-1]["eval_n"] == 8
+    call(rival("ppo"), *flags_of(**SMALL | {"steps": 1, "eval_every": 100}, match=other, out_dir=out))
+    metrics = lines(out / "metrics.jsonl")
+    assert metrics[-2]["env_steps"] < limit <= metrics[-1]["env_steps"] and metrics[-1]["eval_n"] == 8
 
 
-@pytest.mark.parametrize("script, flags", [
-    ("ppo.py", ["--gamma", "1.5"]), ("ppo.py", ["--batch-size", "48"]), ("nlql.py", ["--candidates", "1"]),
-    ("ceiling.py", ["--match", "nowhere"]), ("self_distillation.py", ["--resume"]), ("ceiling.py", ["--verdicts", "mine"])])
-def test_bad_settings_are_refused_and_nothing_is_written(tmp_path, monkeypatch, capsys, script, flags):
-    monkeypatch.setattr(sys, "argv", [script, *flags, "--out-dir", str(tmp_path / "run")])
-    module = sys.modules[script[:-3]]
-    learner = {"ppo": ppo.PPO, "nlql": nlql.NLQL, "ceiling": ceiling.Ceiling, "self_distillation": self_distillation.SelfDistillation}
-    with pytest.raises(SystemExit) as end:
-        _loop.main("x", module.Args, learner[script[:-3]], getattr(module, "TINY", None))
-    assert end.value.code == 2 and re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
+@pytest.mark.parametrize("script, flag, value", [
+    ("ppo", "--gamma", 1.5), ("ppo", "--batch-size", 48), ("nlql", "--candidates", 1), ("ceiling", "--match", "nowhere"),
+    ("self_distillation", "--resume", True), ("ceiling", "--verdicts", "mine"), ("early", "--resume", True),
+    ("early", "--sft-batch-size", 0), ("early", "--env", "chess"), ("early", "--demos", "./nowhere.jsonl")])  # fmt: skip
+def test_bad_settings_are_refused_and_nothing_is_written(tmp_path, refusal, script, flag, value):
+    refusal(early_experience.main if script == "early" else rival(script), flag, value, "--out-dir", tmp_path / "run")
     assert not any(tmp_path.iterdir())
 
 
@@ -188,22 +217,23 @@ def test_clipped_loss_by_hand():
     assert logprobs.grad.tolist() == pytest.approx([0.0, 1.5, -0.5, 0.0, -2.2])  # no gradient where it is clipped
 
 
-def small_model(vocabulary=40):
-    import transformers
-    config = transformers.Qwen3Config(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16,
-                                      num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=128)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.Qwen3ForCausalLM(config).eval()
+@pytest.fixture(scope="module")
+def base(cache):
+    """The small base model in this process: model, chat, world, args."""
+    args = nlac.Args(**nlac.TINY | SMALL)
+    world = envs.make("repair")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        return *nlac.load(world, args), world, args
 
 
-def test_look_sees_each_turn_where_it_starts():
-    model, head = small_model(), torch.nn.Linear(32, 1)
-    rng = random.Random(0)
+def test_look_sees_each_turn_where_it_starts(base):
+    model, chat, *_ = base
+    head, rng = torch.nn.Linear(32, 1), random.Random(0)
     masks = [[0, 0, 0, 1, 1, 0, 0, 1, 1, 1], [0, 0, 1, 0, 0, 1, 1]]
     rows = [([rng.randrange(40) for _ in mask], mask) for mask in masks]
     assert [ppo.reply_lengths(mask) for mask in masks] == [[2, 3], [1, 2]]
-    logprobs, entropies, values = ppo.look(model, head, SimpleNamespace(pad=0), rows, 0.7)
+    logprobs, entropies, values = ppo.look(model, head, chat, rows, 0.7)
     expected, expected_entropies, expected_values = [], [], []
     for (ids, mask), starts in zip(rows, ([2, 6], [1, 4])):
         out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
@@ -215,20 +245,6 @@ def test_look_sees_each_turn_where_it_starts():
     assert logprobs.tolist() == pytest.approx(expected, abs=1e-5)
     assert entropies.tolist() == pytest.approx(expected_entropies, abs=1e-4)
     assert values.tolist() == pytest.approx(expected_values, abs=1e-5)
-
-
-@pytest.fixture(scope="module")
-def base(cache):
-    """The small base model in this process: model, chat, world, args."""
-    args = nlac.Args(**nlac.TINY | SMALL)
-    world = envs.make("repair")
-    known, os.environ["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME"), str(cache)
-    try:
-        return *nlac.load(world, args), world, args
-    finally:
-        del os.environ["XDG_CACHE_HOME"]
-        if known is not None:
-            os.environ["XDG_CACHE_HOME"] = known
 
 
 def ppo_step(base, **settings):
@@ -357,21 +373,15 @@ def test_the_rules_of_the_ceiling_are_what_the_warm_up_teaches(base):
 
 def test_the_rules_of_the_ceiling(base):
     parts = parts_for(ceiling.Parts, base, ceiling, refiner="rule")
-    t = played_state(0, [])
-    futures = [nlac.Future("It works again. You win.", "", 1), nlac.Future("It is still broken.", "", None)]
-    message = nlac.evaluator_messages(parts.world, t.state, "swap the fuse", [nlac.in_hindsight(future) for future in futures])
-    [critique] = parts.ask("evaluator", [message], ("x",))
-    assert critique == nlac.critique_text(futures) and critique.startswith("Futures: 1 of 2 succeed, at best in 1 turn.")
+    t, lost = played_state(0, []), nlac.Future("It is still broken.", "", None)
 
-    def refined(futures):
-        tries = [nlac.tried("swap the fuse", futures)]
-        asked = nlac.refiner_messages(parts.world, t.state, tries)
+    def refined(*futures):
+        asked = nlac.refiner_messages(parts.world, t.state, [nlac.tried("swap the fuse", futures)])
         return {nlac.action_of(parts.world, reply) for reply in parts.ask("refiner", [asked] * 50, ("x",))}
 
-    lost = nlac.Future("It is still broken.", "", None)
-    assert refined([lost, lost]) <= set(parts.actions) - {"swap the fuse"} and len(refined([lost, lost])) > 5
-    assert refined([lost, lost, nlac.Future("Nothing unusual.", "open the case", 2)]) == {"open the case"}
-    assert refined([nlac.Future("It works again.", "", 1)] * 2) == {"swap the fuse"}
+    assert refined(lost, lost) <= set(parts.actions) - {"swap the fuse"} and len(refined(lost, lost)) > 5
+    assert refined(lost, lost, nlac.Future("Nothing unusual.", "open the case", 2)) == {"open the case"}
+    assert refined(*[nlac.Future("It works again.", "", 1)] * 2) == {"swap the fuse"}
 
 
 def test_self_distillation_plays_the_world_as_it_is(base):
@@ -433,9 +443,7 @@ def test_early_experience_runs_and_says_what_actions_led_to(reflected):
     summary, told = json.loads((out / "summary.json").read_text()), lines(out / "reflections.jsonl")
     assert {*json.loads((out / "args.json").read_text())["args"]} == {
         field.name for field in dataclasses.fields(early_experience.Args)}  # fmt: skip
-    expected = """script method arm env model seed split eval_episodes before after random expert train_episodes env_steps generated_tokens
-        gradient_steps seconds peak_memory_bytes device git_commit""".split()
-    assert set(expected) <= set(summary) and summary["arm"] == "early-experience" and summary["expert"]["success"] == 1
+    assert {*SUMMARY} <= {*summary} and summary["arm"] == "early-experience" and summary["expert"]["success"] == 1
     counts, metrics = summary["pair_counts"], lines(out / "metrics.jsonl")
     assert metrics[0]["reflections_reflections"] == len(told) > 3
     assert counts["tokens"] + metrics[0]["reflections_tokens"] == summary["generated_tokens"]
@@ -467,13 +475,12 @@ def test_outcomes_by_replay_are_what_the_world_says(env):
     assert count > 20
 
 
-def test_a_world_that_does_not_repeat_itself_is_noticed(capsys):
+def test_a_world_that_does_not_repeat_itself_is_noticed(refusal):
     first, second = expert_states(seeds=[3])
     other = second | {"messages": [*second["messages"][:2], {"role": "user", "content": "Hm."}]}
     for state in first | {"seed": 4}, first | {"split": "test"}, other:
-        with pytest.raises(SystemExit) as end:
-            early_experience.outcomes(envs.make("repair"), state, ["check the power"])
-        assert end.value.code == 2 and "does not repeat itself" in capsys.readouterr().err
+        assert "does not repeat itself" in refusal(lambda: early_experience.outcomes(
+            envs.make("repair"), state, ["check the power"]))  # noqa: B023
 
 
 def test_a_reflection_is_the_models_own_words_and_the_experts_action(monkeypatch):
@@ -553,27 +560,16 @@ def acted(reflected, cache):
     return out
 
 
-@pytest.fixture
-def ask(monkeypatch):
-    """ask(...) runs docs/rationale.py with these arguments."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rationale.py", *map(str, arguments)])
-        rationale.main()
-
-    return run
-
-
 @pytest.mark.parametrize("stage", ["", "model"])
-def test_rationale_of_a_finished_run(ask, acted, tmp_path, capsys, stage):
+def test_rationale_of_a_finished_run(call, acted, tmp_path, capsys, stage):
     run = tmp_path / "run"
     shutil.copytree(acted, run)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    ask(run, "--states", 12, *(["--stage", stage] if stage else []))
+    call(rationale.main, run, "--states", 12, *(["--stage", stage] if stage else []))
     out, found = capsys.readouterr().out, json.loads((run / "rationale.json").read_text())
     assert json.loads(out) == found and set(found) == {
         "stage", "choices", "thought", "free", "removed", "wrong", "choice_first", "choice_second", "next_action"}  # fmt: skip
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "rationale.json"} == before
+    (run / "rationale.json").unlink()
+    assert everything_under(run) == everything_under(acted)
     assert found["stage"] == (stage or "1-act") and found["choices"] % 2 == 0 and found["choices"] >= 6
     assert found["free"] == pytest.approx((found["choice_first"] + found["choice_second"]) / 2)
     assert 0 <= found["next_action"] <= 1
@@ -605,8 +601,8 @@ def test_a_reply_begins_with_the_thought_it_is_given(monkeypatch):
     assert asked.pop() == ([["a", "<action>"], ["b", "x <action>"], ["c", "Hm. <action>"]], 40, 0)
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7, 30])
-def test_a_wrong_thought_is_about_another_state(ask, acted, tmp_path, monkeypatch, count):
+@pytest.mark.parametrize("count", [2, 3, 7, 30])
+def test_a_wrong_thought_is_about_another_state(call, acted, tmp_path, monkeypatch, count):
     shutil.copytree(acted, tmp_path / "run")
     states, asked = expert_states(split="test", seeds=range(count))[::2], []
 
@@ -616,7 +612,7 @@ def test_a_wrong_thought_is_about_another_state(ask, acted, tmp_path, monkeypatc
 
     monkeypatch.setattr(act, "propose", lambda state, some: [each | {"candidates": ["dance"]} for each in states])
     monkeypatch.setattr(rationale, "accuracy", accuracy)
-    ask(tmp_path / "run", "--states", 4)
+    call(rationale.main, tmp_path / "run", "--states", 4)
     (free, _, _), (removed, _, _), (wrong, thoughts, of) = asked
     assert len(states) == count and len(of) == 2 * count and free == removed == wrong
     assert all(one != two for one, two in zip(free[:count], free[count:], strict=True))  # both orders
@@ -628,13 +624,11 @@ def test_a_wrong_thought_is_about_another_state(ask, acted, tmp_path, monkeypatc
 @pytest.mark.parametrize("arguments, words", [
     (["{tmp}/nowhere"], "no run of act.py"), (["{tmp}"], "no run of act.py"), (["{run}/model"], "no run of act.py"),
     (["{run}", "--stage", "3-rl"], "no model there"), (["{reflected}", "--stage", "2-il"], "no model there")])  # fmt: skip
-def test_rationale_refuses_in_one_line(ask, acted, reflected, tmp_path, capsys, arguments, words):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        ask(*(argument.format(tmp=tmp_path, run=acted, reflected=reflected[0]) for argument in arguments))
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and not out and re.fullmatch(r"error: [^\n]+\n", err) and words in err
-    assert not any(tmp_path.iterdir()) and not (acted / "rationale.json").exists() and not (reflected[0] / "rationale.json").exists()
+def test_rationale_refuses_in_one_line(refusal, acted, reflected, tmp_path, arguments, words):
+    before = [everything_under(path) for path in (tmp_path, acted, reflected[0])]
+    arguments = [argument.format(tmp=tmp_path, run=acted, reflected=reflected[0]) for argument in arguments]
+    assert words in refusal(rationale.main, *arguments)
+    assert [everything_under(path) for path in (tmp_path, acted, reflected[0])] == before
 
 
 # --------------------------------------------------------------------------------------------------- what a judge is worth
@@ -675,17 +669,15 @@ def trained(cache):
     return out
 
 
-def test_judge_of_a_finished_run(trained, tmp_path, monkeypatch, capsys):
+def test_judge_of_a_finished_run(trained, call, monkeypatch, capsys):
     reviewed, review = [], reagent.review
     monkeypatch.setattr(reagent, "review", lambda state, episodes, stream: reviewed.append(episodes) or review(
         state, episodes, stream))
-    monkeypatch.setattr(sys, "argv", ["judge.py", str(trained), "--episodes", "40", "--figure", str(tmp_path / "f.png")])
-    judge.main()
+    call(judge.main, trained, "--episodes", 40)
     numbers, out = json.loads((trained / "judge.json").read_text()), capsys.readouterr().out
     for who, episodes in zip(("players", "agent"), reviewed, strict=True):
         assert numbers[who]["episodes"] == 40 == sum(row["episodes"] for row in numbers[who]["fifths"])
         assert {e.split for e in episodes} == {"test"} and numbers[who] == judge.numbers_of(episodes)
-    assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
     assert out.count("    judge: ") >= 2 and "\nlost, " in out and "\nlost by the agent, " in out
 
 
@@ -693,23 +685,23 @@ def test_judge_of_a_finished_run(trained, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("damage, words", [
     ("args.json", "no run of reagent.py"), ("rrm", "its judge is missing"), ("model", "its trained agent is missing"),
     ("junk", "not the settings"), ("none", "it had no judge")])
-def test_what_is_no_finished_run_is_refused_in_one_line(trained, tmp_path, monkeypatch, capsys, script, damage, words):
+def test_what_is_no_finished_run_is_refused_in_one_line(trained, tmp_path, refusal, script, damage, words):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    settings = json.loads((run / "args.json").read_text())["args"]
-    if damage == "junk":
-        (run / "args.json").write_text(json.dumps({"args": settings | {"pool": "joint"}}))
-    elif damage == "none":
-        (run / "args.json").write_text(json.dumps({"args": settings | {"variant": "none"}}))
+    own = {"junk": {"pool": "joint"}, "none": {"variant": "none"}}.get(damage)
+    if own:
+        with_settings(run, **own)
     else:
         (run / damage).rename(tmp_path / "away")
-    before = {path for path in run.rglob("*")}
-    monkeypatch.setattr(sys, "argv", [script.__name__, str(run)])
-    with pytest.raises(SystemExit) as end:
-        script.main()
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and not out and re.fullmatch(r"error: [^\n]+\n", err) and words in err
-    assert {path for path in run.rglob("*")} == before
+    before = everything_under(run)
+    assert words in refusal(script.main, run)
+    assert everything_under(run) == before
+
+
+def with_settings(run, **own):
+    """Changes settings of a run."""
+    args = json.loads((run / "args.json").read_text())["args"]
+    (run / "args.json").write_text(json.dumps({"args": args | own}))
 
 
 def test_the_judge_of_a_run_is_trained_given_or_the_start_model(trained, tmp_path, monkeypatch, cache):
@@ -717,9 +709,9 @@ def test_the_judge_of_a_run_is_trained_given_or_the_start_model(trained, tmp_pat
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / "rrm").rename(tmp_path / "elsewhere")
-    settings, start = json.loads((run / "args.json").read_text())["args"], common.load(str(trained / "model"))[0]
-    for own in {"rrm": str(tmp_path / "elsewhere")}, {"judged": 0}:
-        (run / "args.json").write_text(json.dumps({"args": settings | own}))
+    start = common.load(str(trained / "model"))[0]
+    for own in {"rrm": str(tmp_path / "elsewhere")}, {"rrm": "", "judged": 0}:
+        with_settings(run, **own)
         state = judge.state_of(run)
         assert common.fingerprint(state.rrm.model) == common.fingerprint(start) and state.rrm.optimizer is None
 
@@ -738,14 +730,13 @@ def test_second_attempts_by_hand():
     assert list(second_attempts.table(rows))[2].split() == ["judge", "0.750", "0.667", "1.000", "+0.500", "(0.289)"]
 
 
-def test_second_attempts_differ_in_the_critique_alone(trained, monkeypatch, capsys):
+def test_second_attempts_differ_in_the_critique_alone(trained, call, monkeypatch, capsys):
     played, attempt = [], reagent.attempt
     monkeypatch.setattr(reagent, "attempt", lambda state, split, seeds, stream, earlier=None: played.append(
         (earlier, stream, attempt(state, split, seeds, stream, earlier))) or played[-1][2])
     monkeypatch.setattr(reagent, "judge", lambda state, transcripts, stream: [
         reagent.Judgement(critique=f"Number {i}.", asked=1) for i in range(len(transcripts))])
-    monkeypatch.setattr(sys, "argv", ["second_attempts.py", str(trained), "--episodes", "6"])
-    second_attempts.main()
+    call(second_attempts.main, trained, "--episodes", 6)
     (none, _, first), *again = played
     assert none is None is again[4][0] and len(again) == 5
     assert len({stream for _, stream, _ in again}) == 1  # the same random numbers
@@ -758,9 +749,11 @@ def test_second_attempts_differ_in_the_critique_alone(trained, monkeypatch, caps
     assert "annotator" in capsys.readouterr().out
 
 
+GRPO = dict(model="tiny:32x1", examples=60, max_new_tokens=12, steps=1, batch_size=8, group_size=4, micro_batch_size=4, eval_episodes=2)
+
+
 @pytest.mark.parametrize("judging", ["annotator", "shuffled"])
-def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypatch, judging):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+def test_other_judges_of_the_agents_attempts(trained, call, tmp_path, monkeypatch, judging):
     streams = []
 
     def numbered(state, transcripts, stream):
@@ -769,14 +762,8 @@ def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypat
         return [reagent.Judgement(text, critique=text, score=i / 100, asked=1) for i, text in enumerate(texts)]
 
     monkeypatch.setattr(reagent, "judge", numbered)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    flags = flags_of(model="tiny:32x1", examples=60, judge_tokens=60, max_new_tokens=12, steps=1, batch_size=8, group_size=4,
-                     micro_batch_size=4, eval_episodes=2, cold_start=4, cold_epochs=1, rrm=trained / "rrm", judging=judging,
-                     out_dir=tmp_path / "run")  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["other_judge.py", *flags])
-    other_judge.main()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    call(other_judge.main, *flags_of(**GRPO, judge_tokens=60, cold_start=4, cold_epochs=1, rrm=trained / "rrm", judging=judging,
+                                     out_dir=tmp_path / "run"))  # fmt: skip
     rollouts = trained_on(tmp_path / "run")
     sides = [[e for e in rollouts if e["second"] == again] for again in (False, True)]
     assert json.loads((tmp_path / "run" / "args.json").read_text())["args"]["judging"] == judging
@@ -794,17 +781,10 @@ def test_other_judges_of_the_agents_attempts(trained, cache, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("rating", ["exact", "shuffled"])
-def test_other_raters_are_right_or_of_another_task_and_never_trained(cache, tmp_path, monkeypatch, rating):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+def test_other_raters_are_right_or_of_another_task_and_never_trained(call, tmp_path, monkeypatch, rating):
     batches, update = [], self_guide.update
     monkeypatch.setattr(self_guide, "update", lambda *args, **how: batches.append(args[5]) or update(*args, **how))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    flags = flags_of(model="tiny:32x1", examples=60, max_new_tokens=12, rate_tokens=12, steps=1, batch_size=8, group_size=4, updates=1,
-                     micro_batch_size=4, eval_episodes=2, rating=rating, out_dir=tmp_path / "run")  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["other_rater.py", *flags])
-    other_rater.main()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    call(other_rater.main, *flags_of(**GRPO, rate_tokens=12, updates=1, rating=rating, out_dir=tmp_path / "run"))
     [batch] = batches
     right = [exact_ratings(episode) for episode in batch]
     for row, episode in enumerate(batch):
@@ -827,12 +807,66 @@ def exact_ratings(episode):
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------------ refusals
+# --------------------------------------------------------------------------------- what players and untrained models do
 
 
-@pytest.mark.parametrize("flags", [["--resume"], ["--sft-batch-size", "0"], ["--env", "chess"], ["--demos", "nowhere"]])
-def test_early_experience_refuses_in_one_line(tmp_path, monkeypatch, capsys, flags):
-    monkeypatch.setattr(sys, "argv", ["early_experience.py", *flags, "--out-dir", str(tmp_path / "run")])
-    with pytest.raises(SystemExit) as end:
-        early_experience.main()
-    assert end.value.code == 2 and re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err) and not any(tmp_path.iterdir())
+def test_the_gates_of_self_guides_dose(monkeypatch):
+    """Of a played episode, the labels that are right and the hints that are taken, by hand."""
+    world = envs.make("household")
+    _, info = world.reset(seed=3, options={"split": "train"})
+    prospects, action = self_guide.Prospects(world), info["admissible"][0]
+    prospects.before(world)
+    *_, info = world.step(action)
+    name = prospects.label(world, info["valid"])
+    undo = prospects.advised(world, "negative", info["admissible"])
+    episode = self_guide.Episode("train", 3, actions=[action, "nonsense", "nonsense"], won=True,
+                                 labels=[self_guide.LABELS.index(name) - 1, None])  # fmt: skip
+    first, second = self_guide_dose.labelled_steps("household", episode)
+    assert first == (name, True, undo, "nonsense") and second[:2] == ("none", False)
+    monkeypatch.setattr(self_guide, "rollout", lambda *a, **k: [episode] * 4)
+    found = self_guide_dose.gates(None, None, self_guide.Args(), 4)
+    assert found["labels"] == 8 and found["right"] == 0.5 and found["success"] == {"plain": [1.0, 0.0], "guided": [1.0, 0.0]}
+    assert set(found["undone"].values()) <= {0.0} and set(found["undo_possible"].values()) <= {4}
+
+
+def test_hints_help_a_random_player_and_half_of_them_less():
+    plain, hinted, noisy = (self_guide_dose.rule("household", *how, count=60)["success"][0]
+                            for how in ((False, 0.0), (True, 0.0), (True, 1.0)))  # fmt: skip
+    assert hinted > plain + 0.1 and noisy < hinted
+
+
+@pytest.mark.parametrize("script, parts", [
+    ("nlac", {"policy", "successor", "backup", "evaluator", "refiner"}), ("act", {"proposal", "choice"}), ("reagent", {"judge"}),
+    ("self_guide", {"rate"})])  # fmt: skip
+def test_zero_shot_asks_every_part(call, refusal, tmp_path, capsys, script, parts):
+    assert script in refusal(zero_shot.main, "ppo")
+    short = {"forecast_tokens": 12, "critique_tokens": 12, "k": 1, "m": 1} if script == "nlac" else {}
+    call(zero_shot.main, script, *flags_of(**short, model="tiny:32x1", examples=60, eval_episodes=4, max_new_tokens=12,
+                                           out_dir=tmp_path))  # fmt: skip
+    [path] = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert path.name == f"{script}-{found['env']}-0.json" and found["n"] == 4 and len(found["episodes"]) == 3
+    assert parts >= set(found["parts"]) and {name for name in parts if name in found["samples"]} == parts - {"policy"}
+    for told in found["parts"].values():
+        assert 0 <= told["read"] <= 1 and 0 <= told["cut"] <= 1
+    short = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert short.items() <= found.items() and "samples" not in short
+
+
+def test_scores_of_players(call, refusal, tmp_path, capsys):
+    out = tmp_path / "worlds.json"
+    out.write_text(json.dumps([{"world": "search", "won": 1}, {"world": "repair", "won": 9}]))
+    call(world_scores.main, "repair", "household", "--episodes", 8, "--out", out)
+    found = json.loads(out.read_text())
+    assert [(row["world"], row.get("split"), row.get("player")) for row in found] == [
+        ("search", None, None), ("repair", "test", "random"), ("repair", "test", "expert"), ("household", "test", "random"),
+        ("household", "test", "expert"), ("household", "ood", "random"), ("household", "ood", "expert"),
+        ("household, all verbs offered", "test", "random")]  # fmt: skip
+    assert found[2]["won"] == 1.0 and found[2]["turns"] == 2.0 and found[2]["invalid"] == 0.0
+    mean, se = envs.mean_score(envs.make("household"), envs.random_player, 8, "ood")
+    assert found[5]["score"] == round(mean, 4) and found[5]["score_se"] == round(se, 4)
+    capsys.readouterr()
+    call(world_scores.main, "search", "--player", "guess", "--split", "ood", "--episodes", 4)
+    assert json.loads(capsys.readouterr().out)["longest"] == 1 and len(json.loads(out.read_text())) == 8
+    for words in ["chess", "--player", "random"], ["repair", "--player", "nobody"]:
+        refusal(world_scores.main, *words)
