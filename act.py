@@ -46,7 +46,6 @@ are AdamW's betas, 5 steps of warm-up, and gradients clipped to norm 1.
     python act.py --model Qwen/Qwen3-4B --env household-full
 """
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -1069,7 +1068,7 @@ def warmup(world, args):
     of the time after a thought that repeats the task and what happened last; asked to, it writes
     that alone. Asked for one of two actions, which are random ones, it picks either.
     With --dose, the thought before a choice also says of both actions how a random player's chance
-    to win would move: with probability --dose as it would (`RandomPlay`), and then the choice
+    to win would move: with probability --dose as it would (`outlook`), and then the choice
     follows; else anything. The choice is a number there: to copy an action is harder for so small a
     model. Outlooks are practised apart, too, of all that is possible. No part sees an expert.
     """
@@ -1161,14 +1160,14 @@ def random_play(world, rng, seed, foresee=False) -> Play:
     """A game on train; with `foresee` its outlooks, too."""
     observation, info = world.reset(seed=seed, options={"split": "train"})
     messages, possible, outlooks, over = [user(observation)], [], [], False
-    chances = RandomPlay(world) if foresee else None
+    chances = envs.RandomPlay(world) if foresee else None
     while not over:
         possible.append(info["admissible"] or [envs.random_player(world, info, rng)])
         if foresee:
-            outlooks.append({a: chances.outlook(world, a) for a in possible[-1]})
+            outlooks.append({a: outlook(chances, world, a) for a in possible[-1]})
         action = possible[-1][0]
         if info["admissible"]:
-            action = rng.choice(rng.choice(by_verb(info["admissible"])))
+            action = rng.choice(rng.choice(envs.by_verb(info["admissible"])))
         observation, _, terminated, truncated, info = world.step(action)
         messages += [assistant(action), user(observation)]
         over = terminated or truncated
@@ -1176,67 +1175,19 @@ def random_play(world, rng, seed, foresee=False) -> Play:
     return Play(messages, possible, facts, outlooks)
 
 
-class RandomPlay:
-    """How likely a random player, who draws the verb first, is to win: exactly, by recursion.
+def outlook(chances, world, action) -> int:
+    """How an action moves a random player's chance to win within a whole game's turns.
 
-    Works in worlds with `snapshot`, `restore` and `possibilities`. What was never seen is averaged
-    over, so nothing hidden decides an outlook.
+    `chances`: envs.RandomPlay. An index of OUTLOOKS.
     """
-
-    def __init__(self, world):
-        self.world, self.moves, self.known = copy.deepcopy(world), {}, {}
-
-    def chance(self, snapshot, turns) -> float:
-        """To win from a snapshot within so many turns."""
-        if not turns:
-            return 0.0
-        if (snapshot, turns) not in self.known:
-            total = 0.0
-            for share, won, after in self.moves_from(snapshot):
-                total += share * (1.0 if won else self.chance(after, turns - 1))
-            self.known[snapshot, turns] = total
-        return self.known[snapshot, turns]
-
-    def moves_from(self, snapshot) -> list[tuple]:
-        """(probability, won, next snapshot) of each action."""
-        if snapshot not in self.moves:
-            self.world.restore(snapshot)
-            verbs, self.moves[snapshot] = by_verb(self.world.admissible()), []
-            for actions in verbs:
-                for action in actions:
-                    share = 1 / len(verbs) / len(actions)
-                    self.moves[snapshot].append((share, *self.result(snapshot, action)))
-        return self.moves[snapshot]
-
-    def result(self, snapshot, action) -> tuple:
-        """(won, next snapshot)"""
-        self.world.restore(snapshot)
-        self.world.act(action)
-        return self.world.won, self.world.snapshot()
-
-    def outlook(self, world, action) -> int:
-        """Whether an action moves the logarithm of the chance to win within a whole game's turns by
-        more than 0.15: an index of OUTLOOKS."""
-        now, then = [], []
-        for snapshot in world.possibilities():
-            won, after = self.result(snapshot, action)
-            now.append(self.chance(snapshot, world.max_turns))
-            then.append(1.0 if won else self.chance(after, world.max_turns))
-        moved = math.log((common.mean(then) + 0.003) / (common.mean(now) + 0.003))
-        return 1 + (moved > 0.15) - (moved < -0.15)
+    now = chances.expected(world, world.max_turns)
+    then = chances.expected_after(world, action, world.max_turns)
+    return 1 + envs.moved(now, then)
 
 
 def event(observation):
     """What an observation says first."""
     return re.split(r"(?<=[.?!])\s", observation.strip(), maxsplit=1)[0]
-
-
-def by_verb(actions):
-    """Actions by their first word. Drawn first among these, rare kinds are practised too."""
-    verbs = {}
-    for action in actions:
-        verbs.setdefault(action.partition(" ")[0], []).append(action)
-    return list(verbs.values())
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import argparse
 import ast
 import collections
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -334,6 +335,79 @@ def ends(name, episodes) -> dict:
             pass
         env.close()
     return found
+
+
+# ------------------------------------------------------------------------- what random play achieves
+
+
+def by_verb(actions):
+    """Lists of the actions that share their first word.
+
+    Who draws one of these first also practises rare kinds of action.
+    """
+    verbs = {}
+    for action in actions:
+        verbs.setdefault(action.partition(" ")[0], []).append(action)
+    return list(verbs.values())
+
+
+class RandomPlay:
+    """The chance that a random player, who draws the verb first, wins an episode: exact.
+
+    By recursion over turns, for worlds with `snapshot`, `restore` and `possibilities`. A `state` is
+    a snapshot. What was never seen is averaged over, so that nothing hidden decides a chance.
+    """
+
+    def __init__(self, world):
+        self.world = copy.deepcopy(world)  # the caller's stays where it is
+        self.moves, self.known = {}, {}
+
+    def chance(self, state, turns) -> float:
+        """To win from a state within so many turns."""
+        if not turns:
+            return 0.0
+        if (state, turns) not in self.known:
+            total = 0.0
+            for share, won, after in self.moves_from(state):
+                total += share * (1.0 if won else self.chance(after, turns - 1))
+            self.known[state, turns] = total
+        return self.known[state, turns]
+
+    def moves_from(self, state) -> list[tuple]:
+        """(probability, won, next state) of each action."""
+        if state not in self.moves:
+            self.world.restore(state)
+            verbs, self.moves[state] = by_verb(self.world.admissible()), []
+            for actions in verbs:
+                for action in actions:
+                    share = 1 / len(verbs) / len(actions)
+                    self.moves[state].append((share, *self.result(state, action)))
+        return self.moves[state]
+
+    def result(self, state, action) -> tuple:
+        """(won, next state)"""
+        self.world.restore(state)
+        self.world.act(action)
+        return self.world.won, self.world.snapshot()
+
+    def expected(self, world, turns) -> float:
+        """`chance` of a game as its player knows it."""
+        chances = [self.chance(state, turns) for state in world.possibilities()]
+        return sum(chances) / len(chances)
+
+    def expected_after(self, world, action, turns) -> float:
+        """The same once an action is done, which itself takes none of the turns."""
+        chances = []
+        for state in world.possibilities():
+            won, after = self.result(state, action)
+            chances.append(1.0 if won else self.chance(after, turns))
+        return sum(chances) / len(chances)
+
+
+def moved(before, after) -> int:
+    """Whether a chance grew (1) or fell (-1): its logarithm, softened near 0, by more than 0.15."""
+    change = math.log((after + 0.003) / (before + 0.003))
+    return (change > 0.15) - (change < -0.15)
 
 
 # -------------------------------------------------------------------------------------- repair shop

@@ -38,11 +38,9 @@ Plain GRPO at equal tokens is --guide off with more --steps: metrics.jsonl count
     python self_guide.py --model Qwen/Qwen3-1.7B --env household-full
 """
 
-import copy
 import dataclasses
 import functools
 import itertools
-import math
 import random
 import re
 from collections import Counter
@@ -753,7 +751,7 @@ def warmup(world, args):
             if hinted:
                 possible = prospects.advised(world, label, possible) or possible
             impossible = guided and label != "negative" and rng.random() < 0.03
-            action = rng.choice(said if impossible else rng.choice(by_verb(possible)))
+            action = rng.choice(said if impossible else rng.choice(envs.by_verb(possible)))
             if hinted and not impossible:
                 hints[label].append((list(messages), written(action)))
             messages.append({"role": "assistant", "content": written(action)})
@@ -796,61 +794,18 @@ def rating_text(world, prospects, label):
     return f"Reason: {reason}\nLabel: {label}"
 
 
-class Prospects:
-    """How likely a random player (verb drawn first) is to win, exactly: by dynamic programming.
-
-    Works in worlds with `snapshot`, `restore` and `possibilities`. What was never seen is averaged
-    over, so nothing hidden decides a label.
-    """
-
-    def __init__(self, world):
-        self.world, self.moves, self.known = copy.deepcopy(world), {}, {}
-
-    def chance(self, state, turns) -> float:
-        """To win from a snapshot within so many turns."""
-        if not turns:
-            return 0.0
-        if (state, turns) not in self.known:
-            total = 0.0
-            for share, won, after in self.moves_from(state):
-                total += share * (1.0 if won else self.chance(after, turns - 1))
-            self.known[state, turns] = total
-        return self.known[state, turns]
-
-    def moves_from(self, state) -> list[tuple]:
-        """(probability, won, next snapshot) of each action."""
-        if state not in self.moves:
-            self.world.restore(state)
-            verbs, self.moves[state] = by_verb(self.world.admissible()), []
-            for actions in verbs:
-                for action in actions:
-                    share = 1 / len(verbs) / len(actions)
-                    self.moves[state].append((share, *self.result(state, action)))
-        return self.moves[state]
-
-    def result(self, state, action) -> tuple:
-        """(won, next snapshot)"""
-        self.world.restore(state)
-        self.world.act(action)
-        return self.world.won, self.world.snapshot()
-
-    def of(self, world, turns) -> float:
-        """To win within so many turns, averaged over what was never seen."""
-        return common.mean(self.chance(state, turns) for state in world.possibilities())
+class Prospects(envs.RandomPlay):
+    """What a step did to a random player's chance to win, and what would undo it."""
 
     def before(self, world):
         """Remembers the state that the next step starts from, and what it is worth a turn later."""
         left = world.max_turns - world.turns - 1
-        self.state, self.value = world.snapshot(), self.of(world, left)
+        self.state, self.value = world.snapshot(), self.expected(world, left)
 
     def label(self, world, valid) -> str:
-        """Of the step from `before` to now, the passing of its turn apart: whether it moved the
-        logarithm of the chance by more than 0.15."""
-        left = world.max_turns - world.turns
-        moved = math.log((self.of(world, left) + 0.003) / (self.value + 0.003))
-        if not valid or moved < -0.15:
-            return "negative"
-        return "positive" if moved > 0.15 else "neutral"
+        """Of the step from `before` to now: how it moved the chance, the passing of its turn apart."""
+        now = self.expected(world, world.max_turns - world.turns)
+        return LABELS[1 + envs.moved(self.value, now)] if valid else "negative"
 
     def advised(self, world, label, actions) -> list[str]:
         """Of the actions those that take the hint: undo a negative step, keep a positive one."""
@@ -859,14 +814,6 @@ class Prospects:
         if label == "negative":
             return undo
         return [action for action in actions if action not in undo] if label == "positive" else []
-
-
-def by_verb(actions):
-    """Actions by their first word. Drawn first among these, rare kinds are practised too."""
-    verbs = {}
-    for action in actions:
-        verbs.setdefault(action.partition(" ")[0], []).append(action)
-    return list(verbs.values())
 
 
 if __name__ == "__main__":

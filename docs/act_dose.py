@@ -41,9 +41,9 @@ def true_outlooks(args, pair):
     world = envs.make(args.env)
     done = [m["content"] for m in pair["messages"][1::2]]
     envs.replay(world, pair["seed"], done, pair["split"])
-    play, possible = act.RandomPlay(world), world.admissible()
+    play, possible = envs.RandomPlay(world), world.admissible()
     both = act.in_order(pair)
-    return [play.outlook(world, action) if action in possible else 1 for action in both]
+    return [act.outlook(play, world, action) if action in possible else 1 for action in both]
 
 
 def share(part, whole):

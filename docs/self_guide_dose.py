@@ -78,7 +78,7 @@ def rule(env, hinted, noise, count=600):
             if hinted and world.turns:
                 actions = prospects.advised(world, label, actions) or actions
             prospects.before(world)
-            action = rng.choice(rng.choice(self_guide.by_verb(actions)))
+            action = rng.choice(rng.choice(envs.by_verb(actions)))
             _, _, terminated, truncated, info = world.step(action)
             over = terminated or truncated
             if not over:

@@ -817,10 +817,10 @@ def after(seed, rng, turns):
     world = envs.make("household")
     _, info = world.reset(seed=seed, options={"split": "train"})
     for _ in range(turns):
-        _, _, over, _, info = world.step(rng.choice(rng.choice(act.by_verb(info["admissible"]))))
+        _, _, over, _, info = world.step(rng.choice(rng.choice(envs.by_verb(info["admissible"]))))
         if over:
             return after(seed + 1000, rng, turns)
-    return world, act.RandomPlay(world)
+    return world, envs.RandomPlay(world)
 
 
 def test_chances_and_outlooks_are_what_random_play_wins():
@@ -834,7 +834,7 @@ def test_chances_and_outlooks_are_what_random_play_wins():
             game = copy.deepcopy(start)
             game.restore(state)
             for _ in range(turns):
-                game.act(rng.choice(rng.choice(act.by_verb(game.admissible()))))
+                game.act(rng.choice(rng.choice(envs.by_verb(game.admissible()))))
                 if game.won:
                     return True
             return False
@@ -852,7 +852,7 @@ def test_chances_and_outlooks_are_what_random_play_wins():
                 game.act(action)
             then = common.mean(1 if game.won else play.chance(game.snapshot(), game.max_turns) for game in worlds)
             ratio = (then + 0.003) / (now + 0.003)
-            mark = act.OUTLOOKS[play.outlook(world, action)]
+            mark = act.OUTLOOKS[act.outlook(play, world, action)]
             assert mark == ("closer" if ratio > math.exp(0.15) else "away" if ratio < math.exp(-0.15) else "nowhere")
             seen[mark] += 1
     assert seen["chances"] > 5 and min(seen[mark] for mark in act.OUTLOOKS) > 2, seen
@@ -865,14 +865,14 @@ def test_outlooks_do_not_depend_on_what_is_hidden():
         other = copy.deepcopy(world)
         other.resample(random.Random(seed))
         actions = [action for action in world.admissible() if action in other.admissible()]
-        assert [play.outlook(world, action) for action in actions] == [
-            act.RandomPlay(other).outlook(other, action) for action in actions]  # fmt: skip
+        assert [act.outlook(play, world, action) for action in actions] == [
+            act.outlook(envs.RandomPlay(other), other, action) for action in actions]  # fmt: skip
 
 
 @pytest.mark.parametrize("dose", [0.0, 0.5, 1.0])
 def test_dose_is_the_share_of_thoughts_that_are_right(monkeypatch, dose):
     monkeypatch.setattr(envs.Household, "expert", lambda self: pytest.fail("the expert was asked"))
-    monkeypatch.setattr(act.RandomPlay, "outlook", lambda self, world, action: len(action) % 3)
+    monkeypatch.setattr(act, "outlook", lambda chances, world, action: len(action) % 3)
     examples = act.warmup(envs.make("household"), args_of(env="household", examples=100, dose=dose))
     right, followed, apart = [], [], []
     for *before, asked, reply in examples:
@@ -916,7 +916,7 @@ def test_the_gates_of_a_dose(monkeypatch, knows, follows):
             world = envs.make("household")
             envs.replay(world, pair["seed"], [m["content"] for m in pair["messages"][1::2]], "test")
             possible = [action in world.admissible() for action in both]
-            marks = [act.RandomPlay(world).outlook(world, action) if can else 1 for action, can in zip(both, possible)]
+            marks = [act.outlook(envs.RandomPlay(world), world, action) if can else 1 for action, can in zip(both, possible)]
             marks = marks if knows else [2, 2]
             spoken.append(marks)
             better = marks[1] > marks[0]
