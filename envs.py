@@ -55,10 +55,9 @@ LISTING = "\nPossible actions:\n"  # before the list that `show_actions` puts in
 class World:
     """The part that all worlds share: turns, splits, seeds, what is returned.
 
-    A world writes `begin` and `act`.
-
-    Running out of turns is a rule of the game and stands in every observation, so it ends an
-    episode as `terminated`; `truncated` is left to the caller (a full context, say).
+    A world writes `begin` and `act`. Running out of turns is a rule of the game and stands in every
+    observation, so it ends an episode as `terminated`; `truncated` is left to the caller (a full
+    context, say).
     """
 
     name = ""  # as in WORLDS
@@ -68,8 +67,15 @@ class World:
     splits = ("train", "test")
     tools = None
     show_actions = False  # whether observations end in the list of what can be done (see `make`)
+    players = ()  # weaker ones than the expert, for whoever wants trajectories of many kinds
     observation = None  # the latest one
     action = ""  # what was read in the latest reply
+
+    def configure(self, **given):
+        """Replaces attributes of the class; None leaves one as it is, a list becomes a tuple."""
+        for name, value in given.items():
+            if value is not None:
+                setattr(self, name, tuple(value) if isinstance(value, list) else value)
 
     def begin(self, rng, split):
         """Sets up an episode from a private `random.Random`; returns the opening words."""
@@ -111,8 +117,6 @@ class World:
         """The best action now. Looks at what the player could know, never at what is hidden."""
         raise NotImplementedError
 
-    players = ()  # weaker ones than the expert, for whoever wants trajectories of many kinds
-
     def thought(self):
         """What the expert thinks before its next action; nothing, in most worlds."""
         return ""
@@ -141,8 +145,7 @@ class World:
         if seed is None:
             seed = random.SystemRandom().getrandbits(32)
         self.turns, self.won, self.over, self.action = 0, False, False, ""
-        # a string seed is hashed with SHA-512: the same episode in every process and on every
-        # machine
+        # a string is hashed with SHA-512: the same episode in every process, on every machine
         opening = self.begin(random.Random(f"{self.name} {split} {int(seed)}"), split)
         self.observation = self.observe(opening)
         return self.observation, self.info(valid=True)
@@ -187,8 +190,7 @@ class World:
 
 
 def count(n, noun):
-    """count(1, "turn") -> "1 turn"; plain digits, so that a word-level tokenizer meets few forms.
-    """
+    """count(1, "turn") -> "1 turn"; in digits, so that a word-level tokenizer meets few forms."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
@@ -307,9 +309,7 @@ def run_episode(env, player, seed, split="train"):
 
 
 def mean_score(env, player, episodes, split="test", key="score"):
-    """(mean, standard error) over the seeds 0 .. episodes-1, of the score or, with key="won", of
-    success.
-    """
+    """(mean, standard error) of the score over seeds from 0 on; with key="won" of success."""
     played = [run_episode(env, player, seed, split) for seed in range(episodes)]
     return mean_and_error([float(episode[key]) for episode in played])
 
@@ -337,7 +337,7 @@ def ends(name, episodes) -> dict:
     return found
 
 
-# ------------------------------------------------------------------------- what random play achieves
+# ------------------------------------------------------------------------ what random play achieves
 
 
 def by_verb(actions):
@@ -414,8 +414,7 @@ def moved(before, after) -> int:
 
 
 class RepairShop(World):
-    """Diagnose, then repair: a test that fits the symptom shows the fault, and each fault has one
-    repair.
+    """Diagnose, then repair: the test that fits the symptom shows the fault, which has one repair.
 
     The smallest world in which acting early costs the episode: the first repair is the last.
     Whoever guesses from the symptom alone is right one time in three, whoever tests first is always
@@ -450,17 +449,17 @@ class RepairShop(World):
     )
 
     def __init__(self, max_turns=None):
-        if max_turns is not None:
-            if max_turns < 1:
-                raise ValueError(f"max_turns must be at least 1, not {max_turns}")
-            self.max_turns = max_turns
+        self.configure(max_turns=max_turns)
+        if self.max_turns < 1:
+            raise ValueError(f"max_turns must be at least 1, not {max_turns}")
 
     def admissible(self):
         return [*self.tests, *self.repairs]
 
     def begin(self, rng, split):
         while True:  # a fifth of the combinations is kept for the test split
-            customer, colour = rng.choice(self.customers), rng.choice(self.colours)
+            customer = rng.choice(self.customers)
+            colour = rng.choice(self.colours)
             device = rng.choice(self.devices)
             held_out = hashlib.sha256(f"{customer} {colour} {device}".encode()).digest()[0] % 5 == 0
             if held_out == (split == "test"):
@@ -471,9 +470,7 @@ class RepairShop(World):
         return f"{customer} brings a {colour} {device} that {self.symptom}."
 
     def resample(self, rng):
-        """Puts another fault that fits the dialogue in place, for simulators that must not know the
-        real one.
-        """
+        """Draws the fault again, of those that fit the dialogue: for simulators, not to know it."""
         if not self.found:
             self.finding = rng.choice(list(self.faults[self.symptom][1]))
 
@@ -486,7 +483,8 @@ class RepairShop(World):
         if action in self.tests:
             return "Nothing unusual.", True
         if action in self.repairs:
-            self.over, self.won = True, action == findings[self.finding]
+            self.over = True
+            self.won = action == findings[self.finding]
             return ("It works again." if self.won else "It is still broken."), True
         return "That is neither a test nor a repair of this shop.", False
 
@@ -501,31 +499,31 @@ class RepairShop(World):
 ROOMS = {
     "kitchen": {
         "countertop": "food dish tool", "diningtable": "food dish tool", "cabinet": "dish tool",
-        "drawer": "tool", "shelf": "dish",
-        "sinkbasin": "dish tool", "garbagecan": "food", "fridge": "food dish",
-        "microwave": "food dish"},
+        "drawer": "tool", "shelf": "dish", "sinkbasin": "dish tool", "garbagecan": "food",
+        "fridge": "food dish", "microwave": "food dish"},
     "bathroom": {
         "countertop": "wash bottle", "cabinet": "wash bottle", "drawer": "wash",
-        "shelf": "wash bottle", "sinkbasin": "wash",
-        "bathtub": "wash bottle", "toilet": "bottle", "garbagecan": "bottle"},
+        "shelf": "wash bottle", "sinkbasin": "wash", "bathtub": "wash bottle", "toilet": "bottle",
+        "garbagecan": "bottle"},
     "bedroom": {
         "bed": "paper large", "desk": "paper small large lamp", "dresser": "small large lamp",
-        "drawer": "paper small",
-        "sidetable": "paper small lamp", "shelf": "paper large", "safe": "small",
-        "garbagecan": "paper"},
+        "drawer": "paper small", "sidetable": "paper small lamp", "shelf": "paper large",
+        "safe": "small", "garbagecan": "paper"},
     "living room": {
         "sofa": "paper large", "armchair": "paper small", "coffeetable": "paper small large",
-        "sidetable": "paper small lamp",
-        "tvstand": "small large lamp", "cabinet": "large", "drawer": "paper small",
-        "safe": "small", "garbagecan": "paper"},
-}  # fmt: skip
+        "sidetable": "paper small lamp", "tvstand": "small large lamp", "cabinet": "large",
+        "drawer": "paper small", "safe": "small", "garbagecan": "paper"},
+}
 KINDS = {
-    "food": "apple potato tomato egg", "dish": "mug cup plate bowl",
+    "food": "apple potato tomato egg",
+    "dish": "mug cup plate bowl",
     "tool": "fork spoon spatula ladle",
-    "wash": "brush sponge towel soapbar", "bottle": "soapbottle spraybottle candle toiletroll",
+    "wash": "brush sponge towel soapbar",
+    "bottle": "soapbottle spraybottle candle toiletroll",
     "paper": "book newspaper pencil pen",
-    "small": "watch creditcard keychain cellphone", "large": "laptop pillow box statue",
-    "lamp": "desklamp"}  # fmt: skip
+    "small": "watch creditcard keychain cellphone",
+    "large": "laptop pillow box statue",
+    "lamp": "desklamp"}
 KIND = {thing: kind for kind, things in KINDS.items() for thing in things.split()}
 MANY = "countertop cabinet drawer shelf sidetable".split()  # a room may have several of these
 CLOSED = "cabinet drawer fridge microwave safe".split()  # must be opened first
@@ -535,7 +533,7 @@ TASKS = ("place", "clean", "heat", "cool", "light", "two")
 # verb: where, what it makes of a thing, for which kinds
 TREATMENTS = {"clean": ("sinkbasin", "clean", "food dish tool wash"),
               "heat": ("microwave", "hot", "food dish"),
-              "cool": ("fridge", "cool", "food dish")}  # fmt: skip
+              "cool": ("fridge", "cool", "food dish")}
 
 
 def word(name):
@@ -572,8 +570,7 @@ def share(text, parts):
 
 @functools.lru_cache
 def household_episodes(rooms, receptacles, copies, tasks):
-    """{(split, task): [(room, layout, object, target), ...]}: what an episode can be about, each at
-    most once, in one split.
+    """{(split, task): [(room, layout, object, target), ...]}: what episodes are about, each once.
 
     A layout is a room with its receptacles; each room has a pool of up to 96, fixed by its name and
     the sizes, and every fourth of it is kept for ood. So is a quarter of the pairings of an object
@@ -583,12 +580,13 @@ def household_episodes(rooms, receptacles, copies, tasks):
     """
     episodes = {(split, task): [] for split in Household.splits for task in tasks}
     for room in rooms:
-        rng, supply, layouts = random.Random(f"layouts of the {room}"), [], {}
+        rng = random.Random(f"layouts of the {room}")
+        supply, layouts = [], {}
         for place in ROOMS[room]:
             supply += [place] * (copies if place in MANY else 1)
         for _ in range(400):
-            layouts[tuple(numbered(rng.sample(supply,
-                                              min(rng.randint(*receptacles), len(supply)))))] = None
+            number = min(rng.randint(*receptacles), len(supply))
+            layouts[tuple(numbered(rng.sample(supply, number)))] = None
         targets = [*ROOMS[room], "desklamp"]
         pairings = [pair for pair in itertools.product(KIND, targets) if pair[1] == "desklamp"
                     or belongs(*pair, room)]
@@ -601,9 +599,8 @@ def household_episodes(rooms, receptacles, copies, tasks):
                     continue
                 if target not in present and not (target == "desklamp" and lit):
                     continue
-                # it starts elsewhere
                 if not any(belongs(thing, place, room) for place in present - {target}):
-                    continue
+                    continue  # it must start elsewhere
                 for task in dict.fromkeys(tasks):
                     appliance, _, kinds = TREATMENTS.get(task, (None, None, KIND[thing]))
                     light = target == "desklamp"
@@ -617,14 +614,12 @@ def household_episodes(rooms, receptacles, copies, tasks):
 
 
 class Household(World):
-    """A chore in a room, with ALFWorld's verbs: find a thing, perhaps clean, heat or cool it, and
-    bring it to its place or to a lamp.
+    """A chore in a room, with ALFWorld's verbs: find a thing, treat it, bring it where it belongs.
 
     Where things are is hidden until a place has been seen inside. `test` plays chores that `train`
     lacks in the same rooms; `ood` has sets of receptacles and pairings of object and target that
     neither has (see `household_episodes`), all in words that train covers. This is the small world;
-    `HouseholdFull` is the full one. What makes the size stands here and can be given to the
-    constructor.
+    `HouseholdFull` is the full one, by other values of the attributes below.
     """
 
     name = "household"
@@ -651,14 +646,10 @@ class Household(World):
         " the lamp."
     )
 
-    def __init__(self, rooms=None, receptacles=None, copies=None, objects=None, tasks=None,
-                 offered=None, max_turns=None):
-        given = {"rooms": rooms, "receptacles": receptacles, "copies": copies, "objects": objects,
-                 "tasks": tasks,
-                 "offered": offered, "max_turns": max_turns}  # fmt: skip
-        for name, value in given.items():
-            if value is not None:
-                setattr(self, name, tuple(value) if isinstance(value, (list, tuple)) else value)
+    def __init__(self, rooms=None, receptacles=None, objects=None, tasks=None, offered=None,
+                 max_turns=None):
+        self.configure(rooms=rooms, receptacles=receptacles, objects=objects, tasks=tasks,
+                       offered=offered, max_turns=max_turns)
         verbs = HouseholdFull.offered
         for what, chosen, known in (("room", self.rooms, ROOMS), ("task", self.tasks, TASKS),
                                     ("verb", self.offered, verbs)):
@@ -669,9 +660,8 @@ class Household(World):
         for name, low, high in ("receptacles", *self.receptacles), ("objects", *self.objects):
             if not 1 <= low <= high:
                 raise ValueError(f"{name} must be (fewest, most), at least 1, not {(low, high)}")
-        if self.copies < 1 or self.max_turns < 1:
-            raise ValueError(
-                f"copies and max_turns must be at least 1, not {self.copies} and {self.max_turns}")
+        if self.max_turns < 1:
+            raise ValueError(f"max_turns must be at least 1, not {self.max_turns}")
         for (split, task), choices in self.episodes().items():
             if not choices:
                 raise ValueError(
@@ -689,27 +679,27 @@ class Household(World):
         words = [self.wanted] * (2 if self.goal == "two" else 1)
         others = [thing for thing in KIND if thing not in (self.wanted, "desklamp")
                   and self.homes(thing)]
-        words += rng.sample(others,
-                            min(len(others), max(0, rng.randint(*self.objects) - len(words))))
+        more = max(0, rng.randint(*self.objects) - len(words))
+        words += rng.sample(others, min(len(others), more))
         things = numbered(words + ["desklamp"] * bool(self.homes("desklamp")))
         self.at = {thing: rng.choice(self.homes(thing)) for thing in things}  # a place, or "hand"
-        # seen: the places whose inside is known; states: ("mug 1", "hot")
-        self.here, self.seen, self.states = None, [], []
+        self.here = None  # the place where the player is
+        self.seen = []  # the places whose inside is known
+        self.states = []  # ("mug 1", "hot"), ...
         self.wrong_object = False  # whether a thing was taken that the chore does not ask for
         self.closed = [place for place in self.places if word(place) in CLOSED]
         state = TREATMENTS[self.goal][1] + " " if self.goal in TREATMENTS else ""
         where = f"{'in' if self.target in HOLLOW else 'on'} {self.target}"
         plural = self.wanted + ("es" if self.wanted[-1] in "oxsh" else "s")
-        self.task = {"two": f"put two {plural} {where}.",
-                     "light": f"examine the {self.wanted} with the desklamp."}.get(
-            self.goal, f"put {with_article(state + self.wanted)} {where}."
-        )
+        self.task = f"put {with_article(state + self.wanted)} {where}."
+        if self.goal == "two":
+            self.task = f"put two {plural} {where}."
+        if self.goal == "light":
+            self.task = f"examine the {self.wanted} with the desklamp."
         return f"{self.describe_room()} Your task is to: {self.task}"
 
     def homes(self, thing):
-        """The places of this room where a thing of this name may start: what is asked for is not
-        yet where it should go.
-        """
+        """Where a thing of this name may start: what is asked for is not yet where it should go."""
         done = self.target if word(thing) == self.wanted else None
         return [place for place in self.places if belongs(thing, place, self.room)
                 and word(place) != done]
@@ -728,18 +718,18 @@ class Household(World):
 
     def snapshot(self):
         """What decides how the game goes on, turns apart: hashable."""
-        closed, states = tuple(sorted(self.closed)), tuple(sorted(self.states))
+        closed = tuple(sorted(self.closed))
+        states = tuple(sorted(self.states))
         return self.here, tuple(self.at.items()), closed, states
 
     def restore(self, snapshot):
         """Back to a `snapshot` of this episode; turns, and what was seen, stay."""
         self.here, at, closed, states = snapshot
-        self.at, self.closed, self.states, self.won = dict(at), list(closed), list(states), False
+        self.at, self.closed, self.states = dict(at), list(closed), list(states)
+        self.won = False
 
     def possibilities(self):
-        """Every `snapshot` that fits what was seen: what was not may be at any of its homes, each
-        alike.
-        """
+        """Every `snapshot` that fits what was seen, all as likely: the rest is at any home."""
         unseen = [thing for thing, place in self.at.items() if place != "hand"
                   and place not in self.seen]
         homes = [[home for home in self.homes(thing) if home not in self.seen] for thing in unseen]
@@ -858,9 +848,7 @@ class Household(World):
         return self.ready(thing) and word(self.at[thing]) == self.target
 
     def expert(self):
-        """Looks for the thing where it belongs, open places first, until it is seen; then the
-        shortest way to do the chore.
-        """
+        """Looks for the thing where it belongs, what is open first; then the shortest way."""
         held = self.held()
         known = {thing: place for thing, place in self.at.items() if place in self.seen}
         if held and word(held) != self.wanted:  # out of the hand
@@ -870,11 +858,10 @@ class Household(World):
                 return self.search("desklamp")
             return self.reach([known[LAMP]], f"use {LAMP}")
         if held:
-            verb, place = None, self.target
-            if not self.ready(held):
-                verb, place = self.goal, TREATMENTS[self.goal][0]
-            return self.reach(self.named(place), f"{verb} {held} with {{}}" if verb
-                              else f"put {held} in/on {{}}")
+            if self.ready(held):
+                return self.reach(self.named(self.target), f"put {held} in/on {{}}")
+            appliance, *_ = TREATMENTS[self.goal]
+            return self.reach(self.named(appliance), f"{self.goal} {held} with {{}}")
         candidates = [thing for thing in known if word(thing) == self.wanted
                       and not self.finished(thing)]
         if not candidates:
@@ -886,8 +873,9 @@ class Household(World):
         return [place for place in self.places if word(place) == name]
 
     def reach(self, places, action):
-        """The next step to doing `action` at one of `places` ("{}"): go there, open it unless it is
-        for heating and the like, do it.
+        """The next step to doing `action` ("{}": where) at one of `places`: go, open it, do it.
+
+        To heat and the like, an appliance need not be open.
         """
         place = min(places, key=lambda place: (place != self.here, place in self.closed))
         if place != self.here:
@@ -897,12 +885,11 @@ class Household(World):
         return action.format(place)
 
     def search(self, thing):
-        """The next step to seeing one more place, first where the thing may be, then what is near,
-        then what is open.
-        """
+        """The next step to seeing one more place: where the thing may be, near, open."""
         homes = self.homes(thing)
         unseen = [place for place in self.places if place not in self.seen]
         unseen = unseen or self.places  # all is seen only after the end
+
         def order(place):
             return place not in homes, place != self.here, place in self.closed
 
@@ -925,8 +912,7 @@ class HouseholdFull(Household):
 # -------------------------------------------------------------------------- search: what is written
 
 # Names have two words: a given name and a root for people ("Mira Velden"), a root and a word of its
-# kind for all else ("Velden Marsh").
-# a root is a start and an end: Velden, Velder, Torden
+# kind for all else ("Velden Marsh"). A root is a start and an end: Velden, Velder, Torden.
 STARTS = "Vel Tor Bri Kas Lum Nor Pel Sar Dul Gan Hem Zol".split()
 ENDS = "den der mar mer lin lan sten tan".split()
 GIVEN = ("Ada Oren Mira Sela Ivo Juno Karel Lida Nils Petra Rufus Tessa Anton Bela Cora Doro Enno "
@@ -939,7 +925,7 @@ ARTICLES = {  # kind: its words, what its pages are about
     "company": ("Works Bank Press Yard Lines Stores", "a company"),
     "instrument": ("Horn Harp Flute Bell Fiddle Pipe", "an instrument"),
 }
-# noun: as a part of longer questions
+# `noun`: as a part of longer questions
 Relation = collections.namedtuple("Relation", "subject object sentence question noun")
 RELATIONS = {
     "author": Relation("book", "person", '"{x}" was written by "{y}".', "Who wrote {x}?",
@@ -958,13 +944,18 @@ RELATIONS = {
     "inventor": Relation("instrument", "person", '"{x}" was devised by "{y}".', "Who devised {x}?",
                          "the inventor of {x}"),
 }
-# a century and a half: a town, who is born there, what they make
-YEARS = {"founded": ("town", 1700), "born": ("person", 1750), "published": ("book", 1800),
-         "opened": ("company", 1800),
-         "finished": ("instrument", 1800)}
-RELATIONS |= {verb: Relation(kind, "year", f'"{{x}}" was {verb} in the year {{y}}.',
-                             f"In which year was {{x}} {verb}?", None)
-              for verb, (kind, _) in YEARS.items()}  # fmt: skip
+YEARS = {  # and from which on, a century and a half: a town, who is born there, what they make
+    "founded": ("town", 1700),
+    "born": ("person", 1750),
+    "published": ("book", 1800),
+    "opened": ("company", 1800),
+    "finished": ("instrument", 1800),
+}
+RELATIONS |= {
+    verb: Relation(kind, "year", f'"{{x}}" was {verb} in the year {{y}}.',
+                   f"In which year was {{x}} {verb}?", None)
+    for verb, (kind, _) in YEARS.items()
+}
 PAIRS = {  # questions about two numbers a and b
     ("difference", "year"): "How many years after {a} was {one} was {b} {other}?",
     ("difference", "km"): "How many km longer is {b} than {a}?",
@@ -1033,9 +1024,7 @@ def read_question(question):
 
 
 def conclude(form, values):
-    """What the values at the ends of the chains answer, and the calculation for it, if it takes
-    one.
-    """
+    """What the values at the ends of the chains answer, and the calculation it takes, or None."""
     if form == "chain":
         return values[0], None
     a, b = map(int, values)
@@ -1044,32 +1033,28 @@ def conclude(form, values):
 
 @functools.lru_cache(maxsize=None)
 def search_names(kind, split, parts):
-    """All names of a kind in a split: a sixth each for test and ood, made of words that train has
-    in other combinations.
-    """
+    """All names of a kind in a split: a sixth each in test and ood, of words that train has."""
     starts, ends, given = parts
     roots = [start + end for start in STARTS[:starts] for end in ENDS[:ends]]
     words = ARTICLES[kind][0]
     rows = (roots, words.split()) if words else (GIVEN[:given], roots)
-    pairs = itertools.product(*rows)
-    every = map(" ".join, pairs)
+    every = map(" ".join, itertools.product(*rows))
     return [name for name in every if {0: "test", 1: "ood"}.get(share(name, 6), "train") == split]
 
 
-# facts: {name: {relation: value}}, what some page says; where: {(name, relation): title}; pages:
-# {title: (about, text)}
+# facts: {name: {relation: value}}, what some page says; where: {(name, relation): title};
+# pages: {title: (about, text)}; index: {word: titles}
 Encyclopedia = collections.namedtuple("Encyclopedia", "facts where pages index")
 
 
 def draw_names(rng, kinds, split, parts, namesakes):
-    """{kind: names}. Without `namesakes` no root and no given name comes twice; words such as Hill
-    may.
-    """
+    """{kind: names}. Without `namesakes` no root and no given name comes twice; Hill may."""
     if namesakes:
         return {kind: rng.sample(search_names(kind, split, parts), n) for kind, n in kinds}
     names, used = {}, set()
     for kind, n in kinds:
-        every, common = search_names(kind, split, parts), set((ARTICLES[kind][0] or "").split())
+        every = search_names(kind, split, parts)
+        common = set((ARTICLES[kind][0] or "").split())
         names[kind] = []
         for name in rng.sample(every, len(every)):
             if len(names[kind]) == n:
@@ -1085,9 +1070,11 @@ def draw_names(rng, kinds, split, parts, namesakes):
 
 
 @functools.lru_cache(maxsize=256)
-def encyclopedia(split, number, kinds, relations, parts, namesakes=True, step=1):
-    """An eighth of the facts stands nowhere and an eighth on a page of its own, "Notes on NAME":
-    there the plain page is a dead end.
+def encyclopedia(split, number, kinds, relations, parts, namesakes, step):
+    """An invented encyclopedia; `step`: years are multiples of it.
+
+    An eighth of the facts stands nowhere and an eighth on a page of its own, "Notes on NAME": there
+    the plain page is a dead end.
     """
     rng = random.Random(f"encyclopedia {split} {number}")
     names = draw_names(rng, kinds, split, parts, namesakes)
@@ -1208,11 +1195,11 @@ def read_call(text):
     return name, argument.strip(), None
 
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
-             ast.UAdd: operator.pos,
-             ast.USub: operator.neg}  # fmt: skip
+OPERATORS = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+    ast.UAdd: operator.pos, ast.USub: operator.neg,
+}
 
 
 def calculate(expression):
@@ -1259,14 +1246,14 @@ def plain_words(text):
 
 def numbers_in(text):
     """The numbers in a text, as floats; "1,820" is one."""
-    return [float(number)
-            for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?",
-                                     re.sub(r"(?<=\d),(?=\d{3}\b)", "", text))]
+    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+    return list(map(float, re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", plain)))
 
 
 def rule_reward(answer, gold):
-    """The rule reward of the Reagent paper: a number by value, yes or no by match, else 1 for the
-    same words, else their F1 from 0.3 up.
+    """The rule reward of the Reagent paper.
+
+    A number by value, yes or no by match, else 1 for the same words, else their F1 from 0.3 up.
     """
     said, right = plain_words(answer), plain_words(gold)
     if re.fullmatch(r"-?\d[\d,]*(?:\.\d+)?", gold.strip()):
@@ -1282,14 +1269,13 @@ def rule_reward(answer, gold):
 
 # ---------------------------------------------------------------- search: what a dialogue has shown
 
+# of a dialogue: what was called, listed, opened, read, calculated and answered; vain: searches for
+# an open page that list nothing new
 Record = collections.namedtuple("Record", "calls listed opened facts results answer vain")
 
 
 def read_record(steps):
-    """From (action, observation, valid) of each turn: what was called, listed, opened, read,
-    calculated and answered.
-    """
-    # vain: searches for an open page that list nothing new
+    """The Record of `steps`: (action, observation, valid) of each turn."""
     record = Record([], [], [], {}, {}, [], [])
     for action, observation, valid in steps:
         tool, argument, _ = read_call(action) if valid else (None, None, None)
@@ -1315,8 +1301,9 @@ def read_record(steps):
 
 
 def follow(chains, facts):
-    """Along the facts read: (the values at the ends, None), or (those so far, the (name, relation)
-    that is not known yet).
+    """Along the facts that were read -> (values, missing).
+
+    The values at the ends and None, or those so far and the (name, relation) not known yet.
     """
     values = []
     for name, relations in chains:
@@ -1329,9 +1316,7 @@ def follow(chains, facts):
 
 
 def search_expert(question, steps):
-    """The next call, from nothing but the question and the dialogue: the shortest plan that finds
-    what the question needs.
-    """
+    """The next call of the shortest plan, from nothing but the question and the dialogue."""
     form, chains = read_question(question)
     record = read_record(steps)
     values, missing = follow(chains, record.facts)
@@ -1347,10 +1332,12 @@ def search_expert(question, steps):
 
 
 def search_thought(question, steps):
-    """What the expert thinks before that call, in the words of the pages: the fact found last, and
-    what is missing, as a blank.
+    """What the expert thinks before that call, in the words of the pages.
+
+    The fact found last, and what is missing, as a blank.
     """
-    facts, found = read_record(steps).facts, []
+    facts = read_record(steps).facts
+    found = []
     for name, relations in read_question(question)[1]:
         for key in relations:
             sentence = RELATIONS[key].sentence
@@ -1381,8 +1368,7 @@ def call_words(action):
 
 
 def search_evidence(question, steps) -> dict:
-    """What went wrong on the way: {name: what shows it}, from the public record: (action,
-    observation, valid) of each turn.
+    """What went wrong on the way, {name of FLAWS: what shows it}, by the public record alone.
 
     skipped lookup: answered before all facts were read that the question asks for (the page that
     comes next); repeated call: the same one twice (the call); unsupported guess: the answer was
@@ -1392,7 +1378,8 @@ def search_evidence(question, steps) -> dict:
     accepted.
     """
     form, chains = read_question(question)
-    record, found = read_record(steps), {}
+    record = read_record(steps)
+    found = {}
     made = [call_words(action) for action, _, valid in steps if valid]
     if repeated := [call for call in made
                     if [other.casefold() for other in made].count(call.casefold()) > 1]:
@@ -1422,26 +1409,15 @@ def search_evidence(question, steps) -> dict:
     return found
 
 
-def search_flaws(question, steps, won=None):
-    """The names of `search_evidence`, in order, and with the outcome "lucky answer": right, though
-    unsupported or with a lookup skipped.
-    """
-    flaws = set(search_evidence(question, steps))
-    if won and flaws & {"skipped lookup", "unsupported guess"}:
-        flaws.add("lucky answer")
-    return [name for name in (*FLAWS, "lucky answer") if name in flaws]
-
-
 class Search(World):
-    """A question about an invented encyclopedia, answered with tool calls: search, open, calculate,
-    answer. 1 for the right answer.
+    """A question about an invented encyclopedia, answered with the calls of TOOLS; right: 1.
 
     A page tells little, so that a question takes one to three pages, each of which must be searched
     for by a name from the last. Many names look alike, and some pages lack what one opens them for:
     the fact then stands in the notes that the same search lists. Each split has encyclopedias of
     its own; no name of one is in another, though all are made of the words that train has, and
-    `ood` asks for more hops. This is the small world; `SearchFull` is the full one. What makes the
-    size can be given to the constructor.
+    `ood` asks for more hops. This is the small world; `SearchFull` is the full one, by other values
+    of the attributes below.
     """
 
     name = "search"
@@ -1450,8 +1426,7 @@ class Search(World):
     kinds = {"person": 8, "town": 8, "river": 5, "book": 8}
     relations = ("author", "birthplace", "river", "born", "founded", "published")
     parts = (8, 5, 12)  # starts and ends of roots, given names
-    # whether names may share their root, so that a word alone does not tell them apart
-    namesakes = False
+    namesakes = False  # whether names may share a root, so that one word does not tell them apart
     year_step = 5  # years are multiples of it
     forms = ("chain",)  # of questions with two hops or more
     hops = {"train": (1, 2), "test": (1, 2), "ood": (3,)}
@@ -1462,23 +1437,19 @@ class Search(World):
             "type": "object", "properties": {argument: {"type": "string", "description": meaning}},
             "required": [argument]}}}
         for name, (argument, meaning, what) in TOOLS.items()
-    ]  # fmt: skip
+    ]
     system = (
         "Answer the question from the pages of an encyclopedia."
         " Each turn takes one tool call, such as\n"
         '<tool_call>\n{"name": "search", "arguments": {"query": "Mira Velden"}}\n</tool_call>\n'
         "The tools:\n" + "\n".join(f"{name}, with {argument} ({meaning}): {what}"
                                    for name, (argument, meaning, what) in TOOLS.items())
-    )  # fmt: skip
+    )
 
-    def __init__(self, kinds=None, relations=None, parts=None, forms=None, hops=None,
-                 encyclopedias=None, results=None, max_turns=None):
-        given = {"kinds": kinds, "relations": relations, "parts": parts, "forms": forms,
-                 "hops": hops, "encyclopedias": encyclopedias,
-                 "results": results, "max_turns": max_turns}  # fmt: skip
-        for name, value in given.items():
-            if value is not None:
-                setattr(self, name, tuple(value) if isinstance(value, (list, tuple)) else value)
+    def __init__(self, kinds=None, relations=None, forms=None, hops=None, results=None,
+                 max_turns=None):
+        self.configure(kinds=kinds, relations=relations, forms=forms, hops=hops, results=results,
+                       max_turns=max_turns)
         forms = ("chain", "difference", "comparison")
         for what, chosen, known in (("kind", self.kinds, ARTICLES),
                                     ("relation", self.relations, RELATIONS),
@@ -1496,11 +1467,10 @@ class Search(World):
     def begin(self, rng, split):
         number = rng.randrange(self.encyclopedias[split])
         self.book = encyclopedia(split, number, tuple(self.kinds.items()), self.relations,
-                                 self.parts, self.namesakes,
-                                 self.year_step)
-        # seen: values on pages opened
-        self.reward, self.listed, self.seen, self.calculated = 0.0, [], [], []
+                                 self.parts, self.namesakes, self.year_step)
+        self.reward = 0.0
         self.record = []  # (action, reply, valid) of each turn
+        self.listed, self.seen, self.calculated = [], [], []  # titles; values on pages; results
         hops = rng.choice(self.hops[split])
         form = rng.choice(self.forms) if hops > 1 else "chain"
         for _ in range(5000):
@@ -1510,8 +1480,7 @@ class Search(World):
         raise ValueError(f"these sizes leave nothing to ask in split {split}")
 
     def draw(self, rng, form, hops):
-        """(question, answer), or None where a random walk over the facts does not make a good one.
-        """
+        """(question, answer), or None where a random walk over the facts makes no good one."""
         first = hops if form == "chain" else rng.randrange(1, hops)
         chains, values, visited = [], [], []
         turns = 2 * hops + 1 + (form == "difference")
@@ -1523,8 +1492,7 @@ class Search(World):
                     return None
                 visited.append(value)
                 relations.append(rng.choice(list(self.book.facts[value])))
-                # the notes, after a dead end
-                turns += self.book.where[value, relations[-1]] != value
+                turns += self.book.where[value, relations[-1]] != value  # the notes, after the page
                 value = self.book.facts[value][relations[-1]]
             chains.append((start, tuple(relations)))
             values.append(value)
@@ -1573,8 +1541,8 @@ class Search(World):
     def call_search(self, query):
         shared = collections.Counter(title for word in set(plain_words(query))
                                      for title in self.book.index.get(word, ()))
-        titles = sorted(shared,
-                        key=lambda title: (-shared[title], len(title), title))[: self.results]
+        best_first = sorted(shared, key=lambda title: (-shared[title], len(title), title))
+        titles = best_first[:self.results]
         self.listed += [title for title in titles if title not in self.listed]
         listing = "; ".join(f'"{title}" ({self.book.pages[title][0]})' for title in titles)
         return (f"Results: {listing}." if titles else "No page matches that."), True
@@ -1596,7 +1564,8 @@ class Search(World):
         return reply, valid
 
     def call_answer(self, answer):
-        self.over, self.reward = True, rule_reward(answer, self.gold)
+        self.over = True
+        self.reward = rule_reward(answer, self.gold)
         self.won = self.reward == 1
         return "That is your answer.", True
 
@@ -1617,8 +1586,9 @@ class Search(World):
                 for name, (cost, *told) in FLAWS.items() if name in evidence]
 
     def heeding(self, advice):
-        """The calls of `admissible` that follow the advice of `flaws`: first what it says to read,
-        never what it says not to repeat.
+        """The calls of `admissible` that follow the advice of `flaws`.
+
+        First what it says to read, never what it says not to repeat.
         """
         made = [call_words(action) for action, *_ in self.record]
         again = [call for call in re.findall(r'Do not repeat: (\w+ "[^"]+")', advice)
@@ -1651,15 +1621,8 @@ class SearchFull(Search):
     results = 4
 
 
-def thinking_player(env, info, rng):
-    """Search only: the expert, with a thought before every call."""
-    return f"{search_thought(env.task, env.record)}\n{env.expert()}"
-
-
 def guess_player(env, info, rng):
-    """Search only: answers at once, with a value of the right kind from the encyclopedia, which it
-    could not know: the floor.
-    """
+    """Search only: answers at once, with a value of the right kind that it cannot know: a floor."""
     form, chains = read_question(env.task)
     picks = [rng.choice([facts[relations[-1]] for facts in env.book.facts.values()
                          if relations[-1] in facts]) for _, relations in chains]
@@ -1670,16 +1633,12 @@ def guess_player(env, info, rng):
 
 
 def hasty_player(env, info, rng):
-    """Search only: the expert, but from the first value seen on it answers, with the last one,
-    every other time.
-    """
+    """Search only: the expert, but it answers the value seen last every other time."""
     return tool_call("answer", env.seen[-1]) if env.seen and rng.random() < 0.5 else env.expert()
 
 
 def sloppy_player(env, info, rng):
-    """Search only: the expert with flaws: one call in three is a repetition, a wrong tool, an early
-    answer or a guess.
-    """
+    """Search only: the expert, but one call in three repeats, errs, answers early or guesses."""
     opened = read_record(env.record).opened
     flaw = rng.randrange(12)
     if flaw == 0 and env.record:
@@ -1704,10 +1663,10 @@ def muddled_player(env, info, rng):
 Search.players = sloppy_player, hasty_player, muddled_player, guess_player
 
 
-# ------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------- worlds by name
 
 WORLDS = {"repair": RepairShop, "household": Household, "household-full": HouseholdFull,
-          "search": Search, "search-full": SearchFull}  # fmt: skip
+          "search": Search, "search-full": SearchFull}
 ALIASES = {"20q": "twenty_questions", "20q-full": "twenty_questions:full"}
 FOLDER = Path(__file__).resolve().parent / "worlds"
 FILES = {"math": "mathematics"}  # worlds/math.py would hide a module from what runs in that folder
@@ -1753,9 +1712,9 @@ TRIED = set()  # classes of one's own that have been played once
 
 
 def try_out(world):
-    """Plays an episode of each split by a random player and by the expert: a bug in a world of
-    one's own shows now, not after hours. ValueError with the place in its file, or with what breaks
-    the contract.
+    """Plays an episode of each split at random and by the expert: bugs show now, not after hours.
+
+    ValueError with the place in the world's file, or with what breaks the contract.
     """
     for split, player in itertools.product(("train", "test"), (random_player, expert_player)):
         try:
@@ -1800,7 +1759,7 @@ def class_in_file(name):
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
         own = [key for key, value in vars(module).items()
-               if isinstance(value, type) and value.__module__ == module.__name__]  # fmt: skip
+               if isinstance(value, type) and value.__module__ == module.__name__]
         raise ValueError(f"world {name!r}: no such class; the file has {', '.join(own) or 'none'}")
     if not getattr(found, "name", "known"):
         found.name = class_name  # seeds are drawn by it
@@ -1843,7 +1802,7 @@ class Adapted(World):
     """
 
     LISTS = ("admissible", "admissible_commands", "admissible_actions", "available_actions",
-             "valid_actions")  # fmt: skip
+             "valid_actions")
 
     def __init__(self, inner, name):
         self.inner, self.name, self.told = inner, name, {}
@@ -1917,7 +1876,7 @@ def adapt(inner, name):
     return kind(inner, name.rpartition(":")[2])
 
 
-# ------------------------------------------------------------------------------------ list and play
+# ------------------------------------------------------------------------------------- command line
 
 
 def check(name, episodes=30):
@@ -1976,10 +1935,7 @@ def list_worlds(episodes=200, seconds=1.0):
 
 
 def play(env, split, seed, lines):
-    """A person plays; `lines` is where the actions come from (standard input).
-
-    Its end leaves the game.
-    """
+    """A person plays, whose actions are `lines` (standard input); their end leaves the game."""
     observation, info = env.reset(seed=seed, options={"split": split})
     print(
         f"{env.system}\n(A line with ? alone lists what can be said; end of input ends the game.)"
