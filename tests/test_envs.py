@@ -8,10 +8,11 @@ import random
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import envs
 from envs import World, bare, make, replay, run_episode
@@ -72,28 +73,18 @@ def test_unclear_is_used_sparingly():
     assert values.count("unclear") < 0.03 * len(values)
 
 
+IMPLIED = """
+animal: alive yes, plant no, made no. made: alive no, eggs no. huge: big yes. big: small no.
+tiny: small yes. eggs: animal yes. meat: animal yes. pet: animal yes. wheels: made yes.
+electric: made yes. wear: made yes. toy: made yes. sweet: food yes. green: yellow no.
+"""
+
+
 def test_facts_that_follow_from_others():
-    for thing, row in FACTS.items():
-        for key, implied, value in [
-            ("animal", "alive", "yes"),
-            ("animal", "plant", "no"),
-            ("animal", "made", "no"),
-            ("made", "alive", "no"),
-            ("made", "eggs", "no"),
-            ("huge", "big", "yes"),
-            ("big", "small", "no"),
-            ("tiny", "small", "yes"),
-            ("eggs", "animal", "yes"),
-            ("meat", "animal", "yes"),
-            ("pet", "animal", "yes"),
-            ("wheels", "made", "yes"),
-            ("electric", "made", "yes"),
-            ("wear", "made", "yes"),
-            ("toy", "made", "yes"),
-            ("sweet", "food", "yes"),
-            ("green", "yellow", "no"),
-        ]:
-            assert row[key] != "yes" or row[implied] == value, (thing, key, implied)
+    for key, facts in re.findall(r"(\w+): ([^.]+)\.", IMPLIED):
+        for implied, value in map(str.split, facts.split(", ")):
+            for thing, row in FACTS.items():
+                assert row[key] != "yes" or row[implied] == value, (thing, key, implied)
 
 
 # checked by hand, one by one; written apart from the table on purpose
@@ -194,7 +185,7 @@ def test_canonical_moves_are_understood_in_any_dress():
     "carry": ["Can you ride it?", "Is it a vehicle?"],
     "music": ["Is it a musical instrument?", "Can you play music on it?"],
     "green": ["Is its colour green?", "is it green", "Is it normally green?"],
-}.items() for pair in [(key, text) for text in texts]])  # fmt: skip
+}.items() for pair in [(key, text) for text in texts]])
 def test_synonyms(key, text):
     assert understand(text) == ("ask", key)
 
@@ -206,7 +197,7 @@ def test_synonyms(key, text):
     ("Is it the sun?", "sun"), ("a plane?", "airplane"), ("Is it a pair of glasses?", "glasses"), ("is it milk", "milk"),
     ("Is your thing a washing machine?", "washing machine"), ("Is the secret object a TV?", "television"),
     ("guess hoover", "vacuum cleaner"),
-])  # fmt: skip
+])
 def test_guesses(text, thing):
     assert understand(text) == ("guess", thing)
 
@@ -215,7 +206,7 @@ def test_guesses(text, thing):
     "", " \n\t", "Is it not alive?", "Is it a cat or a dog?", "Is it alive and can it fly?", "Is it a dragon?", "What is it?", "Is it",
     "it", "is", "the", "?", "....", "Yes.", "\x00\x1b[31m", "\ud800", "<think>", "guess", "guess:", "Does it have?",
     "3", "q", "people", "a thing",
-])  # fmt: skip
+])
 def test_not_understood(text):
     assert understand(text) == (None, None)
 
@@ -296,18 +287,6 @@ def test_turns_left_are_counted_down_and_the_tally_can_be_off():
     assert (reward, terminated, truncated, info["valid"], info["won"], info["score"]) == (0.0, True, False, False, False, 0.0)
 
 
-def test_after_the_end_nothing_moves(env):
-    for last in "what?", None:
-        env.reset(seed=5)
-        over = False
-        while not over:
-            observation, _, over, _, info = env.step(last or env.guess(env.hidden))
-        again = env.step(env.guess(env.hidden))
-        assert again == (observation, 0.0, True, False, {**info, "valid": False})
-        assert env.score() == float(last is None)
-    assert env.reset(seed=5)[0].endswith(f"{env.max_turns} turns left.")
-
-
 def test_step_before_reset_is_refused():
     with pytest.raises(RuntimeError, match="reset"):
         make("20q").step("Is it a cat?")
@@ -335,16 +314,6 @@ def test_unknown_names_are_refused_clearly():
         make("chess")
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"things": ["cat", "unicorn"]}, "unicorn"), ({"properties": ["smelly"]}, "smelly"), ({"things": ["cat"]}, "at least 2"),
-    ({"things": ["cat", "cat"]}, "twice"), ({"properties": []}, "at least 2"), ({"max_turns": 0}, "max_turns"),
-    ({"max_turns": -3}, "max_turns"), ({"max_turns": 2.5}, "max_turns"), ({"max_turns": float("nan")}, "max_turns"),
-])  # fmt: skip
-def test_impossible_settings_are_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        make("20q", **settings)
-
-
 def test_settings_are_used():
     env = make("20q", things=["cat", "dog", "car"], properties=["made", "climb"], max_turns=3)
     observation, info = env.reset(seed=0)
@@ -354,32 +323,10 @@ def test_settings_are_used():
     assert make("20q").max_turns == 8  # the class is untouched
 
 
-def test_seed_and_split_fix_the_episode(env):
-    state = random.getstate()
-    rng = random.Random(2)
-    for seed in range(10):
-        actions = random_actions(env, rng, 6)
-        one = [env.reset(seed=seed)] + [env.step(action) for action in actions]
-        make("20q-full").reset(seed=99)  # another world in between
-        other = make(env.name)
-        assert [other.reset(seed=seed)] + [other.step(action) for action in actions] == one
-    assert random.getstate() == state  # no global state
-    assert len({env.reset(seed=seed) and env.hidden for seed in range(100)}) > 5
-    env.reset()
-    env.reset(seed=None, options=None)
-
-
-def test_replay_restores_a_state(env):
-    rng = random.Random(3)
-    for seed in range(20):
-        actions = random_actions(env, rng, 9)
-        env.reset(seed=seed, options={"split": "test"})
-        steps = [env.step(action) for action in actions]
-        other = make(env.name)
-        cut = rng.randrange(1, 9)
-        assert replay(other, seed, actions[:cut], "test") == steps[cut - 1]
-        assert [other.step(action) for action in actions[cut:]] == steps[cut:]
-    assert replay(env, 3, []) == (env.reset(seed=3)[0], 0.0, False, False, env.info(True))
+def test_reset_without_a_seed_draws_one():
+    env = make("20q")
+    hidden = {env.reset(seed=None, options=None) and env.hidden for _ in range(100)}
+    assert len(hidden) > 5
 
 
 # --------------------------------------------------------------------------------------------------------------- secrecy
@@ -575,8 +522,6 @@ def test_a_repair_word_for_word():
     shop.symptom, shop.finding = "is too loud", "A screw is loose."
     observation, reward, terminated, _, info = shop.step("clean the gears")  # the first repair is the last
     assert (observation, reward, terminated, info["won"]) == ("It is still broken. The game is over and you did not win.", 0.0, True, False)
-    with pytest.raises(ValueError, match="max_turns"):
-        make("repair", max_turns=0)
 
 
 def test_shop_resample_keeps_the_dialogue():
@@ -614,21 +559,6 @@ def test_a_lost_repair_does_not_reveal_the_fault():
             assert shop.finding not in str(seen) and right not in str({**seen[-1][4], "admissible": None})
         offers = [shop_at(s)[1][0][1]["admissible"] for s in range(3)]
         assert offers[0] == offers[1] == offers[2]  # says nothing about the episode
-
-
-def test_shop_replay_and_random_strings():
-    rng = random.Random(9)
-    admissible = make("repair").admissible()
-    for seed in range(200):
-        actions = [rng.choice(admissible) if rng.random() < 0.3 else random_string(rng) for _ in range(7)]
-        shop, steps = shop_at(seed, "test", actions)
-        for step in steps[1:]:
-            well_formed(step)
-        cut = rng.randrange(1, 7)
-        other = make("repair")
-        assert replay(other, seed, actions[:cut], "test") == steps[cut]
-        assert [other.step(action) for action in actions[cut:]] == steps[cut + 1 :]
-        assert steps[-1][2]  # seven turns: over
 
 
 # ------------------------------------------------------------------------------------------------------------- household
@@ -782,23 +712,6 @@ def test_household_resample_keeps_the_dialogue(name):
     assert moved > 20
 
 
-@pytest.mark.parametrize("name", HOUSEHOLDS)
-def test_household_replay_and_random_strings(name):
-    rng = random.Random(13)
-    for seed in range(60):
-        seen, actions = household_walk(make(name), seed, "ood", rng, 9)
-        actions += [random_string(rng) for _ in range(3)]
-        home = make(name)
-        steps = [home.reset(seed=seed, options={"split": "ood"})] + [home.step(action) for action in actions]
-        assert steps[: len(seen)] == seen
-        for step in steps[1:]:
-            well_formed(step)
-        cut = rng.randrange(1, len(actions))
-        other = make(name)
-        assert replay(other, seed, actions[:cut], "ood") == steps[cut]
-        assert [other.step(action) for action in actions[cut:]] == steps[cut + 1 :]
-
-
 def kitchen(goal="heat", wanted="mug", target="cabinet", at=None):
     """A kitchen by hand: a mug in the fridge, an apple on the countertop."""
     home = at_home("heat")
@@ -839,7 +752,7 @@ def test_a_household_dialogue_word_for_word():
         ("clean mug 1 with sinkbasin 1", "You clean the mug 1 using the sinkbasin 1."), ("examine mug 1", "This is a hot clean mug 1."),
         ("go to cabinet 1", "The cabinet 1 is closed."), ("put mug 1 in cabinet 1", nothing), ("dance\n", nothing), ("", nothing),
         ("open cabinet 1", "You open the cabinet 1 and see nothing."),
-    ]:  # fmt: skip
+    ]:
         assert say(home, text) == reply, text
         assert not home.won and home.score() == 0
     observation, reward, terminated, _, info = home.step("Put mug 1 in cabinet 1")
@@ -889,16 +802,6 @@ def test_household_offers_do_not_reveal_what_is_hidden():
     assert {"look", "inventory"} <= set(full.reset(seed=0)[1]["admissible"])
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"rooms": ["attic"]}, "attic"), ({"tasks": ["dance"]}, "dance"), ({"tasks": []}, "needs a task"), ({"max_turns": 0}, "max_turns"),
-    ({"receptacles": (5, 4)}, "receptacles"), ({"objects": (0, 1)}, "objects"), ({"rooms": ["bathroom"], "tasks": ["heat"]}, "'heat'"),
-    ({"offered": ["dance"]}, "dance"),
-])  # fmt: skip
-def test_household_impossible_settings_are_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        make("household", **settings)
-
-
 # ---------------------------------------------------------------------------------------------------------------- search
 
 SEARCHES = ["search", "search-full"]
@@ -918,19 +821,17 @@ def search_episode(name, player, seed, split="test", env=None):
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_search_expert_is_always_right_and_without_flaws(name):
-    env = make(name)
-    start, turns, forms = time.process_time(), 0, set()
+    env, forms = make(name), set()
     for split in env.splits:
         for seed in range(300):
             _, steps = search_episode(name, envs.expert_player, seed, split, env)
             assert env.won and all(valid for *_, valid in steps), (split, seed)
-            assert envs.search_flaws(env.task, steps, won=True) == []
+            assert envs.search_evidence(env.task, steps) == {} and env.flaws() == []
             form, chains = envs.read_question(env.task)
             forms.add(form)
-            turns += len(steps)
             assert sum(len(relations) for _, relations in chains) in env.hops[split]
             assert envs.write_question(form, chains) == env.task and len(env.task) < 200
-    assert forms == set(env.forms) and (time.process_time() - start) / turns < 0.003
+    assert forms == set(env.forms)
     assert max(env.hops["test"]) == max(env.hops["train"]) < min(env.hops["ood"])
 
 
@@ -1008,7 +909,6 @@ def test_search_offers_are_valid_and_come_from_what_was_said(name):
             observation, info = step[0], step[4]
             said += observation
             assert info["valid"]
-        assert replay(make(name, max_turns=30), seed, [], "train")[4]["valid"]
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -1036,11 +936,16 @@ def test_search_hides_what_was_not_read(name):
                     assert shape.format(x=subject, y=value) in text
                     text = text.replace(shape.format(x=subject, y=value), shape.format(x=subject, y=other))
                     twin.book.pages[place], twin.gold = (about, text), other
-                both[-1] += [twin.step(action) for action, *_ in steps[:opened]] + [envs.thinking_player(twin, None, None)]
+                both[-1] += [twin.step(action) for action, *_ in steps[:opened]]
+                both[-1] += [twin.thought(), twin.expert()]
                 both[-1].append(twin.step(call("answer", "Nobody Else")))  # lost: nothing is revealed
             assert both[0] == both[1] and both[0][-1][0].endswith("That is your answer. The game is over and you did not win.")
             swapped += 1
     assert swapped == 80
+
+
+def thinking_player(env, info, rng):
+    return f"{env.thought()}\n{env.expert()}"
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -1048,7 +953,7 @@ def test_search_thoughts_quote_what_was_read_and_leave_a_blank(name):
     blanks, quotes = set(), 0
     for split in "train", "ood":
         for seed in range(60):
-            env, steps = search_episode(name, envs.thinking_player, seed, split)
+            env, steps = search_episode(name, thinking_player, seed, split)
             other, plain = search_episode(name, envs.expert_player, seed, split)
             assert env.won and [action.partition("\n")[2] for action, *_ in steps] == [action for action, *_ in plain]
             for turn, (action, *_) in enumerate(steps):
@@ -1091,7 +996,7 @@ def test_a_search_dialogue_word_for_word():
         ('{"name": "look", "arguments": {}}', f"!{no_tool}"), ('{"name": ["a"]}', f"!{no_tool}"),
         ('{"name": "open", "arguments": {"query": "x"}}', "!The tool open needs the argument title, a text."),
         ('{"name": "open", "arguments": []}', "!The tool open needs the argument title, a text."),
-    ]:  # fmt: skip
+    ]:
         env.turns = 0
         assert say(env, text) == (quoted(reply) if "Velden" in reply else reply), text
     tagged = call("open", "Notes on Mira Velden")
@@ -1111,7 +1016,7 @@ def test_a_search_dialogue_word_for_word():
     ("1,820", "1820", 1), ("1820", "1,820", 1), ("thirty", "33", 0), ("1820-1787", "33", 0), ("9" * 900, "33", 0), ("x33", "33", 0),
     ("Yes.", "yes", 1), ("Yes, it is", "yes", 1), ("no", "yes", 0), ("yes and no", "yes", 0), ("maybe", "no", 0), ("No", "no", 1),
     ("\ud800", "Velden", 0), ("", "", 1), ("the", "a", 1), ("velden", "VELDEN", 1),
-])  # fmt: skip
+])
 def test_rule_reward(answer, gold, reward):
     assert envs.rule_reward(answer, gold) == pytest.approx(reward)
 
@@ -1120,7 +1025,8 @@ def test_rule_reward(answer, gold, reward):
     ("1875 - 1820", "55"), ("2+3*4", "14"), ("(2+3)*4", "20"), ("-3 ** 2", "-9"), ("7 // 2", "3"), ("7 % 4", "3"), ("7 / 2", "3.5"),
     ("2 ** 0.5", "1.414213562"), ("1e3", "1000"), ("--4", "4"), ("+5", "5"), ("1 / 3", "0.3333333333"), ("0.1 + 0.2", "0.3"),
     ("2 ** -1", "0.5"), (" 8 ", "8"), ("-0.0", "0"), ("1e15", "1000000000000000"),
-])  # fmt: skip
+    ("-" * 190 + "1", "1"),
+])
 def test_calculate(expression, result):
     assert envs.calculate(expression) == (f"The result is {result}.", True)
 
@@ -1134,55 +1040,38 @@ def test_calculate(expression, result):
     ("()", "cannot be"), ("", "only numbers"), ("007", "cannot be"), ("1 2", "cannot be"), ("*1", "cannot be"), ("((1)", "cannot be"),
     ("1e10 ** 64.0", "too large"), ("2 ** 65", "too large"), ("-" * 190, "cannot be"),
     ("1\n+1", "only numbers"), ("\u0663", "only numbers"),
-])  # fmt: skip
+])
 def test_calculator_limits(expression, words):
-    start = time.process_time()
     reply, valid = envs.calculate(expression)
-    assert words in reply and not valid and len(reply) < 100 and time.process_time() - start < 0.02
+    assert words in reply and not valid and len(reply) < 100
 
 
-def test_calculator_unary_chain_and_hypothesis():
-    assert envs.calculate("-" * 190 + "1") == ("The result is 1.", True)
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
-
-    @hypothesis.settings(max_examples=300, deadline=None)
-    @hypothesis.given(st.one_of(st.text(), st.text("0123456789+-*/%(). eE", max_size=60)))
-    def any_text(text):
-        reply, valid = envs.calculate(text)
-        assert reply.isascii() and len(reply) < 100 and valid == reply.startswith("The result is ")
-
-    any_text()
+@settings(max_examples=300, deadline=None)
+@given(st.text() | st.text("0123456789+-*/%(). eE", max_size=60))
+def test_any_expression(text):
+    reply, valid = envs.calculate(text)
+    assert reply.isascii() and len(reply) < 100 and valid == reply.startswith("The result is ")
 
 
-def test_search_garbage_never_raises():
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
-    values = st.recursive(
-        st.one_of(st.none(), st.booleans(), st.floats(), st.integers(), st.text(max_size=20)),
-        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
-    )
-    arguments = st.one_of(values, st.fixed_dictionaries({}, optional={argument: values for argument, *_ in envs.TOOLS.values()}))
-    calls = st.fixed_dictionaries({}, optional={"name": st.one_of(st.sampled_from(list(envs.TOOLS)), values), "arguments": arguments})
-    texts = st.one_of(st.text(st.characters()), calls.map(json.dumps), calls.map(lambda c: f"<tool_call>\n{json.dumps(c)}\n</tool_call>"))
-    env = make("search")
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner))
+ARGUMENTS = {argument: VALUES for argument, *_ in envs.TOOLS.values()}
+TOOL_CALLS = st.fixed_dictionaries({}, optional={
+    "name": st.sampled_from([*envs.TOOLS]) | VALUES,
+    "arguments": VALUES | st.fixed_dictionaries({}, optional=ARGUMENTS)}).map(json.dumps)
+LIBRARY = make("search")
+LONG_CALLS = st.sampled_from(["{", '{"a":', "[", "<tool_call>", '{"name":[', "a b "]).map(
+    lambda piece: (piece * 4000)[:4000])
 
-    @hypothesis.settings(max_examples=400, deadline=None)
-    @hypothesis.given(texts)
-    def any_text(text):
-        env.reset(seed=0)
-        step = env.step(text)
-        well_formed(step)
-        steps = [(text, step[0], step[4]["valid"])]
-        assert set(envs.search_flaws(env.task, steps, step[4]["won"])) <= set(envs.FLAWS)
-        env.expert()
 
-    any_text()
-    for text in ["{" * 4000, '{"a":' * 790, "[" * 4000, "<tool_call>" * 360, '{"name":' + "[" * 3900, call("search", "a b " * 950)]:
-        start = time.process_time()
-        env.reset(seed=0)
-        well_formed(env.step(text))
-        assert time.process_time() - start < 0.05
+@settings(max_examples=400, deadline=None)
+@given(st.text() | TOOL_CALLS | TOOL_CALLS.map("<tool_call>\n{}\n</tool_call>".format) | LONG_CALLS)
+def test_search_garbage_never_raises(text):
+    LIBRARY.reset(seed=0)
+    well_formed(LIBRARY.step(text))
+    assert {flaw.name for flaw in LIBRARY.flaws()} <= {*envs.FLAWS}
+    LIBRARY.expert()
 
 
 def test_search_tools_are_schemas_and_the_prompt_is_constant():
@@ -1212,7 +1101,7 @@ def search_steps():
     texts = ("Results: Velden Letters (a book); Velden Marsh (a town). 7 turns left.",
              "Velden Letters is a book. Velden Letters was written by Mira Velden. 6 turns left.",
              "Results: Mira Velden (a writer). 5 turns left.",
-             "Mira Velden is a writer. Mira Velden was born in the year 1760. 4 turns left.")  # fmt: skip
+             "Mira Velden is a writer. Mira Velden was born in the year 1760. 4 turns left.")
     calls = [call(tool, name) for name in ("Velden Letters", "Mira Velden") for tool in ("search", "open")]
     return [(action, quoted(text), True) for action, text in zip(calls, texts)]
 
@@ -1243,10 +1132,8 @@ def test_search_evidence():
         ([*good, difference, answered("1759")], {"wrong conclusion": 'You answered "1759".'}),
         ([*good, answered("Mira Velden")], {"wrong conclusion": '"Velden Letters" was written by "Mira Velden".'}),
         ([search, book, (call("open", "Nowhere"), "No.", False)], {"wrong tool": 'open "Nowhere"'} | unanswered),
-    ]:  # fmt: skip
+    ]:
         assert envs.search_evidence(QUESTION, steps) == found
-        assert envs.search_flaws(QUESTION, steps) == [name for name in envs.FLAWS if name in found]
-        assert envs.search_flaws(QUESTION, steps, won=False) == envs.search_flaws(QUESTION, steps)
     notes = (call("open", "Mira Velden"), quoted("Mira Velden is a writer. 4 turns left."), True)
     assert envs.search_evidence(QUESTION, [search, book, person, notes, answered("1760")]) == {
         "skipped lookup": "Notes on Mira Velden", "unsupported guess": "1760"}  # the page lacks it, the notes come next
@@ -1258,19 +1145,14 @@ def test_search_evidence():
         envs.search_evidence("What is love?", [])
 
 
-def test_a_lucky_answer_is_known_by_its_outcome_alone():
-    search, book, *_ = search_steps()
-    luck = [search, book, answered("1760")]
-    assert envs.search_flaws(QUESTION, luck, won=True) == ["skipped lookup", "unsupported guess", "lucky answer"]
-    assert envs.search_flaws(QUESTION, luck) == ["skipped lookup", "unsupported guess"]
-    assert envs.search_flaws(QUESTION, [*search_steps(), answered("1760")], won=True) == []
-    seen, env = set(), None
-    players = envs.sloppy_player, envs.hasty_player, envs.muddled_player, envs.guess_player, envs.random_player
-    for seed in range(100):  # they make all of them
-        env, steps = search_episode("search", players[seed % 5], seed, env=env)
-        seen.update(envs.search_flaws(env.task, steps, env.won))
+def test_weak_players_have_all_flaws():
+    env, seen = make("search"), set()
+    players = *env.players, envs.random_player
+    for seed in range(100):
+        search_episode("search", players[seed % 5], seed, env=env)
+        seen.update(flaw.name for flaw in env.flaws())
         assert env.gold not in env.task
-    assert seen == {*envs.FLAWS, "lucky answer"}
+    assert seen == {*envs.FLAWS}
 
 
 def test_search_flaws_are_sentences_with_their_evidence():
@@ -1283,7 +1165,7 @@ def test_search_flaws_are_sentences_with_their_evidence():
         ("skipped lookup", 0.4, 'The page "Mira Velden" was not read.', 'Read the page "Mira Velden" before you answer.'),
         ("unsupported guess", 0.4, 'The answer "1{}60" does not come from what was read.', "Answer with what you have read."),
         ("repeated call", 0.2, 'This call was made twice: search "Velden Letters".', 'Do not repeat: search "Velden Letters".'),
-        ("wrong tool", 0.2, 'This call was of no use: search "Velden Letters".', 'Do without: search "Velden Letters".')]  # fmt: skip
+        ("wrong tool", 0.2, 'This call was of no use: search "Velden Letters".', 'Do without: search "Velden Letters".')]
 
 
 def advice_of(env, seed, player):
@@ -1367,32 +1249,6 @@ def test_search_players_in_order_of_skill(name):
     assert envs.mean_score(env, envs.random_player, 200)[0] < 0.3
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_a_search_step_is_fast(name):
-    env, rng = make(name), random.Random(22)
-    seconds, steps = 0, 0
-    for seed in range(80):
-        _, info = env.reset(seed=seed)
-        while not env.over:
-            action = rng.choice(info["admissible"])
-            start = time.process_time()
-            info = env.step(action)[4]
-            seconds += time.process_time() - start
-            steps += 1
-    assert seconds / steps < 0.001  # measured: below 0.0001; a busy machine gets room
-
-
-@pytest.mark.parametrize("settings, words", [
-    ({"kinds": {"castle": 3}}, "castle"), ({"relations": ["likes"]}, "likes"), ({"forms": ["song"]}, "song"),
-    ({"max_turns": 3}, "max_turns"), ({"results": 1}, "results"),
-    ({"kinds": {"town": 5}, "hops": {"train": (2,), "test": (1,), "ood": (1,)}}, "nothing to ask"),
-    ({"kinds": {"person": 16, "town": 12, "river": 800, "book": 14}}, "not enough words"),
-])  # fmt: skip
-def test_search_impossible_settings_are_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        make("search", **settings)
-
-
 # ------------------------------------------------------------------------------------------------------------- any world
 
 
@@ -1427,6 +1283,53 @@ def test_ground_for_other_worlds():
     starts = {(split, seed): env.reset(seed=seed, options={"split": split}) and env.start for split in env.splits for seed in (1, 2)}
     assert len(set(starts.values())) == 6
     env.close()
+
+
+@pytest.mark.parametrize("name, settings, words", [
+    ("repair", {"max_turns": 0}, "max_turns"),
+    ("household", {"rooms": ["attic"]}, "attic"), ("household", {"tasks": ["dance"]}, "dance"),
+    ("household", {"tasks": []}, "needs a task"), ("household", {"offered": ["dance"]}, "dance"),
+    ("household", {"max_turns": 0}, "max_turns"), ("household", {"objects": (0, 1)}, "objects"),
+    ("household", {"receptacles": (5, 4)}, "receptacles"),
+    ("household", {"rooms": ["bathroom"], "tasks": ["heat"]}, "'heat'"),
+    ("search", {"kinds": {"castle": 3}}, "castle"), ("search", {"relations": ["likes"]}, "likes"),
+    ("search", {"forms": ["song"]}, "song"), ("search", {"max_turns": 3}, "max_turns"),
+    ("search", {"results": 1}, "results"),
+    ("search", {"kinds": {"town": 5}, "hops": {"train": (2,), "test": (1,), "ood": (1,)}},
+     "nothing to ask"),
+    ("search", {"kinds": {"person": 16, "town": 12, "river": 800, "book": 14}}, "not enough words"),
+    ("20q", {"things": ["cat", "unicorn"]}, "unicorn"), ("20q", {"things": ["cat"]}, "at least 2"),
+    ("20q", {"things": ["cat", "cat"]}, "twice"), ("20q", {"properties": []}, "at least 2"),
+    ("20q", {"properties": ["smelly"]}, "smelly"), ("20q", {"max_turns": 0}, "max_turns"),
+    ("20q", {"max_turns": 2.5}, "max_turns"), ("20q", {"max_turns": float("nan")}, "max_turns"),
+    *[(name, {"colour": "red"}, f"world '{name}': TypeError: .*colour") for name in NAMES],
+])
+def test_impossible_settings_are_refused(name, settings, words):
+    with pytest.raises(ValueError, match=words):
+        make(name, **settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_replay_restores_a_state_whatever_was_said(name):
+    rng, valid = random.Random(7), 0
+    for seed in range(150):
+        env, split = make(name), rng.choice(make(name).splits)
+        _, info = env.reset(seed=seed, options={"split": split})
+        said, steps = [], []
+        while len(said) < 10:
+            text = random_string(rng)
+            said.append(rng.choice(info["admissible"]) if rng.random() < 0.3 else text)
+            steps.append(env.step(said[-1]))
+            well_formed(steps[-1])
+            info = steps[-1][4]
+            valid += info["valid"]
+            assert env.turns == len(said) or env.over  # every text is a turn
+        cut = rng.randrange(1, 10)
+        other = make(name)
+        assert replay(other, seed, said[:cut], split) == steps[cut - 1]
+        assert [other.step(text) for text in said[cut:]] == steps[cut:]
+    assert 150 < valid < 1350
+    assert replay(env, 3, []) == (env.reset(seed=3)[0], 0.0, False, False, env.info(True))
 
 
 # ------------------------------------------------------------------------------------- what is read
@@ -1514,6 +1417,7 @@ WHOLE = [
 ]
 OPEN, SEARCH = envs.tool_call("open", "Mira Velden"), envs.tool_call("search", "Mira Velden")
 BARE = OPEN.split("\n")[1]
+BRACES = '{"arguments": {"title": "}{"}, "name": "open"}'
 # and for tools
 CALLS = [
     (OPEN, OPEN),
@@ -1528,20 +1432,15 @@ CALLS = [
     (f"<tool_call>\n{BARE}", OPEN),  # cut off, or ended by a stop string
     (f"<tool_call>\n{BARE}\nI wait.", OPEN),
     (f"{OPEN}\nI wrote it between <tool_call> and </tool_call>.", OPEN),
-    (
-        f'<tool_call>{SEARCH}</tool_call><tool_call>{{"name": "op',
-        '<tool_call>\n{"name": "op\n</tool_call>',
-    ),
+    (f'<tool_call>{SEARCH}</tool_call><tool_call>{{"name": "op',
+     '<tool_call>\n{"name": "op\n</tool_call>'),
     (BARE, BARE),
     (f"  {BARE}\n", BARE),
     (f"Action: {BARE}", BARE),
     (f"```json\n{BARE}\n```", BARE),
     (f"A set {{x, and then:\n{BARE}", BARE),
     (f'{{"name": "search", "arguments": {{"query": "a"}}}} {BARE} {{"x": 1}}', BARE),
-    (
-        '{"arguments": {"title": "}{"}, "name": "open"}',
-        '{"arguments": {"title": "}{"}, "name": "open"}',
-    ),
+    (BRACES, BRACES),
     ('[{"name": "open", "arguments": {}}]', '{"name": "open", "arguments": {}}'),
     ("  I would search for it.\n", "I would search for it."),
     ("Action: search Mira Velden", "Action: search Mira Velden"),
@@ -1552,9 +1451,8 @@ CALLS = [
 TABLES = {"household": LINES, "repair": LINES, "20q": WHOLE, "search": CALLS}
 
 
-@pytest.mark.parametrize(
-    "name, reply, action", [(n, *row) for n, rows in TABLES.items() for row in rows]
-)
+@pytest.mark.parametrize("name, reply, action", [
+    (name, *row) for name, rows in TABLES.items() for row in rows])
 def test_the_action_in_a_reply(name, reply, action):
     env = make(name)
     assert env.read(reply) == env.read(action) == action
@@ -1570,36 +1468,24 @@ WORDS = r"""Action: action * ** ` ``` ~~~ --- _ # > 1. " ' . go Act ion: <tool_c
     </TOOL_CALL> { } \ , "name":1 {" {"name": - \" \u201d"""
 PIECES = WORDS.split() + ["\n", "\r\n", "\x0b", "\u2028", " ", "- ", "> ", "1. ", "\ud800", "\x00"]
 PIECES += ["\u201c", "\u201d", '"- ', "Action\n", "- Action", "```\n", BARE, OPEN, "Is it alive?"]
+READERS = [make(name) for name in ("household", "20q", "search")]
 
 
-def test_reading_is_idempotent_and_legal_for_any_text():
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
-    texts = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
-    worlds = [make(name) for name in ("household", "20q", "search")]
-
-    @hypothesis.settings(max_examples=1500, deadline=None)
-    @hypothesis.given(texts)
-    def any_text(text):
-        for env in worlds:
-            action = env.read(text)
-            assert env.read(action) == action
-            assert len(action) <= len(text) + len("\n</tool_call>\n")
-        assert "\n" not in worlds[0].read(text)
-        assert envs.read_call(text) == envs.read_call(worlds[2].read(text))
-
-    any_text()
+@settings(max_examples=1500, deadline=None)
+@given(st.text() | st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
+def test_reading_is_idempotent_and_legal_for_any_text(text):
+    for env in READERS:
+        action = env.read(text)
+        assert env.read(action) == action
+        assert len(action) <= len(text) + len("\n</tool_call>\n")
+    assert "\n" not in READERS[0].read(text)
+    assert envs.read_call(text) == envs.read_call(READERS[2].read(text))
 
 
 def test_reading_takes_linear_time():
-    worlds = [make(name) for name in ("household", "20q", "search")]
-    for env, unit, end in itertools.product(worlds, PIECES, ["", "x", "\n}"]):
-        for size in 4000, 100_000:
-            text = (unit * size)[:size] + end
-            start = time.process_time()
-            env.read(text)
-            # what is quadratic takes minutes
-            assert time.process_time() - start < 1, (env.name, unit, size)
+    """What is quadratic takes hours."""
+    for env, unit, end in itertools.product(READERS, PIECES, ["", "x", "\n}"]):
+        env.read((unit * 100_000)[:100_000] + end)
 
 
 def test_the_prose_around_an_action_may_be_long():
@@ -1614,9 +1500,7 @@ def test_the_prose_around_an_action_may_be_long():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "form", ["Action: {}", "{}", "I have thought about it.\n\n**Action:**\n{}\n"]
-)
+@pytest.mark.parametrize("form", ["Action: {}", "{}", "I think.\n\n**Action:**\n{}\n"])
 def test_the_expert_wins_in_every_form(name, form):
     def player(env, info, rng):
         return form.format(env.expert())
@@ -1716,32 +1600,19 @@ def test_a_class_in_a_file(tmp_path):
     assert result.returncode == 0 and result.stdout.decode().endswith(end)
 
 
-@pytest.mark.parametrize(
-    "text, name, words",
-    [
-        (OWN, "other.py:Door", "no file"),
-        (OWN, "own.py:Window", "no such class; the file has Note, Door, Unfinished"),
-        (OWN, "own.py:Unfinished", "TypeError: .*missing 1 required"),
-        (OWN, "own.py:envs", "no such class"),
-        (OWN, "own.py:", "no such class"),
-        (
-            "import no_such_package",
-            "own.py:Door",
-            "cannot be imported: ModuleNotFoundError: No module",
-        ),
-        ("class Door(:\n", "own.py:Door", "SyntaxError: "),
-        ("raise KeyError('a\\nb')", "own.py:Door", "KeyError: "),
-        ("import sys\nsys.exit('bye')", "own.py:Door", "SystemExit: bye"),
-        ("x = 1", "own.py:Door", "the file has none"),
-        (
-            "class Door:\n    def __init__(self): raise ValueError('two\\nlines')",
-            "own.py:Door",
-            "own.py:Door': two lines",
-        ),
-        (OWN, "own.py", "unknown world"),
-        ("", "own.py:Door", "no such class"),
-    ],
-)
+@pytest.mark.parametrize("text, name, words", [
+    (OWN, "other.py:Door", "no file"), (OWN, "own.py:envs", "no such class"),
+    (OWN, "own.py:Window", "no such class; the file has Note, Door, Unfinished"),
+    (OWN, "own.py:Unfinished", "TypeError: .*missing 1 required"),
+    (OWN, "own.py:", "no such class"), (OWN, "own.py", "unknown world"),
+    ("", "own.py:Door", "no such class"), ("x = 1", "own.py:Door", "the file has none"),
+    ("import no_such_package", "own.py:Door", "cannot be imported: ModuleNotFoundError: No module"),
+    ("class Door(:\n", "own.py:Door", "SyntaxError: "),
+    ("raise KeyError('a\\nb')", "own.py:Door", "KeyError: "),
+    ("import sys\nsys.exit('bye')", "own.py:Door", "SystemExit: bye"),
+    ("class Door:\n    def __init__(self): raise ValueError('two\\nlines')", "own.py:Door",
+     "own.py:Door': two lines"),
+])
 def test_what_is_wrong_with_a_file_is_one_line(tmp_path, text, name, words):
     (tmp_path / "own.py").write_text(text)
     for _ in range(2):  # a file that failed is not half there the second time
@@ -1760,9 +1631,7 @@ def test_files_of_worlds_and_aliases(tmp_path, monkeypatch):
     assert make("twenty_questions:full", max_turns=7).max_turns == 7
     with pytest.raises(ValueError, match="no variant 'half'; it has: full"):
         make("twenty_questions:half")
-    builder = (
-        "\ndef make(argument='', **settings):\n    return Door(argument or 'open', **settings)\n"
-    )
+    builder = "\ndef make(word='', **settings):\n    return Door(word or 'open', **settings)\n"
     (tmp_path / "door.py").write_text(OWN + builder)
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "broken.py").write_text("import no_such_package")
@@ -1772,37 +1641,16 @@ def test_files_of_worlds_and_aliases(tmp_path, monkeypatch):
     assert envs.further_worlds() == ["broken", "door", "empty"]
     result = run_episode(make("door:knock: twice"), envs.expert_player, 0)
     assert result["actions"] == ["knock: twice"] and result["won"]
-    for name, words in [
-        ("empty", "no function make"),
-        ("broken", "ModuleNotFoundError"),
-        ("door:x", None),
-        ("_private", "unknown"),
-        ("", "unknown"),
-        ("../outside", "unknown"),
-        ("..", "unknown"),
-        ("door.py", "unknown"),
-        ("./door", "unknown"),
-        (f"{tmp_path}/door", "unknown"),
-        ("door/", "unknown"),
-        ("repair:x", "unknown"),
-        (":", "unknown"),
-        ("DOOR", "unknown"),
-        ("\0", "unknown"),
-    ]:
-        if words:
-            with pytest.raises(ValueError, match=words) as error:
-                make(name)
-            assert "\n" not in str(error.value)
-        else:
+    make("door:x")
+    unknown = ["_private", "", "../outside", "..", "door.py", "./door", f"{tmp_path}/door", "door/",
+               "repair:x", ":", "DOOR", "\0"]
+    wrong = {"empty": "no function make", "broken": "ModuleNotFoundError"}
+    for name, words in (dict.fromkeys(unknown, "unknown") | wrong).items():
+        with pytest.raises(ValueError, match=words) as error:
             make(name)
+        assert "\n" not in str(error.value)
     monkeypatch.delitem(sys.modules, "worlds.door")
     monkeypatch.delitem(sys.modules, "worlds.empty")
-
-
-def test_unknown_settings_are_one_line():
-    for name in NAMES:
-        with pytest.raises(ValueError, match=f"world '{name}': TypeError: .*colour"):
-            make(name, colour="red")
 
 
 def test_worlds_are_found_from_anywhere(tmp_path):
@@ -1843,45 +1691,14 @@ def random_string(rng):
 make_moves = make("20q-full").moves + [call("search", "Mira Velden"), call("calculate", "1 + 1")] * 40
 
 
-def test_ten_thousand_random_strings_at_step():
-    rng = random.Random(7)
-    worlds = [make(name) for name in NAMES]
-    for env in worlds:
-        env.reset(seed=0)
-    valid = 0
-    for i in range(10_000):
-        env = worlds[i % len(worlds)]
-        if env.over:
-            env.reset(seed=i)
-        turns = env.turns
-        step = env.step(random_string(rng))
-        well_formed(step)
-        assert env.turns == turns + 1  # every text is a turn
-        valid += step[4]["valid"]
-    assert 400 < valid < 5000
-
-
-def test_hypothesis_strings():
-    hypothesis = pytest.importorskip("hypothesis")
-    env = make("20q")
-
-    @hypothesis.settings(max_examples=300, deadline=None)
-    @hypothesis.given(hypothesis.strategies.text(hypothesis.strategies.characters()))
-    def any_text(text):
-        env.reset(seed=0)
-        well_formed(env.step(text))
-
-    any_text()
-
-
-def test_a_turn_takes_bounded_time():
-    env = make("20q-full", max_turns=1000)
+@pytest.mark.parametrize("piece", [
+    "a", "Is it a cat? ", "is it something that ", "tell me if ", "\n", "q "])
+def test_a_turn_takes_linear_time(piece):
+    """As it says: what is quadratic takes hours."""
+    env = make("20q-full")
     env.reset(seed=0)
-    bounded = ["is it something that " * 190, "tell me if " * 360, "\n" * 4000, "q " * 2000]
-    for text in ["a" * 1_000_000, "Is it a cat? " * 10**5, *bounded]:
-        start = time.process_time()
-        well_formed(env.step(text))
-        assert time.process_time() - start < 0.1
+    for size in 3_999, 1_000_000:
+        well_formed(env.step((piece * size)[:size]))
 
 
 # ---------------------------------------------------------------------------------------------------------- command line
@@ -1923,7 +1740,7 @@ def test_the_end_of_input_ends_politely(stdin):
     (["play", "20q", "--split", "dev"], "has no split 'dev'"),
     (["play", "20q", "--seed", "x"], "--seed"), (["play"], "world"), (["dance"], "dance"), (["play", "20q", "--sp", "test"], "--sp"),
     (["--what"], "--what"), (["play", ""], "unknown world ''"), (["play", "20q", "--split", "a\nb"], "has no split"),
-])  # fmt: skip
+])
 def test_bad_arguments_are_one_line_and_status_2(arguments, words):
     result = command(*arguments)
     assert result.returncode == 2 and not result.stdout
