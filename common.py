@@ -892,8 +892,7 @@ class Dialogues:
             # fork (tensors are shared until they grow) that rows leave when they end; the reply
             # enters the cache at the next turn, in one forward with the observation.
             new = [self.ids[row][self._seen[row]:-1] for row in rows]
-            self._cache, self._attention = _advance(
-                self.model, self._cache, self._attention, new)
+            self._cache, self._attention = _advance(self.model, self._cache, self._attention, new)
             self._seen = {row: len(self.ids[row]) - 1 for row in rows}
             fork = copy.copy(self._cache)
             fork.layers = [copy.copy(layer) for layer in self._cache.layers]
@@ -905,8 +904,7 @@ class Dialogues:
             if ids[-1] not in self.chat.eos:
                 self._append(row, self.chat.eos[:1], 0)
         opened = self.chat.opened
-        replies.texts = [
-            f"{opened}{prefill}{text.removeprefix(opened)}" for text in replies.texts]
+        replies.texts = [f"{opened}{prefill}{text.removeprefix(opened)}" for text in replies.texts]
         return replies
 
     def read_by(self, model):
@@ -1518,8 +1516,7 @@ class Run:
         """Sends a line of metrics.jsonl to what --track names, which the first line opens."""
         name = self.args.get("track")
         step = record.get("step", self.step)
-        values = {key: value for key, value in record.items()
-                  if isinstance(value, (int, float))}
+        values = {key: value for key, value in record.items() if isinstance(value, (int, float))}
         if name == "wandb":
             import wandb
 

@@ -1,6 +1,4 @@
-"""common.py against full forwards, `model.generate`, the templates' own rendering, and a killed
-process.
-"""
+"""common.py against full forwards, `generate`, the templates' own rendering, a killed process."""
 
 import copy
 import dataclasses
@@ -21,31 +19,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import SUMMARY, save_llama, without_seconds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
-from transformers import (
-    AutoTokenizer,
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import self_guide
 
 torch.set_num_threads(1)
 
@@ -54,45 +38,48 @@ TEXTS = ["user\nassistant\n", "system\nYou are a player.", "the lamp is on the t
 TOKENIZER = common.tiny_tokenizer(TEXTS, ["A constant line. It is one token."])
 SIZES = dict(
     vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, bos_token_id=None,
-    eos_token_id=None,
-    # tied ones make a random model repeat its last token
-    pad_token_id=0, tie_word_embeddings=False,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=1024,
+    bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    tie_word_embeddings=False,  # tied ones make a random model repeat its last token
     initializer_range=0.4,  # large: attention must matter, or a wrong mask would not show
-)  # fmt: skip
+)
 WINDOW = 8  # far shorter than the dialogues below
+LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 MODELS = {
-    "gpt2": lambda: GPT2LMHeadModel(  # positions are learned: absolute ones matter
-        GPT2Config(vocab_size=len(TOKENIZER), bos_token_id=0, eos_token_id=0, n_embd=32, n_layer=2,
-                   n_head=4, n_positions=1024, initializer_range=0.4)
-    ),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, sliding_window=WINDOW)),
-    "gemma3": lambda: Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            **SIZES,
-            sliding_window=WINDOW,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        )
-    ),
+    "gpt2": ("GPT2", dict(  # positions are learned: absolute ones matter
+        vocab_size=len(TOKENIZER), bos_token_id=0, eos_token_id=0, n_embd=32, n_layer=2, n_head=4,
+        n_positions=1024, initializer_range=0.4)),
+    "qwen3": ("Qwen3", SIZES),
+    "llama": ("Llama", SIZES),
+    "gemma2": ("Gemma2", SIZES | {"sliding_window": WINDOW}),
+    "gemma3": ("Gemma3Text", SIZES | {"sliding_window": WINDOW, "layer_types": LAYERS}),
 }
 SCALED = {  # what stands behind the head: logits are capped, multiplied, divided
-    "capped": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=3.0)),
-    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.3)),
-    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
+    "capped": ("Gemma2", SIZES | {"final_logit_softcapping": 3.0}),
+    "cohere": ("Cohere", SIZES | {"logit_scale": 0.3}),
+    "granite": ("Granite", SIZES | {"logits_scaling": 4.0}),
 }
 
 
 def build(kind):
     torch.manual_seed(0)
-    return (MODELS | SCALED)[kind]().eval()
+    family, sizes = (MODELS | SCALED)[kind]
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
     return build(request.param)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Of models, for all tests of this file."""
+    path = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(path))
+        yield path / "tiny-models"
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +90,7 @@ def qwen3():
 @pytest.fixture
 def chat():
     chat = common.Chat(TOKENIZER)
-    # a random model hits one of them now and then, so rows end at different times
-    chat.eos += list(range(0, 40))
+    chat.eos += range(40)  # a random model hits one now and then: rows end at different times
     return chat
 
 
@@ -123,10 +109,8 @@ def forward_logprobs(model, ids, temperature=1.0):
 
 
 def assert_same_choice(model, prompt, ours, theirs):
-    """Equal ids; where they first differ, a full forward must call it a tie (float noise decides
-    those).
-    """
-    split = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    """Equal ids; where they first differ, a full forward calls it a tie, which noise decides."""
+    split = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), None)
     if split is None:
         assert ours == theirs
         return
@@ -214,13 +198,9 @@ def test_marked(reply):
 
 
 LABELS = "positive", "neutral", "negative"
-CHOSEN = {
+CHOSEN = {  # forms of the mark itself: MARKED
     "Label: positive": 0,
     "label: NEGATIVE.": 2,
-    "**Label:** neutral": 1,
-    "**Label**: **negative**": 2,
-    "## Label:\n\n- positive": 0,
-    "Label: 'neutral'": 1,
     "Label: _positive_": 0,
     "Label: it is _positive_ now": 0,
     "Label: POSITIVE ✅": 0,
@@ -228,8 +208,6 @@ CHOSEN = {
     "Label: Neutral → it changed nothing": 1,
     "Label: I think that it is negative": 2,
     '{"label": "positive", "why": "not neutral"}': 0,
-    "The step helped.\nLabel: neutral\nOr rather,\nLabel: positive": 0,
-    "Label: negative\nLabel:": 2,
     "Label: positive, not neutral": 0,
     "Label: positive (not neutral or negative)": 0,
     "Label: positive, neither neutral nor negative": 0,
@@ -255,11 +233,9 @@ CHOSEN = {
     "Label: good": None,
     "Label: nonpositive": None,
     "Label: positiveness": None,
-    "Label: 正面": None,
     "Label: positivе": None,  # a Cyrillic е
     "Label: poſitive": None,  # a long s
     "Label: épositive": None,
-    "Label:": None,
     "": None,
 }
 
@@ -284,7 +260,7 @@ def test_chosen(reply):
     ("Best: not really correct or not correct", ["correct", "not correct"], None),
     ("Best: a.c", ["a.c", "abc"], 0),
     ("Best: C++", ["C++", "C"], 0),
-])  # fmt: skip
+])
 def test_chosen_among_other_words(reply, options, index):
     assert common.chosen(reply, "Best", options) == index
 
@@ -293,7 +269,7 @@ PIECES = [
     "<think>", "</think>", "<thinking>", "<thi", "nk>", "Label", "label:", "positive", "Neutral",
     "negative", "not ", "nor", "or", "**", "_", "\n", " ", ":", "：", "/", ",", "ſ", "İ", "K", "é",
     "`", '"', "#", "\x1c", "\u2028", "\ud800",
-]  # fmt: skip
+]
 
 
 @settings(max_examples=400, deadline=None)
@@ -311,7 +287,7 @@ HOSTILE = [
     "<think>", "</think>", "<think>a</think>", "<think", "Label:", "Label: \n", "Label", "__Label",
     "Label: positive/\n", "_", "*", " ", "\n", "/", ",", "or ", "not ", "positive/", "positive, ",
     "not positive ", "neither positive nor ",
-]  # fmt: skip
+]
 AROUND = [("", ""), ("Label: positive", " positive"), ("Label: not ", "neutral"), ("Label**", "")]
 
 
@@ -346,13 +322,10 @@ def test_greedy_equals_model_generate(model, chat):
                               seeds=[0] * len(prompts), rows=4)
     ids = common.pad_rows([row[::-1] for row in prompts], chat.pad).flip(1)
     mask = common.pad_rows([[1] * len(row) for row in prompts], 0).flip(1)
-    full = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=20, do_sample=False,
-        eos_token_id=chat.eos, pad_token_id=chat.pad,
-    )  # fmt: skip
-    full = full[:, ids.shape[1] :].tolist()
-    for prompt, theirs, ours, complete in zip(prompts, full, replies.ids, replies.complete,
-                                              strict=True):
+    full = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=20, do_sample=False,
+                          eos_token_id=chat.eos, pad_token_id=chat.pad)
+    full = full[:, ids.shape[1]:].tolist()
+    for prompt, theirs, ours, complete in zip(prompts, full, replies.ids, replies.complete):
         end = next((i + 1 for i, token in enumerate(theirs) if token in chat.eos), len(theirs))
         assert_same_choice(model, prompt, ours, theirs[:end])
         assert complete == (ours[-1] in chat.eos) and (complete or len(ours) == 20)
@@ -375,34 +348,30 @@ def test_sampling_does_not_depend_on_batching(qwen3, chat):
     options = dict(max_new_tokens=12, temperature=1.0)
     reference = common.generate(qwen3, chat, prompts, seeds=seeds, **options)
     for rows in (1, 3, 10):
-        assert common.generate(qwen3, chat, prompts, seeds=seeds, rows=rows,
-                               **options).ids == reference.ids
+        again = common.generate(qwen3, chat, prompts, seeds=seeds, rows=rows, **options)
+        assert again.ids == reference.ids
     backward = common.generate(qwen3, chat, prompts[::-1], seeds=seeds[::-1], rows=4, **options)
     assert backward.ids[::-1] == reference.ids
-    assert common.generate(qwen3, chat, prompts, seeds=[s + 1 for s in seeds],
-                           **options).ids != reference.ids
+    other = common.generate(qwen3, chat, prompts, seeds=[s + 1 for s in seeds], **options)
+    assert other.ids != reference.ids
 
 
 @pytest.mark.parametrize("rows", [3, 64])
-def test_a_common_beginning_is_encoded_once(model, chat, rows):
-    """Longer than the sliding window, with ends of all lengths: as if each prompt had been alone.
-    """
+def test_a_common_beginning_is_encoded_once(model, chat, rows, monkeypatch):
+    """Longer than the sliding window, with ends of all lengths: as if each prompt were alone."""
     beginning = ragged(2, seed=5)[0] * 3 + list(range(41, 41 + 2 * common.SHARED))
     prompts, seeds = [beginning + end for end in ragged(6, seed=6)], list(range(6))
     options = dict(max_new_tokens=8, temperature=1.0)
-    alone = [common.generate(model, chat, [p], seeds=[s], **options)
-             for p, s in zip(prompts, seeds)]
+    alone = [common.generate(model, chat, [prompt], seeds=[seed], **options)
+             for prompt, seed in zip(prompts, seeds)]
     lengths, advance = [], common._advance
 
     def counting(model, cache, mask, new):
         lengths.append(sum(map(len, new)))
         return advance(model, cache, mask, new)
 
-    common._advance = counting
-    try:
-        together = common.generate(model, chat, prompts, seeds=seeds, rows=rows, **options)
-    finally:
-        common._advance = advance
+    monkeypatch.setattr(common, "_advance", counting)
+    together = common.generate(model, chat, prompts, seeds=seeds, rows=rows, **options)
     assert together.ids == [one.ids[0] for one in alone]
     for found, one in zip(together.logprobs, alone):
         assert found == pytest.approx(one.logprobs[0], abs=1e-4)
@@ -434,8 +403,8 @@ def test_samples_equal_repeated_prompts(qwen3, chat, rows):
 def test_tokens_are_the_inverse_cdf_of_their_uniforms(model, chat):
     prompts, seeds = ragged(4), [11, 12, 13, 14]
     replies = common.generate(model, chat, prompts, max_new_tokens=10, temperature=0.8, seeds=seeds)
-    for prompt, ids, noise in zip(prompts, replies.ids, common.uniforms(seeds, 10).double(),
-                                  strict=True):
+    noises = common.uniforms(seeds, 10).double()
+    for prompt, ids, noise in zip(prompts, replies.ids, noises, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         cdf = torch.softmax(logits.double() / 0.8, -1).cumsum(-1)
@@ -482,8 +451,7 @@ OBSERVATIONS = ["the lamp is on the table .", "", "you see nothing here " * 4, "
 @pytest.mark.parametrize("temperature, prefill", [(0, ""), (1.0, ""), (1.0, "the lamp: ")])
 def test_dialogues_equal_full_forwards(model, chat, temperature, prefill):
     dialogues, begun = common.Dialogues(model, chat, ragged(5, seed=1)), chat.encode(prefill)
-    spoken = [[] for _ in dialogues.ids]
-    forced = 0
+    spoken, forced = [[] for _ in dialogues.ids], 0
     for turn, rows in enumerate(SCHEDULE):
         before = [list(ids) for ids in dialogues.ids]
         seeds = [common.row_seed(0, row, turn) for row in rows]
@@ -491,9 +459,8 @@ def test_dialogues_equal_full_forwards(model, chat, temperature, prefill):
         replies = dialogues.reply(rows, prefill=prefill, **options)
         scratch = common.generate(model, chat, [before[row] + begun for row in rows], **options)
         assert replies.complete == [ids[-1] in chat.eos for ids in replies.ids]
-        for row, text, ids, logprobs, expected in zip(
-            rows, replies.texts, replies.ids, replies.logprobs, scratch.ids, strict=True
-        ):
+        said = zip(rows, replies.texts, replies.ids, replies.logprobs, scratch.ids, strict=True)
+        for row, text, ids, logprobs, expected in said:
             new = dialogues.ids[row][len(before[row]) :]
             assert dialogues.ids[row][: len(before[row])] == before[row]
             complete = ids[-1] in chat.eos
@@ -513,8 +480,8 @@ def test_dialogues_equal_full_forwards(model, chat, temperature, prefill):
         if turn + 1 < len(SCHEDULE):
             dialogues.extend(rows, [OBSERVATIONS[(row + turn) % 5] for row in rows])
     assert forced > 0
-    for ids, mask, logprobs, sampled in zip(dialogues.ids, dialogues.mask, dialogues.logprobs,
-                                            spoken, strict=True):
+    rows = zip(dialogues.ids, dialogues.mask, dialogues.logprobs, spoken, strict=True)
+    for ids, mask, logprobs, sampled in rows:
         assert len(ids) == len(mask) == len(logprobs)
         assert [i for i, m in zip(ids, mask, strict=True) if m] == sampled
         expected = forward_logprobs(model, ids, temperature or 1.0) * torch.tensor(mask[1:])
@@ -522,11 +489,9 @@ def test_dialogues_equal_full_forwards(model, chat, temperature, prefill):
     assert max(map(len, dialogues.ids)) > 10 * WINDOW
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("kind, mixed", [("gpt2", False), ("gemma3", True)])
 def test_one_copy_of_the_cache_in_the_dtype_of_the_computation(kind, chat, mixed, monkeypatch):
-    """All that lives of keys and values while a reply is decoded: one buffer each per layer, little
-    larger than they are.
+    """Of keys and values one buffer each per layer lives during a reply, little larger than they.
     """
     model = build(kind)
     model.compute_dtype = torch.bfloat16 if mixed else None
@@ -534,8 +499,7 @@ def test_one_copy_of_the_cache_in_the_dtype_of_the_computation(kind, chat, mixed
     decode, found = common._decode, []
 
     gc.collect()
-    # what other tests left
-    others = {id(each): each for each in gc.get_objects() if type(each) is torch.Tensor}
+    others = {id(each): each for each in gc.get_objects() if type(each) is torch.Tensor}  # of tests
 
     def watched(*given):
         replies = decode(*given)
@@ -557,12 +521,11 @@ def test_one_copy_of_the_cache_in_the_dtype_of_the_computation(kind, chat, mixed
         length = max(map(len, dialogues.ids)) - 1
         whole = [each for each in found[-1] if each[0] == 5]
         assert len(whole) == 2 * model.config.num_hidden_layers
-        # those of the rows that went on to the end
-        assert len(found[-1]) in (len(whole), 2 * len(whole))
+        assert len(found[-1]) in (len(whole), 2 * len(whole))  # those of rows that went on
         for _, dtype, size in whole:
             assert dtype == (torch.bfloat16 if mixed else torch.float32)
-            assert size <= 5 * heads * width * dtype.itemsize * (
-                1.25 * length + 2 * common._Layer.ROOM)
+            room = 1.25 * length + 2 * common._Layer.ROOM
+            assert size <= 5 * heads * width * dtype.itemsize * room
         dialogues.extend(range(5), [OBSERVATIONS[turn]] * 5)
 
 
@@ -714,8 +677,8 @@ def test_adapters(kind, mixed, chat, tmp_path):
     common.save_model(tmp_path / "model", model, chat)
     again, _ = common.load(str(tmp_path / "model"))  # refuses names that it does not know
     if not mixed:  # in bfloat16 the sums are rounded elsewhere
-        torch.testing.assert_close(common.token_logprobs(again, ids, mask), after, atol=1e-4,
-                                   rtol=0)
+        said = common.token_logprobs(again, ids, mask)
+        torch.testing.assert_close(said, after, atol=1e-4, rtol=0)
     module = next(module for module in model.modules() if hasattr(module, "get_delta_weight"))
     moved = module.base_layer.weight.float() + module.get_delta_weight("default")
     assert any(weight.shape == moved.shape and torch.equal(weight, moved)
@@ -733,16 +696,16 @@ def test_a_frozen_copy_computes_the_same(kind, chat):
     if kind != "gpt2":  # its layers are of another class
         small, large = (sum(w.nbytes for w in each.parameters()) for each in (frozen, model))
         assert small < 0.75 * large
-    assert torch.equal(common.token_logprobs(frozen, ids, mask),
-                       common.token_logprobs(model, ids, mask))
+    read = [common.token_logprobs(each, ids, mask) for each in (frozen, model)]
+    assert torch.equal(*read)
     options = dict(max_new_tokens=9, temperature=1.0, seeds=range(5))
-    assert common.generate(frozen, chat, ragged(5),
-                           **options) == common.generate(model, chat, ragged(5), **options)
+    said = [common.generate(each, chat, ragged(5), **options) for each in (frozen, model)]
+    assert said[0] == said[1]
     with torch.no_grad():
         model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(1))
     frozen.load_state_dict(model.state_dict())  # as at the start of a stage
-    assert torch.equal(common.token_logprobs(frozen, ids, mask),
-                       common.token_logprobs(model, ids, mask))
+    read = [common.token_logprobs(each, ids, mask) for each in (frozen, model)]
+    assert torch.equal(*read)
 
 
 def test_a_checkpoint_of_adapters_holds_nothing_else(tmp_path, no_locks):
@@ -1161,72 +1124,58 @@ def corpus():
     return (asked * 3 + longer) * 400
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-def load_tiny(cache, examples=corpus, **options):
-    return common.load("tiny:32x1", corpus=examples, constants=RULES, cache_dir=cache, **options)
+def load_tiny(examples=corpus, **options):
+    return common.load("tiny:32x1", corpus=examples, constants=RULES, **options)
 
 
 def test_tiny_model_learns_and_is_cached(cache, monkeypatch):
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    model, chat = load_tiny(cache)
+    model, chat = load_tiny()
     assert torch.equal(before, torch.get_rng_state())
     assert model.config.architectures == ["Qwen3ForCausalLM"]
     assert common.count_parameters(model) < 50_000
     assert not model.training and model.dtype == torch.float32 and model.compute_dtype is None
-    assert load_tiny(cache, dtype="mixed")[0].compute_dtype == torch.bfloat16
+    assert load_tiny(dtype="mixed")[0].compute_dtype == torch.bfloat16
     messages = corpus()[:4]
     replies = common.generate(model, chat, [chat.prompt(m) for m, _ in messages], max_new_tokens=6,
                               temperature=0, seeds=[0] * 4)
     assert replies.texts == [reply for _, reply in messages] and all(replies.complete)
-    # and no temporary directory is left
-    assert sum(p.name.startswith("tiny-") for p in cache.iterdir()) == 1
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "build_tiny", lambda *_: pytest.fail("built again"))
-        again, _ = load_tiny(cache)
+    assert sum(path.name.startswith("tiny-") for path in cache.iterdir()) == 1  # nothing half made
+    monkeypatch.setattr(common, "build_tiny", lambda *_: pytest.fail("built again"))
+    assert common.fingerprint(model) == common.fingerprint(load_tiny()[0])
+    for options in {"corpus": lambda: corpus()[:-1]}, {"constants": RULES[:-1]}:
         with pytest.raises(pytest.fail.Exception):
-            load_tiny(cache, lambda: corpus()[:-1])
-        with pytest.raises(pytest.fail.Exception):
-            load_tiny(cache, seed=1)
-    assert common.fingerprint(model) == common.fingerprint(again)
+            common.load("tiny:32x1", **{"corpus": corpus, "constants": RULES} | options)
 
 
-def test_tiny_model_is_seeded(tmp_path):
-    few = lambda: corpus()[:512]  # noqa: E731
-    models = [load_tiny(tmp_path / name, few, seed=int(name == "c"))[0] for name in "abc"]
-    first, same, other = map(common.fingerprint, models)
-    assert first == same != other
+def test_tiny_models_of_one_corpus_are_equal(tmp_path, monkeypatch):
+    made = set()
+    for name in "ab":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+        made.add(common.fingerprint(load_tiny(lambda: corpus()[:512])[0]))
+        torch.rand(1)
+    assert len(made) == 1
 
 
-def test_load_refuses(tmp_path, capsys, cache):
+def test_load_refuses(tmp_path, capsys):
     for name in ("tiny:0x1", "tiny:33x1", "tiny:64", "tiny:axb"):
-        refused(capsys, lambda name=name: common.load(name, corpus=corpus, cache_dir=tmp_path),
-                name)
+        refused(capsys, lambda name=name: common.load(name, corpus=corpus), name)
     refused(capsys, lambda: common.load(str(tmp_path / "missing"), option="--judge"), "--judge /",
             "config.json")
-    path = save_llama(tmp_path / "model", text=TEXTS)
-    (path / "chat_template.jinja").unlink()
-    refused(capsys, lambda: common.load(str(path)), "no chat template")
 
 
 def change_weights(path, change):
-    """Rewrites saved weights: `change` maps (name, tensor) to what takes its place, or to None."""
+    """Rewrites saved weights: `change` maps (name, tensor) to what takes its place."""
     weights = [change(*item) for item in load_file(path / "model.safetensors").items()]
-    save_file(dict(filter(None, weights)), path / "model.safetensors", metadata={"format": "pt"})
+    save_file(dict(weights), path / "model.safetensors", metadata={"format": "pt"})
 
 
-RANDOM = "they would be random"
 CHANGES = {  # of each weight, and what is said of it
     "prefixed": (lambda name, tensor: ("module." + name, tensor),
                  "no weights for lm_head.weight, model.embed_tokens.weight, model.layers.0"),
-    "headless": (lambda name, tensor: None if name == "lm_head.weight" else (name, tensor),
-                 f"lm_head.weight: {RANDOM}"),
     "short": (lambda name, tensor: (name, tensor[1:] if name == "model.norm.weight" else tensor),
-              f"model.norm.weight: {RANDOM}"),
+              "model.norm.weight: they would be random"),
     "not finite": (lambda name, tensor: (name, tensor / 0 if "norm" in name else tensor),
                    "nothing finite (log-probs differ by nan)"),
 }
@@ -1297,15 +1246,15 @@ def test_a_reply_that_begins_with_a_channel_is_refused(tmp_path, capsys):
                     "<|channel|>final<|message|>")
 
 
-def test_max_context(tmp_path, cache):
+def test_max_context(tmp_path):
     path = str(save_llama(tmp_path / "model", text=TEXTS, context=512))
     for limit, expected in (None, 512), (100, 100), (512, 512), (9999, 512):
         assert common.load(path, max_context=limit)[0].max_context == expected
-    assert load_tiny(cache)[0].max_context == 4096
+    assert load_tiny()[0].max_context == 4096
 
 
-def test_tiny_is_told_by_name_and_stays_so(tmp_path, cache, monkeypatch):
-    model, chat = load_tiny(cache)
+def test_tiny_is_told_by_name_and_stays_so(tmp_path, monkeypatch):
+    model, chat = load_tiny()
     common.save_model(tmp_path / "trained", model, chat)
     again, _ = common.load(str(tmp_path / "trained"))
     common.save_model(tmp_path / "twice", again, chat)
@@ -1338,8 +1287,7 @@ def save_gguf(path, without=()):
         context_length=64, embedding_length=32, block_count=1, feed_forward_length=32, head_count=2,
         head_count_kv=2, layer_norm_rms_eps=1e-5, rope_dimension_count=16, vocab_size=len(tokens),
         tokenizer_model="gpt2", token_list=tokens, token_types=[3] * 3 + [1] * (len(tokens) - 3),
-        token_merges=["t h"], bos_token_id=0, eos_token_id=2, chat_template=common.CHATML,
-    )  # fmt: skip
+        token_merges=["t h"], bos_token_id=0, eos_token_id=2, chat_template=common.CHATML)
     for name, value in settings.items():
         getattr(writer, f"add_{name}")(value)
     shapes = {f"blk.0.{part}.weight": (32, 32) for part in SQUARE}
@@ -1358,8 +1306,9 @@ def save_gguf(path, without=()):
 
 @needs_gguf
 def test_gguf(tmp_path, capsys, monkeypatch):
-    path, cache = save_gguf(tmp_path / "toy.Q8.gguf"), tmp_path / "cache"
-    load = lambda: common.load(str(path), cache_dir=cache)  # noqa: E731
+    path, cache = save_gguf(tmp_path / "toy.Q8.gguf"), tmp_path / "tiny-models"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load = lambda: common.load(str(path))  # noqa: E731
     model, chat = load()
     assert model.max_context == 64 and model.dtype == torch.float32 and not model.training
     assert chat.eos == [2] and chat.decode(chat.encode("the lamp\n é")) == "the lamp\n é"
@@ -1400,10 +1349,10 @@ def test_smollm2_is_a_file_of_a_wheel(tmp_path, capsys, monkeypatch):
     here = importlib.machinery.ModuleSpec(wheel, None, origin=str(tmp_path / "__init__.py"))
     find = lambda name: here if name == wheel else found(name)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", find)
-    load = lambda: common.load("smollm2", cache_dir=tmp_path / "cache")  # noqa: E731
-    assert load()[0].max_context == 64 and wheel not in sys.modules
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert common.load("smollm2")[0].max_context == 64 and wheel not in sys.modules
     (tmp_path / file).unlink()
-    refused(capsys, load, "smollm2", "no such file")
+    refused(capsys, lambda: common.load("smollm2"), "smollm2", "no such file")
 
 
 @pytest.mark.parametrize("missing", ["gguf", "accelerate", common.SMOLLM2[1]])
@@ -1413,7 +1362,7 @@ def test_missing_packages_are_named(missing, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else True)
     name = "smollm2" if missing == common.SMOLLM2[1] else str(path)
     words = f"--judge {name}", "pip install", missing.replace("_", "-")
-    refused(capsys, lambda: common.load(name, cache_dir=tmp_path, option="--judge"), *words)
+    refused(capsys, lambda: common.load(name, option="--judge"), *words)
     for name in str(tmp_path / "no.gguf"), "owner/repo/model.gguf":
         refused(capsys, lambda name=name: common.load(name), name, "no such file")
     assert [entry.name for entry in tmp_path.iterdir()] == ["some.gguf"]
@@ -1434,31 +1383,17 @@ def test_ema_update():
 
 
 @dataclasses.dataclass
-class Args:
-    model: str = "tiny"
+class Args(self_guide.Args):
+    """A script's, smaller."""
+
     env: str = "toy"
-    seed: int = 0
     steps: int = 6
     lr: float = 1e-3
     batch_size: int = 8
     micro_batch_size: int = 4
-    rollout_batch_size: int = 8
-    max_new_tokens: int = 8
-    max_context: int | None = None
-    temperature: float = 1.0
-    eval_temperature: float = 0.0
     eval_episodes: int = 4
-    eval_every: int = 5
     save_every: int = 5
-    eval_only: bool = False
-    rate: float | None = None
-    lora_rank: int = 0
-    shots: int = 0
-    out_dir: str = "runs/x"
-    resume: bool = False
     device: str = "cpu"
-    dtype: str = "auto"
-    track: str = "none"
 
 
 def refused(capsys, call, *words):
@@ -1515,25 +1450,15 @@ def test_run_creates_nothing_before_start(tmp_path, capsys):
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["deep", "late"]
 
 
-def test_resume_refuses(tmp_path, capsys, no_locks):
-    path = tmp_path / "run"
-
-    def resume(script="toy", **changes):
-        return common.Run(script, Args(resume=True, **changes), path)
-
-    refused(capsys, resume, "no run")
-    started(path)
-    refused(capsys, lambda: resume(lr=2e-3), "lr was 0.001 and is 0.002")
-    refused(capsys, lambda: resume("other"), "other")
-    assert resume(steps=9, device="cuda").resume() is None
-    run = resume(steps=9)
-    run.start()
-    assert json.loads((path / "args.json").read_text())["args"]["steps"] == 9
+def test_what_may_differ_in_a_resumed_run(tmp_path, no_locks):
+    started(tmp_path / "run")
+    run = common.Run("toy", Args(resume=True, steps=9, device="cuda"), tmp_path / "run")
+    assert run.resume() is None
+    run = started(tmp_path / "run", resume=True, steps=9)
+    assert json.loads((run.dir / "args.json").read_text())["args"]["steps"] == 9
     run.log({"step": 1})
     run.save_if_due({"done": 1})
-    assert resume().resume() == {"done": 1}
-    (path / "metrics.jsonl").write_text("")  # what a power cut may leave
-    refused(capsys, resume, "metrics.jsonl")
+    assert common.Run("toy", Args(resume=True), run.dir).resume() == {"done": 1}
 
 
 def test_a_directory_belongs_to_one_process(tmp_path, capsys):
@@ -1546,14 +1471,12 @@ def test_a_directory_belongs_to_one_process(tmp_path, capsys):
 def test_an_edited_world_refuses_a_resume(tmp_path, capsys, no_locks, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("world.py").write_text("a = 1")
-    started(tmp_path / "run", env="world.py:World")
-    assert list(json.loads((tmp_path / "run" / "args.json").read_text())["files"]) == ["env"]
+    started("run", env="world.py:World")
     again = Args(resume=True, env="world.py:World")
-    assert common.Run("toy", again, tmp_path / "run").resume() is None
-    Path("world.py").write_text("a = 2")
-    refused(capsys, lambda: common.Run("toy", again, tmp_path / "run"), "--env", "changed")
-    Path("world.py").unlink()
-    refused(capsys, lambda: common.Run("toy", again, tmp_path / "run"), "--env", "changed")
+    assert common.Run("toy", again, "run").resume() is None
+    for edit in (lambda file: file.write_text("a = 2")), Path.unlink:
+        edit(Path("world.py"))
+        refused(capsys, lambda: common.Run("toy", again, "run"), "--env", "changed")
 
 
 def test_content_hash(tmp_path):
@@ -1611,18 +1534,18 @@ def test_rows_are_checked_by_line(tmp_path, capsys):
             "cannot be read")
 
 
-def spoken(*roles):
-    return [{"role": role, "content": "Hm."} for role in roles]
+def spoken(initials):
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": roles[initial], "content": "Hm."} for initial in initials]
 
 
 def test_messages_and_texts_of_rows():
-    for *roles, last in ["user", "user"], ["user", "assistant", "user",
-                                           "user"], ["user", "assistant", "assistant"]:
-        common.check_messages(spoken(*roles), last)
-    for *roles, last in (["user", "assistant", "user"], ["user", "assistant"], ["assistant"],
-                         ["assistant", "user", "assistant"], ["system", "user", "user"]):
+    for roles, last in ("u", "user"), ("uau", "user"), ("ua", "assistant"):
+        common.check_messages(spoken(roles), last)
+    for roles, last in ("ua", "user"), ("u", "assistant"), ("", "assistant"), ("au", "assistant"), (
+            "su", "user"):
         with pytest.raises(ValueError):
-            common.check_messages(spoken(*roles), last)
+            common.check_messages(spoken(roles), last)
     for messages in ([{"role": "user"}], [{"content": "Hm."}], ["Hm."], 3,
                      [{"role": "user", "content": None}]):
         with pytest.raises((KeyError, TypeError)):
@@ -1695,8 +1618,8 @@ RECORDS = [{"step": 3, "success": 0.5, "auc": None, "stage": "rl"}, {"step": 4, 
 SENT = [(3, "step", 3), (3, "success", 0.5), (4, "step", 4), (4, "kl", 1)]
 
 
-@pytest.mark.parametrize("name, module",
-                         {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}.items())
+@pytest.mark.parametrize("name, module", [
+    ("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
 def test_metrics_go_to_a_tracker_by_step(tmp_path, capsys, monkeypatch, name, module, no_locks):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused(capsys, lambda: common.Run("toy", Args(track=name), tmp_path / "run"),
@@ -1711,8 +1634,7 @@ def test_metrics_go_to_a_tracker_by_step(tmp_path, capsys, monkeypatch, name, mo
         run.log(record)
     [writer] = Writer.made
     assert [said for said in writer.said if said != "flushed"] == SENT
-    # after each line: a killed run loses none
-    assert (writer.said[-1] == "flushed") == (name == "tensorboard")
+    assert (writer.said[-1] == "flushed") == (name == "tensorboard")  # a killed run loses nothing
     assert writer.directory.startswith(str(run.dir))
     again = common.Run("toy", Args(resume=True), run.dir)  # it may go on without
     again.start()
@@ -1814,8 +1736,8 @@ def test_killed_and_resumed_equals_uninterrupted(elsewhere, toy, capsys):
     path = elsewhere.path
     assert elsewhere.statuses == {"early": -9, "middle": -9, "asked": 143, "diverged": 1}
     assert [line["step"] for line in lines(path / "asked" / "rollouts.jsonl")] == [1, 2, 3]
-    # "<": what is left
-    assert re.search(r"[1-3]/6 \[\d\d:\d\d<\d\d:\d\d.*tokens/s=\d", (path / "asked.err").read_text())
+    bar = r"[1-3]/6 \[\d\d:\d\d<\d\d:\d\d.*tokens/s=\d"  # "<": what is left
+    assert re.search(bar, (path / "asked.err").read_text())
     assert torch.load(path / "asked" / "checkpoint" / "state.pt")["state"]["progress"]["done"] == 3
     run, model = toy.main(path / "whole")
     whole = [[without_seconds(line) for line in lines(run.dir / file)] for file in run.LOGS]
@@ -1861,13 +1783,6 @@ def test_other_exceptions_keep_their_traceback(tmp_path, capsys):
 # ------------------------------------------------------------------------------------- command line
 
 
-def test_parse_args():
-    argv = "--lr 0.5 --batch-size 16 --micro_batch_size=2 --resume".split()
-    args = common.parse_args(Args, argv=argv)
-    assert (args.lr, args.batch_size, args.micro_batch_size, args.resume) == (0.5, 16, 2, True)
-    assert common.parse_args(Args, argv=[]) == Args()
-
-
 @dataclasses.dataclass
 class Paper:
     model: str = common.flag("tiny", "a model")
@@ -1882,13 +1797,13 @@ TINY = dict(steps=7, lr=0.002, room=8, thinking=True, distil="best")
 SMALL = Paper(**TINY)
 
 
-def test_defaults_of_a_tiny_model(tmp_path, cache, monkeypatch):
+def test_defaults_of_a_tiny_model(tmp_path, monkeypatch):
     parse = lambda line: common.parse_args(Paper, TINY, line.split())  # noqa: E731
     assert parse("") == SMALL and parse("--model tiny") == SMALL
     assert parse("--model=tiny:32x1") == dataclasses.replace(SMALL, model="tiny:32x1")
     assert parse("--model some/model") == Paper(model="some/model")  # the paper's
     assert parse("--model tiny --model some/model") == Paper(model="some/model")
-    common.save_model(tmp_path / "trained", *load_tiny(cache))
+    common.save_model(tmp_path / "trained", *load_tiny())
     trained = str(tmp_path / "trained")
     assert parse(f"--model {trained}") == dataclasses.replace(SMALL, model=trained)
     # what is said wins, also where it is the paper's default
@@ -1920,7 +1835,7 @@ def test_quick_never_enlarges_a_size():
 @pytest.mark.parametrize("line", [
     "--model", "--model --steps 3", "--model tiny --non", "--mode tiny", "--distil most", "--lr",
     "--lr fast", "--lr -x", "--steps 1.5", "--nonsense 3", "stray", "--thinking maybe", "--room ''",
-])  # fmt: skip
+])
 def test_mistakes_on_the_command_line_are_one_line(line, capsys):
     refused(capsys, lambda: common.parse_args(Paper, TINY, line.split()))
 
@@ -1959,27 +1874,18 @@ def test_run_directory(env, directory, tmp_path, monkeypatch):
     assert [entry.parent for entry in tmp_path.rglob("args.json")] == [tmp_path / directory]
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        "--lr nan", "--lr inf", "--lr=-inf", "--lr -1", "--rate nan", "--temperature 0",
-        "--temperature nan",
-        "--temperature -1", "--eval-temperature -0.1", "--steps 0", "--steps -1", "--batch-size 0",
-        "--micro-batch-size 0", "--batch-size 9", "--max-new-tokens 0", "--eval-episodes 0",
-        "--eval-every -1",
-        "--save-every 0", "--seed -1", "--device cuda:99", "--device warp", "--device meta",
-        "--dtype float16", "--dtype auot", "--dtype bfloat16",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("argv", [  # test_contract.py has more, for each script
+    "--lr=-inf", "--kl nan", "--batch-size 9", "--lora-rank -1", "--device cuda:99",
+    "--device meta", "--dtype auot", "--dtype bfloat16",
+])
 def test_impossible_values_are_refused(argv, capsys):
     args = common.parse_args(Args, argv=argv.split())
-    flag = argv.replace("=", " ").split()[0]
-    refused(capsys, lambda: common.check_common(args), flag)
+    refused(capsys, lambda: common.check_common(args), argv.replace("=", " ").split()[0])
 
 
 def test_possible_values_pass():
     common.check_common(Args())
-    common.check_common(Args(lr=0.0, eval_temperature=0.7, steps=1, micro_batch_size=8, rate=-0.5,
+    common.check_common(Args(lr=0.0, eval_temperature=0.7, steps=1, micro_batch_size=8, kl=-0.5,
                              dtype="mixed"))
     common.check_common(Args(steps=None, dtype="bfloat16", eval_only=True))
 
@@ -2003,16 +1909,16 @@ def test_show():
     assert shown == ["a lamp here", "> Action: go", "    judge: " + "x" * 20]
 
 
-def test_complete(tmp_path, cache, capsys):
-    model, chat = load_tiny(cache)
+def test_complete(tmp_path, capsys):
+    model, chat = load_tiny()
     run = started(tmp_path / "run")
     run.count(episodes=3, env_steps=9, tokens=80, gradient_steps=2)
     scores = {"test": {"success": 0.25, "se": 0.5, "steps": 4},
               "train": {"success": 0.5, "se": math.nan}}
     after = copy.deepcopy(scores)
     after["test"]["success"] = 0.75
-    assert common.result_line("test",
-                              scores["test"] | {"n": 4}) == "test: success 0.250 (se 0.500, n 4)"
+    told = common.result_line("test", scores["test"] | {"n": 4})
+    assert told == "test: success 0.250 (se 0.500, n 4)"
     run.step, shown = 4, [{"said": [["act", "Action: go"]]}, {"said": [["act", "Action: stay"]]}]
     run.complete(model, chat, "nlac", "all", scores, after,
                  {"random": (0.1, 0.2), "expert": (1.0, 0.0)}, shown, further=1)
@@ -2026,12 +1932,12 @@ def test_complete(tmp_path, cache, capsys):
     out = capsys.readouterr().out
     assert lines(run.dir / "rollouts.jsonl") == [
         {"step": 0, "evaluation": "before", **shown[0]},
-        {"step": 4, "evaluation": "after", **shown[1]}]  # fmt: skip
+        {"step": 4, "evaluation": "after", **shown[1]}]
     table = out[out.index("success") :]
     assert [line.split()[:2] for line in table.splitlines()[1:6]] == [
         ["before", "0.250"], ["after", "0.750"], ["before", "train"], ["after", "train"],
         ["random", "0.100"],
-    ]  # fmt: skip
+    ]
     page = f"as a page: python docs/show_run.py {run.dir}\n"
     assert out.endswith(f"whole episodes: {run.dir / 'rollouts.jsonl'}, {page}")
     run.dir = Path("runs/my run")

@@ -25,7 +25,9 @@ SETTING = dict(model="smollm2", env=ENV, device="cpu", shots=2, prefill=True, sh
 def smollm2(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield common.load("smollm2", cache_dir=tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield common.load("smollm2")
     torch.set_num_threads(threads)
 
 
