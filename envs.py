@@ -327,12 +327,10 @@ def ends(name, episodes) -> dict:
     A world without an expert has no upper end.
     """
     found = {}
-    for player in (random_player, expert_player):
+    for end, player in ("random", random_player), ("expert", expert_player):
         env = make(name)
-        try:
-            found[player.__name__.partition("_")[0]] = mean_score(env, player, episodes, key="won")
-        except NotImplementedError:
-            pass
+        with contextlib.suppress(NotImplementedError):
+            found[end] = mean_score(env, player, episodes, key="won")
         env.close()
     return found
 
@@ -354,8 +352,9 @@ def by_verb(actions):
 class RandomPlay:
     """The chance that a random player, who draws the verb first, wins an episode: exact.
 
-    By recursion over turns, for worlds with `snapshot`, `restore` and `possibilities`. A `state` is
-    a snapshot. What was never seen is averaged over, so that nothing hidden decides a chance.
+    By recursion over turns, in worlds with `snapshot`, `restore` and `possibilities` (see
+    Household). A `state` is a snapshot. What was never seen is averaged over, so that nothing
+    hidden decides a chance.
     """
 
     def __init__(self, world):
@@ -368,8 +367,8 @@ class RandomPlay:
             return 0.0
         if (state, turns) not in self.known:
             total = 0.0
-            for share, won, after in self.moves_from(state):
-                total += share * (1.0 if won else self.chance(after, turns - 1))
+            for probability, won, after in self.moves_from(state):
+                total += probability * (1.0 if won else self.chance(after, turns - 1))
             self.known[state, turns] = total
         return self.known[state, turns]
 
@@ -377,11 +376,12 @@ class RandomPlay:
         """(probability, won, next state) of each action."""
         if state not in self.moves:
             self.world.restore(state)
-            verbs, self.moves[state] = by_verb(self.world.admissible()), []
+            verbs = by_verb(self.world.admissible())
+            self.moves[state] = []
             for actions in verbs:
                 for action in actions:
-                    share = 1 / len(verbs) / len(actions)
-                    self.moves[state].append((share, *self.result(state, action)))
+                    probability = 1 / len(verbs) / len(actions)
+                    self.moves[state].append((probability, *self.result(state, action)))
         return self.moves[state]
 
     def result(self, state, action) -> tuple:

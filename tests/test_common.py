@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import SUMMARY, save_llama, without_seconds
+from helpers import SUMMARY, lines, save_llama, without_seconds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -140,7 +140,6 @@ SPOKEN = {
     "a</think>b</think>go": "go",
     "go <think>a</think> no </think>stay": "stay",
     "<thi<think>x</think>nk>go": "<thi nk>go",  # what is left is no tag
-    "‹think›a‹/think›go": "‹think›a‹/think›go",
     "<thіnk>a</thіnk>go": "<thіnk>a</thіnk>go",  # a Cyrillic і
     "< think>a<thinker>b": "< think>a<thinker>b",
 }
@@ -1082,28 +1081,23 @@ def tiny_chat(tmp_path_factory):
     """As a run meets it: saved and loaded again."""
     path = tmp_path_factory.mktemp("tokenizer")
     common.tiny_tokenizer(CORPUS, RULES).save_pretrained(path)
-    # AutoTokenizer looks at the architecture, too
-    Qwen3Config(vocab_size=2000).save_pretrained(path)
+    Qwen3Config(vocab_size=2000).save_pretrained(path)  # AutoTokenizer looks at the architecture
     return common.Chat(AutoTokenizer.from_pretrained(path))
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.text(st.characters(codec="utf-8")) | st.text("the lampx[1]*\n 's→A") | st.sampled_from(
-        RULES + CORPUS))
+@given(st.text(st.characters(codec="utf-8")) | st.text("the lampx[1]*\n 's→A")
+       | st.sampled_from(RULES + CORPUS))
 def test_tokenizer_is_lossless(tiny_chat, text):
-    # itself, but for control tokens
     assert tiny_chat.decode(tiny_chat.encode(text)) == tiny_chat._inert(text)
 
 
 def test_tokenizer_words_and_constants(tiny_chat):
     count = lambda text: len(tiny_chat.encode(text))  # noqa: E731
     assert count("the lamp is on the table .") == 7
-    assert [count(word)
-            for word in ("household", " hold", " house", " 東京", " metres", "the")] == [1] * 6
-    assert [count(rule) for rule in RULES] == [1] * 4
-    # the longest constant wins, inside a text as well
-    assert count("the lamp" + RULES[0] + " is") == 4
+    for whole in "household", " hold", " house", " 東京", " metres", "the", *RULES:
+        assert count(whole) == 1
+    assert count("the lamp" + RULES[0] + " is") == 4  # the longest constant wins, inside a text, too
     assert tiny_chat.encode("A constant line. It is") != tiny_chat.encode(RULES[0])
     assert count("zebra") == 5
     assert tiny_chat.decode([*tiny_chat.encode("the"), tiny_chat.eos[0], tiny_chat.pad]) == "the"
@@ -1427,10 +1421,6 @@ def started(path, **changes):
     run = common.Run("toy", Args(**changes), path)
     run.start()
     return run
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_run_creates_nothing_before_start(tmp_path, capsys):
