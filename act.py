@@ -1040,6 +1040,11 @@ def load(world, args, corpus=None, more=()):
     if common.is_tiny(args.model) and args.device == "cpu":
         # small tensors: more threads only wait for each other
         torch.set_num_threads(min(2, torch.get_num_threads()))
+    told = Args(  # no other setting matters to the corpus
+        env=args.env, show_actions=args.show_actions, dose=args.dose, examples=args.examples)
+    known_by = None
+    if __name__ == "__main__" and args.env in envs.WORLDS:  # no patched code, no files of a world
+        known_by = [vars(told), *map(common.content_hash, (__file__, envs.__file__))]
     constants = []
     for reasons in True, False:
         constants += [system(world, reasons)["content"], choose(reasons)]
@@ -1047,7 +1052,8 @@ def load(world, args, corpus=None, more=()):
     constants += [FORESEE] * bool(args.dose)
     model, chat = common.load(
         args.model,
-        corpus=corpus or functools.partial(warmup, world, args),
+        corpus=corpus or functools.partial(warmup, world, told),
+        known_by=known_by,
         constants=constants,
         device=args.device,
         dtype=args.dtype,

@@ -201,18 +201,20 @@ transformers.utils.logging.set_verbosity_error()  # its tables and bars would hi
 transformers.utils.logging.disable_progress_bar()
 
 
-def load(name, *, corpus=None, constants=(), device="cpu", dtype="auto", thinking=False,
-         max_context=None, gradient_checkpointing=False, lora_rank=0, option="--model"):
+def load(name, *, corpus=None, known_by=None, constants=(), device="cpu", dtype="auto",
+         thinking=False, max_context=None, gradient_checkpointing=False, lora_rank=0,
+         option="--model"):
     """A causal language model and its `Chat`; what cannot be loaded is refused in `option`'s name.
 
     `name`: "tiny" or "tiny:WIDTHxLAYERS" (built at first use, see `build_tiny`), "smollm2", a .gguf
     file, a local directory, or a hub id. `corpus`: a function without arguments that returns the
-    examples, called for a tiny model only. `dtype`: "mixed" is float32 weights that compute in
-    bfloat16; "auto" is that on an NVIDIA GPU, else "float32"; "bfloat16" is weights and all. The
-    model gets the attribute `max_context`, tokens: what it can read, at most the argument of that
-    name. `gradient_checkpointing`: the layers compute once more in the backward pass what they
-    would else have kept. `lora_rank`: see `add_adapters`; the weights below are kept in the dtype
-    of the computation.
+    examples, called for a tiny model only; `known_by`: all that these depend on, code included, in
+    JSON's terms, so that a corpus that takes minutes is made once and not by every run. `dtype`:
+    "mixed" is float32 weights that compute in bfloat16; "auto" is that on an NVIDIA GPU, else
+    "float32"; "bfloat16" is weights and all. The model gets the attribute `max_context`, tokens:
+    what it can read, at most the argument of that name. `gradient_checkpointing`: the layers
+    compute once more in the backward pass what they would else have kept. `lora_rank`: see
+    `add_adapters`; the weights below are kept in the dtype of the computation.
     """
     mixed = dtype == "mixed" or dtype == "auto" and torch.device(device).type == "cuda"
     half = dtype == "bfloat16" or mixed and lora_rank
@@ -220,7 +222,7 @@ def load(name, *, corpus=None, constants=(), device="cpu", dtype="auto", thinkin
     called = f"{option} {name}"
     path = name
     if name.split(":")[0] == "tiny":
-        path = _tiny_directory(name, corpus, list(constants), device, cache)
+        path = _tiny_directory(name, corpus, known_by, list(constants), device, cache)
     elif name == "smollm2" or name.lower().endswith(".gguf"):
         path = _gguf_directory(called, name, cache)
     elif re.match("[./~]|.*/.*/", name) or os.path.exists(name):  # no hub id, or not one to ask for
@@ -332,20 +334,35 @@ def _gguf_directory(called, name, cache):
     return _cached(cache / f"gguf-{path.stem}-{content_hash(path)}", write)
 
 
-def _tiny_directory(name, corpus, constants, device, cache):
-    """The directory of a tiny model, which is known by all that it is made of."""
+def _tiny_directory(name, corpus, known_by, constants, device, cache):
+    """The directory of a tiny model, whose name is a hash of all that it is made of.
+
+    A note in the cache tells the name for a corpus that is `known_by` what it was before.
+    """
     size = re.fullmatch(r"tiny:([1-9]\d*)x([1-9]\d*)", "tiny:64x2" if name == "tiny" else name)
     check(size and int(size[1]) % 16 == 0,
           f"--model {name}: write tiny or tiny:WIDTHxLAYERS, the width a multiple of 16")
     width, layers = map(int, size.groups())
+    recipe = [TINY_VERSION, width, layers, TINY_SEED, constants]
+    code = [sys.version, content_hash(__file__)]
+    note = cache / f"corpus-{_hash([*recipe, known_by, *code])}"
+    if known_by and note.exists() and (cache / note.read_text()).exists():
+        return cache / note.read_text()
     examples = corpus()
-    recipe = json.dumps([TINY_VERSION, width, layers, TINY_SEED, constants, examples])
-    known = hashlib.sha256(recipe.encode()).hexdigest()[:16]
 
     def write(directory):
         build_tiny(directory, examples, constants, width, layers, device)
 
-    return _cached(cache / f"tiny-{width}x{layers}-s{TINY_SEED}-{known}", write)
+    made = f"tiny-{width}x{layers}-s{TINY_SEED}-{_hash([*recipe, examples])}"
+    _cached(cache / made, write)
+    if known_by:
+        _write_atomic(note, lambda file: file.write(made.encode()))
+    return cache / made
+
+
+def _hash(value):
+    """Of anything that JSON can tell."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _cached(directory, write):

@@ -709,11 +709,16 @@ def load(world, args):
                  f"--dose: --env {args.env} cannot say what a step was worth")
     if common.is_tiny(args.model) and args.device == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))  # more only wait for each other
+    told = Args(  # no other setting matters to the corpus
+        env=args.env, show_actions=args.show_actions, dose=args.dose, examples=args.examples)
+    known_by = None
+    if __name__ == "__main__" and args.env in envs.WORLDS:  # no patched code, no files of a world
+        known_by = [vars(told), *map(common.content_hash, (__file__, envs.__file__))]
     plain = f"{world.system}\n{POLICY}"
     constants = [plain, f"{plain}\n{GUIDED}", RATE, ACT, READ, "Action: ", "Reason: ", "\nLabel: ",
                  *common.CHANGES_OF_SPEAKER]
     model, chat = common.load(
-        args.model, corpus=lambda: warmup(world, args), constants=constants,
+        args.model, corpus=lambda: warmup(world, told), known_by=known_by, constants=constants,
         device=args.device, dtype=args.dtype,
         thinking=args.thinking, max_context=args.max_context,
         gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank)

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +30,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import act
 import common
+import envs
 import self_guide
 
 torch.set_num_threads(1)
@@ -1150,6 +1154,62 @@ def test_tiny_models_of_one_corpus_are_equal(tmp_path, monkeypatch):
         made.add(common.fingerprint(load_tiny(lambda: corpus()[:512])[0]))
         torch.rand(1)
     assert len(made) == 1
+
+
+def test_a_corpus_that_is_known_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+
+    def few():
+        made.append(1)
+        return corpus()[:64]
+
+    def calls(known_by, constants=RULES, examples=few):
+        made.clear()
+        common.load("tiny:16x1", corpus=examples, known_by=known_by, constants=constants)
+        return len(made)
+
+    assert calls(["a"]) == 1 and calls(["a"]) == 0 and calls(["b"]) == 1 and calls(None) == 1
+    assert calls(["a"], RULES[:-1]) == 1 and calls(["a"]) == 0
+    models = {*tmp_path.glob("*/tiny-*")}
+    assert len(models) == 2  # other notes, the same model
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "content_hash", lambda path: "edited")
+        assert calls(["a"]) == 1
+    for model in models:
+        shutil.rmtree(model)
+    assert calls(["a"]) == 1 and calls(["a"]) == 0
+
+
+@pytest.mark.parametrize("script", [act, self_guide])
+def test_a_corpus_is_known_by_all_that_changes_it(script, tmp_path, monkeypatch):
+    seen = []
+
+    def load(name, *, known_by, **options):
+        seen.append(known_by)
+        raise SystemExit
+
+    def known_by(flags, file=script.__file__):
+        monkeypatch.setattr(sys, "argv", ["script.py", *flags.split()])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(file), run_name="__main__")
+        return seen.pop()
+
+    monkeypatch.setattr(common, "load", load)
+    first = known_by("")
+    assert known_by(f"--seed 3 --lr 0.1 --shots 2 --prefill --out-dir {tmp_path}/x") == first
+    edited = tmp_path / "edited.py"
+    edited.write_text(Path(script.__file__).read_text() + "# edited\n")
+    others = [known_by(flags) for flags in (
+        "--env search", "--show-actions", "--examples 9", "--dose 1", "--dose 0.999")]
+    others.append(known_by("", edited))
+    assert len({json.dumps(each) for each in [first, *others]}) == 7
+    monkeypatch.setattr(common, "content_hash", lambda path: Path(path).name)
+    assert "envs.py" in known_by("")
+    assert known_by("--env 20q") is None  # of a file, which may read others
+    with pytest.raises(SystemExit):  # imported, it may have been patched
+        script.load(envs.make("household"), script.Args())
+    assert seen == [None]
 
 
 def test_load_refuses(tmp_path, capsys):
