@@ -25,7 +25,6 @@ import transformers
 from helpers import SUMMARY, lines, save_llama, without_seconds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
@@ -1186,7 +1185,7 @@ def test_a_corpus_is_known_by_all_that_changes_it(script, tmp_path, monkeypatch)
     seen = []
 
     def load(name, *, known_by, **options):
-        seen.append(known_by)
+        seen.append(json.dumps(known_by))
         raise SystemExit
 
     def known_by(flags, file=script.__file__):
@@ -1196,20 +1195,17 @@ def test_a_corpus_is_known_by_all_that_changes_it(script, tmp_path, monkeypatch)
         return seen.pop()
 
     monkeypatch.setattr(common, "load", load)
-    first = known_by("")
-    assert known_by(f"--seed 3 --lr 0.1 --shots 2 --prefill --out-dir {tmp_path}/x") == first
     edited = tmp_path / "edited.py"
     edited.write_text(Path(script.__file__).read_text() + "# edited\n")
-    others = [known_by(flags) for flags in (
-        "--env search", "--show-actions", "--examples 9", "--dose 1", "--dose 0.999")]
-    others.append(known_by("", edited))
-    assert len({json.dumps(each) for each in [first, *others]}) == 7
-    monkeypatch.setattr(common, "content_hash", lambda path: Path(path).name)
-    assert "envs.py" in known_by("")
-    assert known_by("--env 20q") is None  # of a file, which may read others
-    with pytest.raises(SystemExit):  # imported, it may have been patched
+    first, other = known_by(""), {known_by("", edited)}
+    for flags in "--env search", "--show-actions", "--examples 9", "--dose 1", "--dose 0.999":
+        other.add(known_by(flags))
+    assert len(other - {first}) == 6 and common.content_hash(envs.__file__) in first
+    assert known_by(f"--seed 3 --lr 0.1 --shots 2 --prefill --out-dir {tmp_path}/x") == first
+    assert known_by("--env 20q") == "null"  # such a world may read other files
+    with pytest.raises(SystemExit):  # what is imported may have been patched
         script.load(envs.make("household"), script.Args())
-    assert seen == [None]
+    assert seen == ["null"]
 
 
 def test_load_refuses(tmp_path, capsys):
@@ -1217,36 +1213,6 @@ def test_load_refuses(tmp_path, capsys):
         refused(capsys, lambda name=name: common.load(name, corpus=corpus), name)
     refused(capsys, lambda: common.load(str(tmp_path / "missing"), option="--judge"), "--judge /",
             "config.json")
-
-
-def change_weights(path, change):
-    """Rewrites saved weights: `change` maps (name, tensor) to what takes its place."""
-    weights = [change(*item) for item in load_file(path / "model.safetensors").items()]
-    save_file(dict(weights), path / "model.safetensors", metadata={"format": "pt"})
-
-
-CHANGES = {  # of each weight, and what is said of it
-    "prefixed": (lambda name, tensor: ("module." + name, tensor),
-                 "no weights for lm_head.weight, model.embed_tokens.weight, model.layers.0"),
-    "short": (lambda name, tensor: (name, tensor[1:] if name == "model.norm.weight" else tensor),
-              "model.norm.weight: they would be random"),
-    "not finite": (lambda name, tensor: (name, tensor / 0 if "norm" in name else tensor),
-                   "nothing finite (log-probs differ by nan)"),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_weights_that_are_refused(change, tmp_path, capsys):
-    """In one line: transformers itself only warns, in a table, of what would be random."""
-    path = save_llama(tmp_path / "model", text=TEXTS)
-    change_weights(path, CHANGES[change][0])
-    refused(capsys, lambda: common.load(str(path)), CHANGES[change][1])
-
-
-def test_an_adapter_beside_weights_is_refused(tmp_path, capsys):
-    path = save_llama(tmp_path / "adapter", text=TEXTS)
-    (path / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
-    refused(capsys, lambda: common.load(str(path)), "peft", "merge_and_unload")  # not ignored
 
 
 def test_code_in_a_directory_is_not_run(tmp_path, capsys, monkeypatch):
@@ -1269,35 +1235,6 @@ def test_a_token_beyond_the_embeddings(tmp_path):
     model, chat = common.load(str(path))
     room = model.get_input_embeddings().num_embeddings
     assert len(chat.tokenizer) == room + 1 and max(chat.turn("an <image_soft_token>!")) < room
-
-
-def test_templates_that_fail(tmp_path, capsys):
-    path = save_llama(tmp_path / "model", text=TEXTS)
-    template = path / "chat_template.jinja"
-    for text in "{{ raise_exception('no') }}", "{% if %}", "always the same":
-        template.write_text(text)
-        refused(capsys, lambda: common.load(str(path)), "the chat template")
-    template.unlink()
-    (path / "additional_chat_templates").mkdir()
-    # named, and none is the default
-    (path / "additional_chat_templates" / "tool_use.jinja").write_text(common.CHATML)
-    refused(capsys, lambda: common.load(str(path)), "chat template")
-
-
-def test_a_reply_that_begins_with_a_channel_is_refused(tmp_path, capsys):
-    """An empty thought is fine."""
-    path = save_llama(tmp_path / "model", text=TEXTS)
-    for more in "<|channel|>final<|message|>", "<think></think>\n", "":
-        (path / "chat_template.jinja").write_text(
-            "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
-            "{% if m.role == 'assistant' %}" + more + "{% endif %}{{ m.content }}<|eot_id|>"
-            "{% endfor %}{% if add_generation_prompt %}"
-            "<|start_header_id|>assistant<|end_header_id|>{% endif %}")
-        if "channel" not in more:
-            assert common.load(str(path))[1].eos[0] == 4
-        else:
-            refused(capsys, lambda: common.load(str(path)), "before a reply",
-                    "<|channel|>final<|message|>")
 
 
 def test_max_context(tmp_path):

@@ -183,6 +183,17 @@ def nothing_but(name):
     return remove
 
 
+def weights(change):
+    """Each (name, tensor) becomes `change(name, tensor)`."""
+
+    def rewritten(path):
+        kept = load_file(path / "model.safetensors").items()
+        changed = dict(change(*item) for item in kept)
+        save_file(changed, path / "model.safetensors", metadata={"format": "pt"})
+
+    return rewritten
+
+
 def settings(file="config.json", **values):
     return lambda path: rewrite(path / file, **values)
 
@@ -196,7 +207,21 @@ LOOP = (
     "<|eot_id|>{% endfor %}"
 )
 ASSISTANT = "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+BEGUN = LOOP.replace("{{ m.content }}", "{% if m.role == 'assistant' %}BEGUN{% endif %}{{ m.content }}") + ASSISTANT
+CHANNEL = "<|channel|>final<|message|>"
 DAMAGED = {
+    "weights of a module": (weights(lambda name, tensor: (f"module.{name}", tensor)),
+                            "no weights for lm_head.weight, model.embed_tokens.weight, model.layers.0"),
+    "a short weight": (weights(lambda name, tensor: (name, tensor[1:] if name == "model.norm.weight" else tensor)),
+                       "model.norm.weight: they would be random"),
+    "weights that are not finite": (weights(lambda name, tensor: (name, tensor / 0 if "norm" in name else tensor)),
+                                    "nothing finite (log-probs differ by nan)"),
+    "an adapter beside weights": (content("adapter_config.json", '{"base_model_name_or_path": "x"}'), "merge_and_unload"),
+    "a template that raises": (content("chat_template.jinja", "{{ raise_exception('no') }}"), "the chat template"),
+    "a torn template": (content("chat_template.jinja", "{% if %}"), "the chat template"),
+    "a template of nothing": (content("chat_template.jinja", "always the same"), "the chat template"),
+    "no template by default": (lambda path: named_templates(path, ["tool_use"]), "chat template"),
+    "a reply begun by a channel": (content("chat_template.jinja", BEGUN.replace("BEGUN", CHANNEL)), CHANNEL),
     "no shard": (no_shard, "cannot be loaded"),
     "torn shard": (torn_shard, "cannot be loaded"),
     "no index": (no_index, "cannot be loaded"),
@@ -233,27 +258,23 @@ def test_models_that_are_refused(name, model, refused):
     refused(lambda: common.load(str(model)), told)
 
 
-def half(path):
-    weights = {name: tensor.half() for name, tensor in load_file(path / "model.safetensors").items()}
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-
-
 def as_pickle(path):
     weights = load_file(path / "model.safetensors")
     (path / "model.safetensors").unlink()
     torch.save(weights, path / "pytorch_model.bin")
 
 
-def named_templates(path):
+def named_templates(path, names=("default", "tool_use")):
     template = (path / "chat_template.jinja").read_text()
     (path / "chat_template.jinja").unlink()
-    named = [{"name": name, "template": template} for name in ("default", "tool_use")]
+    named = [{"name": name, "template": template} for name in names]
     rewrite(path / "tokenizer_config.json", chat_template=named)
 
 
 SOUND = {
     "shards": shards,
-    "half precision": half,
+    "half precision": weights(lambda name, tensor: (name, tensor.half())),
+    "a reply begun by an empty thought": content("chat_template.jinja", BEGUN.replace("BEGUN", "<think></think>\n")),
     "a pickle of weights": as_pickle,
     "no limit": settings(max_position_embeddings=None),
     "a limit below 0": settings(max_position_embeddings=-1),
