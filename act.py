@@ -1040,10 +1040,11 @@ def load(world, args, corpus=None, more=()):
     if common.is_tiny(args.model) and args.device == "cpu":
         # small tensors: more threads only wait for each other
         torch.set_num_threads(min(2, torch.get_num_threads()))
-    told = Args(  # no other setting matters to the corpus
+    told = Args(  # all that the corpus depends on, code apart
         env=args.env, show_actions=args.show_actions, dose=args.dose, examples=args.examples)
     known_by = None
-    if __name__ == "__main__" and args.env in envs.WORLDS:  # no patched code, no files of a world
+    # Code that was imported may be patched by now, and other worlds may read files.
+    if __name__ == "__main__" and args.env in envs.WORLDS:
         known_by = [vars(told), *map(common.content_hash, (__file__, envs.__file__))]
     constants = []
     for reasons in True, False:

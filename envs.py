@@ -568,30 +568,33 @@ def share(text, parts):
     return hashlib.sha256(text.encode()).digest()[0] % parts
 
 
+def household_layouts(room, receptacles, copies):
+    """Up to 96 layouts, tuples of receptacles, fixed by the room's name and the sizes."""
+    rng = random.Random(f"layouts of the {room}")
+    supply, layouts = [], {}
+    for place in ROOMS[room]:
+        supply += [place] * (copies if place in MANY else 1)
+    for _ in range(400):
+        number = min(rng.randint(*receptacles), len(supply))
+        layouts[tuple(numbered(rng.sample(supply, number)))] = None
+    return list(layouts)[:96]
+
+
 @functools.lru_cache
 def household_episodes(rooms, receptacles, copies, tasks):
     """{(split, task): [(room, layout, object, target), ...]}: what episodes are about, each once.
 
-    A layout is a room with its receptacles; each room has a pool of up to 96, fixed by its name and
-    the sizes, and every fourth of it is kept for ood. So is a quarter of the pairings of an object
-    with a target: ood has the layouts *and* pairings that were kept, train and test have the
-    others, and what mixes the two is not played. Train and test share layouts and pairings, but no
-    combination.
+    Every fourth layout of a room is kept for ood. So is a quarter of the pairings of an object with
+    a target: ood has the layouts *and* pairings that were kept, train and test have the others, and
+    what mixes the two is not played. Train and test share layouts and pairings, but no combination.
     """
     episodes = {(split, task): [] for split in Household.splits for task in tasks}
     for room in rooms:
-        rng = random.Random(f"layouts of the {room}")
-        supply, layouts = [], {}
-        for place in ROOMS[room]:
-            supply += [place] * (copies if place in MANY else 1)
-        for _ in range(400):
-            number = min(rng.randint(*receptacles), len(supply))
-            layouts[tuple(numbered(rng.sample(supply, number)))] = None
         targets = [*ROOMS[room], "desklamp"]
         pairings = [pair for pair in itertools.product(KIND, targets) if pair[1] == "desklamp"
                     or belongs(*pair, room)]
         kept = {pair for pair in pairings if share(" ".join(pair), 4) == 0}
-        for i, layout in enumerate(list(layouts)[:96]):
+        for i, layout in enumerate(household_layouts(room, receptacles, copies)):
             present = {word(place) for place in layout}
             lit = any(belongs("desklamp", place, room) for place in present)
             for thing, target in pairings:
@@ -635,15 +638,13 @@ class Household(World):
     offered = ("go", "open", "take", "put", "clean", "heat", "cool", "use")
     task = "Do a household chore."
     system = (
-        "You are in a room of a house and have one task. Each turn takes one action. The actions,"
-        " with O an object such as mug 1 and R a receptacle such as cabinet 2:\n"
+        "You are in a room of a house and have one task. Each turn takes one action. The actions, "
+        "with O an object such as mug 1 and R a receptacle such as cabinet 2:\n"
         "go to R, open R, close R, take O from R, put O in/on R, clean O with R, heat O with R, "
-        "cool O with R, use desklamp 1,"
-        " examine R, examine O, look, inventory.\n"
+        "cool O with R, use desklamp 1, examine R, examine O, look, inventory.\n"
         "You reach only what is where you are, you carry one object at a time, and what is closed "
         "must be opened. To clean, heat or cool an object, hold it at a sinkbasin, a microwave or "
-        "a fridge; to examine it with the desklamp, hold it where the lamp is and use"
-        " the lamp."
+        "a fridge; to examine it with the desklamp, hold it where the lamp is and use the lamp."
     )
 
     def __init__(self, rooms=None, receptacles=None, objects=None, tasks=None, offered=None,
@@ -653,10 +654,10 @@ class Household(World):
         verbs = HouseholdFull.offered
         for what, chosen, known in (("room", self.rooms, ROOMS), ("task", self.tasks, TASKS),
                                     ("verb", self.offered, verbs)):
-            unknown = [name for name in chosen if name not in known]
-            if unknown or not chosen:
-                raise ValueError(f"no such {what} in the household: {unknown[0]!r}" if unknown
-                                 else f"household needs a {what}")
+            if not chosen:
+                raise ValueError(f"household needs a {what}")
+            if unknown := [name for name in chosen if name not in known]:
+                raise ValueError(f"no such {what} in the household: {unknown[0]!r}")
         for name, low, high in ("receptacles", *self.receptacles), ("objects", *self.objects):
             if not 1 <= low <= high:
                 raise ValueError(f"{name} must be (fewest, most), at least 1, not {(low, high)}")
