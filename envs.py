@@ -22,6 +22,16 @@ A world is a class below `World` with `begin` and `act`. The contract, for every
   tools. What is hidden is never in it;
 - `expert()` is the best action now, computed only when asked for.
 
+What scripts use besides, of a world that has it:
+
+- `thought()`, what the expert thinks before its action, and `players`, weaker ones: reagent.py;
+- `flaws()`, a list of `Flaw`, `heeding(advice)`, the actions that follow it, and `gold`, the right
+  answer, for metrics alone: reagent.py;
+- `snapshot()`, `restore(snapshot)` and `possibilities()`, see `RandomPlay`: --dose of act.py and
+  self_guide.py, which also counts a `wrong_object`;
+- `facts()`, true sentences: the tiny model of nlac.py; `resample(rng)`, which draws anew what is
+  still hidden: docs/ceiling.py.
+
 Thoughts (`<think>`) are for the caller to remove; a world meets what was said aloud.
 """
 
