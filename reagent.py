@@ -25,9 +25,10 @@ model at all; by default --model as the run finds it, prompted and frozen.
 Departures from the paper, and why:
  1. The paper's judge learns from judgements by a model of 120 billion parameters, the agent's
     cold start imitates a stronger model. Here they come from --judgements and --demos, or from
-    programs: one names the flaws of a process, from what was read there (`annotate`; the agent
-    meets it in a tiny model's warm-up alone), the other is the world's expert. Half of the
-    program's trajectories are the agent's own, the others are by players of different strength.
+    programs: one names the flaws of a process, from what was read there (`annotate`; of it the
+    agent meets critiques alone, before it learns, and only if tiny), the other is the world's
+    expert. Half of what is judged for the judge is the agent's own, the others are by players of
+    different strength.
  2. The reward of the judge's GRPO is unpublished: here 1 - |score - the data's score|, 0 where
     nothing can be read; the words of a critique earn nothing. So is the prompt of the second
     attempt. What cannot be read is asked again at --temperature (the paper's script: at 0).
@@ -42,8 +43,8 @@ Departures from the paper, and why:
     13). R_rule is the world's own score: of `search`, the paper's rule.
  6. Smaller by default: 100 steps, 2,000 demonstrations, no training of the judge, which is the base
     as it is (--judged trains it).
- 7. TINY: the cold start also imitates second attempts, below another player's first one and no
-    critique (--cold-again), or a small model forgets their form.
+ 7. TINY: the cold start also imitates second attempts, below another player's first one and the
+    program's critique of it (--cold-again), or a small model forgets what a critique is for.
 
     python reagent.py                            # tiny, search: .16 -> .85, minutes
     python reagent.py --variant R --batch-size 256 --group-size 16 --out-dir runs/R \
@@ -209,7 +210,8 @@ def cold_start(state):
         said = said_in(row["messages"])
         rows.append([dialogue(world, args, said)])
         if args.cold_again and row.get("earlier"):
-            earlier = Episode("train", 0, said_in(row["earlier"]))
+            critique = row.get("earlier_critique", "")
+            earlier = Episode("train", 0, said_in(row["earlier"]), critique=critique)
             rows[-1].append(dialogue(world, args, said, earlier))
     supervised(state, "cold-start", state.agent, rows, args.cold_epochs)
 
@@ -1054,7 +1056,7 @@ def quality(state) -> dict:
 #
 # A row is a trajectory: `messages`, observations (user) and replies (assistant) by turns, up to the
 # last reply. One of --judgements also has `think`, `critique` and `score`; --demos may have
-# `earlier`, messages of an attempt that it comes after (--cold-again).
+# `earlier`, messages of an attempt that it comes after, and `earlier_critique` (--cold-again).
 
 JUDGED, DEMONSTRATED = 300_000_000, 500_000_000  # where the seeds of these data begin
 
@@ -1063,6 +1065,7 @@ def check_row(row):
     """ValueError, TypeError or KeyError unless it is a trajectory."""
     common.check_messages(row["messages"], "assistant")
     common.check_messages(row.get("earlier") or row["messages"], "assistant")
+    common.check_texts([row.get("earlier_critique", "")])
 
 
 def check_judged(row):
@@ -1169,7 +1172,7 @@ def judged_examples(env, count, show_actions):
 
 
 def demonstrations(args):
-    """Rows of the expert's correct trajectories, each with another player's attempt (`earlier`)."""
+    """Rows of the expert's correct trajectories, each below another player's, with a critique."""
     world, rows = envs.make(args.env, show_actions=args.show_actions), []
     start = args.seed * 1_000_000_007 + DEMONSTRATED
     for seed in range(start, start + args.cold_start):
@@ -1178,7 +1181,8 @@ def demonstrations(args):
         other = play(world, "train", seed, rng.choice(players_of(world)), rng, rng.random() < 0.5)
         if expert.won:
             rows.append({"messages": messages_of(expert.said)[:-1],
-                         "earlier": messages_of(other.said)[:-1]})
+                         "earlier": messages_of(other.said)[:-1],
+                         "earlier_critique": annotate(other.flaws)[1]})
     world.close()
     return rows
 

@@ -753,7 +753,7 @@ def test_what_the_supervised_phases_imitate(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(ra, "imitate", lambda *given: seen.append(given) or {})
     e = ra.play(WORLD, "train", 3, envs.expert_player, random.Random(0), thinks=True)
     row = {"messages": ra.messages_of(e.said)[:-1], "earlier": ra.messages_of(A)[:-1],
-           "think": "t", "critique": "c", "score": 0.4}  # fmt: skip
+           "earlier_critique": "Do not.", "think": "t", "critique": "c", "score": 0.4}  # fmt: skip
     state = state_of(tiny, tmp_path, cold_again=True, sft_batch_size=1, judge_steps=1, cold_epochs=1)
     state.demos, state.judged = [row], ["of GRPO"] * 2 + [row]
     ra.cold_start(state)
@@ -763,7 +763,11 @@ def test_what_the_supervised_phases_imitate(tiny, monkeypatch, tmp_path):
     [whole, again], [judged] = (given[-1] for given in seen)
     assert whole == ra.dialogue(WORLD, state.args, e.said)[:-1] and whole[-1]["role"] == "assistant"
     assert again[2:] == whole[2:] and again[1]["content"].startswith(whole[1]["content"])
-    assert "Agent: A\n\nA reviewer says: nothing." in again[1]["content"]
+    assert "Agent: A\n\nA reviewer says: Do not.\n" in again[1]["content"]
+    bare = state_of(tiny, tmp_path, cold_again=True, sft_batch_size=1, cold_epochs=1)
+    bare.demos = [{key: row[key] for key in ("messages", "earlier")}]  # as in data from elsewhere
+    ra.cold_start(bare)
+    assert "A reviewer says: nothing." in seen[-1][-1][1][1]["content"]
     assert judged == [*ra.judge_messages(WORLD, state.args, e.said),
                       {"role": "assistant", "content": blocks("0.4")}]
     for messages, words in (whole, "".join(m["content"] for m in whole[2::2])), (judged, blocks("0.4")):
@@ -796,6 +800,11 @@ def test_demonstrations_are_correct_and_of_train():
         world, thoughts = envs.make("search"), 0
         question, _ = world.reset(seed=seed, options={"split": "train"})
         assert row["earlier"][0] == row["messages"][0] == {"role": "user", "content": question}
+        world.reset(seed=seed, options={"split": "train"})
+        for message in row["earlier"][1::2]:
+            world.step(message["content"])
+        assert row["earlier_critique"] == ra.annotate(world.flaws())[1]
+        world.reset(seed=seed, options={"split": "train"})
         for message in row["messages"][1::2]:
             thoughts += message["content"].startswith('"')
             won = world.step(message["content"])[4]["won"]
@@ -837,7 +846,7 @@ ROW = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "con
        "think": "t", "critique": "c", "score": 0.5}  # fmt: skip
 BAD_ROWS = [  # what messages may be is in test_common.py
     {}, [], "row", None, ROW | {"messages": ROW["messages"][:1]}, ROW | {"messages": None},
-    ROW | {"earlier": ROW["messages"][:1]}, ROW | {"earlier": "x"},
+    ROW | {"earlier": ROW["messages"][:1]}, ROW | {"earlier": "x"}, ROW | {"earlier_critique": 3},
 ]  # fmt: skip
 BAD_JUDGED = [{key: value for key, value in ROW.items() if key != gone}
               for gone in ("think", "critique", "score")]  # fmt: skip
