@@ -259,11 +259,6 @@ def judge_grpo(state):
         end_step(state, step, metrics, judgements=batch)
 
 
-def judge_grpo_rows(args):
-    """How many judged trajectories are kept for its GRPO."""
-    return args.judge_steps * (args.batch_size // args.group_size)
-
-
 def judge_reward(judgement, reference):
     """1 - |its score - the data's score|, 0 where nothing can be read: ours."""
     return 1 - abs(judgement.score - reference) if judgement.readable else 0.0
@@ -361,11 +356,6 @@ def messages_of(said) -> list[dict]:
     roles = {"world": "user", "act": "assistant"}
     return [{"role": roles[who], "content": text}
             for who, text in said if who in roles]
-
-
-def said_in(messages) -> list[list[str]]:
-    """The turns in messages, [who, text] each."""
-    return [["world" if m["role"] == "user" else "act", m["content"]] for m in messages]
 
 
 def room_of(learner, reply_tokens):
@@ -832,12 +822,7 @@ def main():
     agent = trained(args, *load(world, args))
     rrm = judge_of(args, agent)
     state = State(args, world, run, agent, rrm)
-    opening = [["world", world.reset(seed=0)[0]]]
-    check_room(args, agent.chat, agent.model, dialogue(world, args, opening),
-               FORCED + args.max_new_tokens)
-    if rrm:
-        check_room(args, rrm.chat, rrm.model, judge_messages(world, args, opening),
-                   FORCED + args.judge_tokens)
+    check_rooms(state)
     if args.eval_only:
         return evaluate(state, world.splits, again=args.variant == "C")
     judge_is = {"judge": common.fingerprint(rrm.model)} if args.rrm else None
@@ -923,6 +908,17 @@ def check_room(args, chat, model, messages, room):
                  f"beyond the context of {model.max_context}")
     common.check(not args.prefill or not chat.opened,
                  "--prefill: the chat template of this model opens a thought before each reply")
+
+
+def check_rooms(state):
+    """`check_room` for a first attempt, and for the judge of one that has just begun."""
+    args, agent, rrm = state.args, state.agent, state.rrm
+    said = [["world", state.world.reset(seed=0)[0]]]
+    asked = dialogue(state.world, args, said)
+    check_room(args, agent.chat, agent.model, asked, FORCED + args.max_new_tokens)
+    if rrm:
+        asked = judge_messages(state.world, args, said)
+        check_room(args, rrm.chat, rrm.model, asked, FORCED + args.judge_tokens)
 
 
 LIMITS = {"act": "--max-new-tokens", "judge": "--judge-tokens"}
@@ -1059,6 +1055,16 @@ def quality(state) -> dict:
 # `earlier`, messages of an attempt that it comes after, and `earlier_critique` (--cold-again).
 
 JUDGED, DEMONSTRATED = 300_000_000, 500_000_000  # where the seeds of these data begin
+
+
+def said_in(messages) -> list[list[str]]:
+    """The turns in messages, [who, text] each."""
+    return [["world" if m["role"] == "user" else "act", m["content"]] for m in messages]
+
+
+def judge_grpo_rows(args):
+    """How many judged trajectories are kept for the judge's GRPO."""
+    return args.judge_steps * (args.batch_size // args.group_size)
 
 
 def check_row(row):
