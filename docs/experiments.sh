@@ -168,11 +168,15 @@ for judging in annotator shuffled; do # the two ends between which the trained j
     runs "reagent-U-$judging" "0 1 2" docs/other_judge.py --judging "$judging" --rrm "$results/reagent-U-s@/rrm"
 done
 # the same with the premise that second attempts follow a critique
-runs reagent-dose-U        "0 1 2" reagent.py --dose 1
-runs reagent-dose-none     "0 1 2" reagent.py --dose 1 --variant none
-runs reagent-dose-R-2G     "0 1 2" reagent.py --dose 1 --variant R --batch-size 256 --group-size 16 --rrm "$results/reagent-dose-U-s@/rrm"
-runs reagent-dose-U-annotator "0" docs/other_judge.py --judging annotator --dose 1 --rrm "$results/reagent-dose-U-s@/rrm"
+runs reagent-dose-U        "0 1 2 3 4" reagent.py --dose 1
+runs reagent-dose-none     "0 1 2 3 4" reagent.py --dose 1 --variant none
+runs reagent-dose-R-2G     "0 1 2 3 4" reagent.py --dose 1 --variant R --batch-size 256 --group-size 16 --rrm "$results/reagent-dose-U-s@/rrm"
+runs reagent-dose-none-2G  "0 1 2" reagent.py --dose 1 --variant none --batch-size 256 --group-size 16
 runs reagent-dose-C        "0 1 2" reagent.py --dose 1 --variant C --rrm "$results/reagent-dose-U-s@/rrm"
+# judges from the floor to the ceiling: of other attempts, one that has learnt from four times as many trajectories, the program
+runs reagent-dose-U-shuffled   "0" docs/other_judge.py --judging shuffled --dose 1 --rrm "$results/reagent-dose-U-s@/rrm"
+runs reagent-dose-U-judge12000 "1 2" reagent.py --dose 1 --judged 12000
+runs reagent-dose-U-annotator  "0 1" docs/other_judge.py --judging annotator --dose 1 --rrm "$results/reagent-dose-U-s0/rrm"
 
 # does ACT's choice hang on its thought? what is the judge worth, what the critique?
 probe act-act,il           "0 1 2" docs/rationale.py
