@@ -46,7 +46,7 @@ Departures from the paper, and why:
  7. TINY: the cold start also imitates second attempts, below another player's first one and the
     program's critique of it (--cold-again), or a small model forgets what a critique is for.
 
-    python reagent.py                            # tiny, search: .16 -> .85, minutes
+    python reagent.py                            # tiny, search: .16 -> .89, minutes
     python reagent.py --variant R --batch-size 256 --group-size 16 --out-dir runs/R \
         --rrm runs/reagent-search-s0/rrm         # as many attempts as U, the same judge
     python reagent.py --variant C --model smollm2 --shots 1 --eval-episodes 20
