@@ -26,9 +26,9 @@ Departures from the paper, and why:
  1. The paper's judge learns from judgements by a model of 120 billion parameters, the agent's
     cold start imitates a stronger model. Here they come from --judgements and --demos, or from
     programs: one names the flaws of a process, from what was read there (`annotate`; of it the
-    agent meets critiques alone, before it learns, and only if tiny), the other is the world's
-    expert. Half of what is judged for the judge is the agent's own, the others are by players of
-    different strength.
+    agent meets critiques alone, in a tiny model's warm-up and with --cold-again), the other is the
+    world's expert. Half of what is judged for the judge is the agent's own, the others are by
+    players of different strength.
  2. The reward of the judge's GRPO is unpublished: here 1 - |score - the data's score|, 0 where
     nothing can be read; the words of a critique earn nothing. So is the prompt of the second
     attempt. What cannot be read is asked again at --temperature (the paper's script: at 0).
