@@ -321,18 +321,25 @@ NUMBERED = re.compile(  # "Action 1", "the second one"; what stands behind "Opti
 
 def outcome_of(world, reply, example):
     """(2) What a reply to a pair or a state amounts to, a key of REWARDS."""
-    action = parse_action(reply.text)
-    if action is None:
+    said = parse_action(reply.text)
+    if said is None:
         return "untagged" if reply.complete else "cut"
-    possible = [normal(world, other) for other in example["admissible"] or []]
-    if "candidate" in example:
-        possible = possible or [normal(world, example["candidate"])]  # no list: it has to count
-        if normal(world, action) not in possible:  # a 2 may be an action, not the second one
-            action = chosen_of_two(world, action, *in_order(example))
-    action = normal(world, action)
-    if action and action == normal(world, example["expert"]):
+    listed = [normal(world, other) for other in example["admissible"] or []]
+    action = normal(world, said)
+    if is_pair(example):
+        listed = listed or [normal(world, example["candidate"])]  # departure 3
+        if action not in listed:  # else a 2 may be an action, not the second one
+            action = normal(world, chosen_of_two(world, said, *in_order(example)))
+    if not action:
+        return "impossible"
+    if action == normal(world, example["expert"]):
         return "right"
-    return "possible" if action and action in possible else "impossible"
+    return "possible" if action in listed else "impossible"
+
+
+def is_pair(example):
+    """Whether an example is a pair, for act; else it is a state, for rl."""
+    return "candidate" in example
 
 
 def parse_action(reply) -> str | None:
@@ -408,7 +415,8 @@ def grpo(job, examples, reasons=True):
         replies = ask(job, batch, (job.stage, step), args.group_size, reasons=reasons)
         set_advantages(replies, args.group_size)
         job.run.lap("rollout")
-        metrics = grpo_update(job.model, job.reference, job.chat, args, job.optimizer, replies)
+        metrics = update(job.model, job.reference, job.chat, args, job.optimizer, replies,
+                         (args.clip, args.clip))
         end_step(job, step, metrics | watch_replies(replies, args.group_size), replies)
 
 
@@ -430,13 +438,12 @@ def stage_steps(job, examples, size, lr, refers=False):
     job.last = start + count
     if done >= job.last:
         return
-    fresh = done == start
-    if fresh:
+    if done == start:  # else the checkpoint had the moments and the reference of this stage
         job.optimizer.state.clear()
-    if fresh or not refers:
-        job.reference = torch.nn.Module()  # first: two of them need not fit into memory
-    if fresh and refers:
-        job.reference = common.frozen_copy(job.model)
+    if done == start or not refers:
+        job.reference = torch.nn.Module()  # lets the old one go: two need not fit into memory
+        if refers:
+            job.reference = common.frozen_copy(job.model)
     rng = random.Random(f"{args.seed} {job.stage}")
     order = []
     while len(order) < count * size:
@@ -495,7 +502,7 @@ def micro_batches(episodes, args):
 
 
 @torch.no_grad()
-def old_logprobs(model, chat, args, steps):
+def forward_logprobs(model, chat, args, steps):
     """`sampled_logprobs` of all `micro_batches` by these weights, in a training forward."""
     found = []
     for batches in steps:
@@ -503,6 +510,17 @@ def old_logprobs(model, chat, args, steps):
         for batch in batches:
             found[-1].append(sampled_logprobs(model, chat, batch, args.temperature)[0])
     return found
+
+
+def token_weights(mask, count, tokens=None):
+    """What a token counts in the loss, [B, T - 1]; divisors are those of the whole gradient step.
+
+    GRPO: the mean over `count` trajectories of the mean over their tokens. DAPO: the mean over
+    `tokens`.
+    """
+    if tokens is not None:
+        return mask / tokens
+    return mask / (count * mask.sum(1, keepdim=True).clamp(min=1))
 
 
 def surrogate(logprobs, old, advantages, low, high):
@@ -517,43 +535,47 @@ def kl_estimate(logprobs, reference):
     return d.exp() - d - 1
 
 
-def grpo_update(model, reference, chat, args, optimizer, replies):
+def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=False):
     """--updates gradient steps, each on its share of the groups -> metrics per sampled token.
 
-    With one step the ratio is 1, and the old log-probs are those of its forward.
+    `clip`: (low, high). With one gradient step rho is 1, and pi_old is its own forward, detached.
     """
-    steps = micro_batches(replies, args)
-    old = old_logprobs(model, chat, args, steps) if args.updates > 1 else None
-    ref = old_logprobs(reference, chat, args, steps) if args.kl else None
+    shares = micro_batches(episodes, args)
+    old = forward_logprobs(model, chat, args, shares) if args.updates > 1 else None
+    ref = forward_logprobs(reference, chat, args, shares) if args.kl else None
     sums, norms = Counter(), []
-    for step, batches in enumerate(steps):
-        share = sum(batches, [])
-        step_loss = 0.0
+    for u, batches in enumerate(shares):
+        share = [episode for batch in batches for episode in batch]
+        tokens = max(1, sum(sum(episode.mask) for episode in share))
+        share_loss = 0.0
         for i, batch in enumerate(batches):
             logprobs, mask = sampled_logprobs(model, chat, batch, args.temperature)  # [B, T - 1]
-            before = old[step][i] if old else logprobs.detach()
-            advantages = torch.tensor([[r.advantage] for r in batch], device=mask.device)  # [B, 1]
-            loss = surrogate(logprobs, before, advantages, args.clip, args.clip)
+            old_i = old[u][i] if old else logprobs.detach()
+            ref_i = ref[u][i] if ref else None
+            advantages = torch.tensor([[e.advantage] for e in batch], device=mask.device)  # [B, 1]
+            loss = surrogate(logprobs, old_i, advantages, *clip)
             if ref:
-                kl = kl_estimate(logprobs, ref[step][i])  # 0 where the mask is 0
-                loss = loss + args.kl * kl
-                sums["kl"] += kl.sum().item()
-            # the mean, over the replies of the whole step, of the mean over their tokens
-            lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
-            loss = (loss * (mask / (len(share) * lengths))).sum()
+                loss = loss + args.kl * kl_estimate(logprobs, ref_i)
+            loss = (loss * token_weights(mask, len(share), tokens if token_mean else None)).sum()
             loss.backward()
-            step_loss += loss.item()
-
-            ratio = (logprobs.detach() - before).exp()
-            sums["clipped"] += ((ratio - 1).abs() > args.clip).sum().item()
-            sums["entropy"] -= before.sum().item()  # an estimate, from what was sampled
-            decoded = sum(r.logprob for r in batch)  # signed: what differs at random cancels
-            sums["logprob_gap"] += decoded - before.sum().item()
-        kept = [(r.ids, r.mask, r.advantage) for r in share]
-        norms.append(common.gradient_step(model, optimizer, step_loss, kept))
-        sums["loss"] += step_loss * count_tokens(share)
-    tokens = count_tokens(replies)
+            share_loss += loss.item()
+            sums.update(watch_tokens(logprobs.detach(), old_i, ref_i, batch, clip))
+        kept = [(episode.ids, episode.mask, episode.advantage) for episode in share]
+        norms.append(common.gradient_step(model, optimizer, share_loss, kept))
+        sums.update(tokens=tokens, loss=share_loss * tokens)
+    tokens = sums.pop("tokens")
     return {name: value / tokens for name, value in sums.items()} | {"grad_norm": max(norms)}
+
+
+def watch_tokens(logprobs, old, ref, batch, clip) -> dict:
+    """Sums over the sampled tokens of a micro-batch: every term is 0 where the mask is 0."""
+    ratio = (logprobs - old).exp()
+    found = {"kl": kl_estimate(logprobs, ref).sum().item()} if ref is not None else {}
+    decoded = sum(episode.logprob for episode in batch)
+    return found | {
+        "clipped": ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])).sum().item(),
+        "entropy": -old.sum().item(),  # an estimate, from what was sampled
+        "logprob_gap": decoded - old.sum().item()}  # signed: what differs at random cancels
 
 
 def count_tokens(replies):

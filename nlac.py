@@ -50,6 +50,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -154,14 +155,24 @@ next action, with the futures it may lead to and a critique. Success is better t
 sooner is better than later.
 Say in a sentence or two which try is the best, and why. Finish with Best: and its number."""
 VERDICTS = "bad weak fair good great".split()  # the order of sentiments of the paper's theory
-# part: the word that --prefill puts into its mouth, the word that is searched for, the flags of its
-# limit and of its temperature
-PARTS = {"policy": ("Action:", "Action", "max_new_tokens", "temperature"),
-         "successor": ("Next:", "End", "forecast_tokens", "temperature"),
-         "backup": ("Next:", "End", "forecast_tokens", "reader_temperature"),
-         "evaluator": ("Futures:", "Verdict", "critique_tokens", "reader_temperature"),
-         "refiner": ("Action:", "Action", "max_new_tokens", "temperature"),
-         "chooser": ("Best:", "Best", "critique_tokens", "reader_temperature")}
+
+
+class Form(NamedTuple):
+    """How a part replies."""
+
+    word: str  # --prefill begins a reply with it
+    mark: str  # what is read stands after "mark:"
+    limit: str  # the name of its limit in Args
+    temperature: str  # the same
+
+
+PARTS = {
+    "policy": Form("Action:", "Action", "max_new_tokens", "temperature"),
+    "successor": Form("Next:", "End", "forecast_tokens", "temperature"),
+    "backup": Form("Next:", "End", "forecast_tokens", "reader_temperature"),
+    "evaluator": Form("Futures:", "Verdict", "critique_tokens", "reader_temperature"),
+    "refiner": Form("Action:", "Action", "max_new_tokens", "temperature"),
+    "chooser": Form("Best:", "Best", "critique_tokens", "reader_temperature")}
 
 
 def policy_messages(world, state):
@@ -386,36 +397,40 @@ class Parts:
             return self.start
         return self.average if averaged or part == "backup" else self.model
 
-    def ask(self, part, messages, stream, samples=1, averaged=False) -> list[str]:
-        """`samples` replies of a part per entry of `messages`, prompt-major.
+    def ask(self, part, asked, stream, samples=1, averaged=False) -> list[str]:
+        """`samples` replies of a part to each of `asked` (messages), those of one side by side.
 
         Native thoughts stay where a reply is an action, as L2 teaches them, else they go.
         Empty: the reply to None, to a prompt beyond the context, and one that is lost: its limit
         cut it, and it is a backup or its action had not ended.
         """
-        word, mark, limit, heat = PARTS[part]
-        model, args, counts = self.weights(part, averaged), self.args, self.counts[part]
-        word, room = word if args.prefill else "", getattr(args, limit)
+        args, counts, form = self.args, self.counts[part], PARTS[part]
+        model = self.weights(part, averaged)
+        word = form.word if args.prefill else ""
+        limit = getattr(args, form.limit)
         prompts, rows = [], []
-        for i, message in enumerate(messages):
-            if message:
-                prompt = self.chat.dialogue(with_shots(part, message, args), word)
-                fits = len(prompt) + room <= model.max_context
-                counts.update(asked=samples, overlong=samples * (not fits))
+        for i, messages in enumerate(asked):
+            if messages:
+                prompt = self.chat.dialogue(with_shots(part, messages, args), word)
+                fits = len(prompt) + limit <= model.max_context
+                counts.update(asked=samples, overlong=0 if fits else samples)
                 if fits:
                     prompts.append(prompt)
                     rows += range(i * samples, (i + 1) * samples)
-        seeds = [common.row_seed(args.seed, *stream, part, row) for row in rows]
-        replies = common.generate(model, self.chat, prompts, max_new_tokens=room, samples=samples,
-                                  temperature=getattr(args, heat), seeds=seeds,
-                                  rows=args.rollout_batch_size)
-        texts = [""] * (len(messages) * samples)
+        replies = common.generate(
+            model, self.chat, prompts, max_new_tokens=limit, samples=samples,
+            temperature=getattr(args, form.temperature),
+            seeds=[common.row_seed(args.seed, *stream, part, row) for row in rows],
+            rows=args.rollout_batch_size)
+        texts = [""] * (len(asked) * samples)
+        acts = form.mark == "Action"
         for row, ids, text, complete in zip(rows, replies.ids, replies.texts, replies.complete):
-            said, cut = common.aloud(word + text), not complete
-            lost = cut and (part == "backup" or mark == "Action" and not is_whole(self.world, said))
-            if not lost:
-                texts[row] = (word + text).strip() if mark == "Action" else said
-            counts.update(tokens=len(ids), parse=is_readable(mark, said), cut=cut, lost=lost)
+            aloud = common.aloud(word + text)
+            whole = complete or (is_whole(self.world, aloud) if acts else part != "backup")
+            if whole:
+                texts[row] = (word + text).strip() if acts else aloud
+            counts.update(tokens=len(ids), parse=is_readable(form.mark, aloud), cut=not complete,
+                          lost=not whole)
         return texts
 
     def foresee(self, states, actions, stream, samples=1, averaged=False) -> list[str]:
@@ -433,14 +448,14 @@ def successor_targets(parts, batch, stream) -> list[str]:
     if parts.args.ablation == "mc-backup":  # what did happen, by the policy of that time
         return [in_hindsight(t) for t in batch]
     live = [t for t in batch if not t.done]
-    states = [t.next_state for t in live]
-    asked = [policy_messages(world, state) for state in states]
+    next_states = [t.next_state for t in live]  # s'
+    asked = [policy_messages(world, state) for state in next_states]
     replies = parts.ask("policy", asked, stream, averaged=True)
     actions = [action_of(world, reply) for reply in replies]  # a'
-    forecasts = parts.foresee(states, actions, stream, averaged=True)  # d', of a'
+    forecasts = parts.foresee(next_states, actions, stream, averaged=True)  # d'
     asked = [backup_messages(world, *row) for row in zip(live, actions, forecasts)]
-    merged = iter(parts.ask("backup", asked, stream))
-    return [in_hindsight(t) if t.done else next(merged) for t in batch]
+    backups = iter(parts.ask("backup", asked, stream))  # of those that go on, in their order
+    return [in_hindsight(t) if t.done else next(backups) for t in batch]
 
 
 def successor_lessons(parts, batch, stream):
@@ -488,18 +503,19 @@ def refine(parts, states, stream, replies=None) -> list[list[Try]]:
 
     The last try is a^r; with --distil best it is judged as well. `replies`: start from these.
     """
-    world, best = parts.world, parts.args.distil == "best"
+    world, rounds = parts.world, parts.args.m
     if replies is None:
         asked = [policy_messages(world, state) for state in states]
         replies = parts.ask("policy", asked, stream)
     tries = [[proposal(world, reply)] for reply in replies]
-    for number in range(parts.args.m + best):
+    for number in range(rounds):
         critique(parts, states, [some[-1] for some in tries], (*stream, number))
-        if number < parts.args.m:
-            judged = [[one for one in some if one.critique] for some in tries]
-            asked = [refiner_messages(world, *row) for row in zip(states, judged)]
-            for some, reply in zip(tries, parts.ask("refiner", asked, (*stream, number))):
-                some.append(proposal(world, reply))
+        judged = [[one for one in some if one.critique] for some in tries]
+        asked = [refiner_messages(world, *row) for row in zip(states, judged)]
+        for some, reply in zip(tries, parts.ask("refiner", asked, (*stream, number))):
+            some.append(proposal(world, reply))
+    if parts.args.distil == "best":
+        critique(parts, states, [some[-1] for some in tries], (*stream, rounds))
     return tries
 
 
@@ -558,17 +574,18 @@ def update(parts, optimizer, l1_pairs, l2_pairs, anchor_pairs) -> dict:
     """
     args, found = parts.args, Counter()
     taught = len(l2_pairs) / args.actor_states  # L2 is not to grow louder as lessons get rarer
-    losses = {"l1": (1.0, l1_pairs), "l2": (args.actor_weight * taught, l2_pairs),
-              "anchor": (args.anchor, anchor_pairs)}
+    weights = {"l1": 1.0, "l2": args.actor_weight * taught, "anchor": args.anchor}
+    every = {"l1": l1_pairs, "l2": l2_pairs, "anchor": anchor_pairs}
     for u in range(args.updates):
-        batch, loss = {}, 0.0
-        for name, (weight, pairs) in losses.items():
-            batch[name] = pairs[u::args.updates]
-            if batch[name]:
-                value = nll(parts, batch[name], weight)
-                found[name] += value / min(args.updates, len(pairs))
-                loss += value  # finite if each is
-        norm = common.gradient_step(parts.model, optimizer, loss, batch)
+        share = {name: pairs[u::args.updates] for name, pairs in every.items()}
+        loss = 0.0
+        for name, pairs in share.items():
+            if pairs:
+                value = nll(parts, pairs, weights[name])  # backward
+                had_any = min(args.updates, len(every[name]))  # of the gradient steps
+                found[name] += value / had_any
+                loss += value  # only to see that it is finite
+        norm = common.gradient_step(parts.model, optimizer, loss, share)
         found["grad_norm"] += norm / args.updates
         common.ema_update(parts.average, parts.model, args.ema)  # (7)
     return dict(found)
@@ -915,11 +932,12 @@ def best_replies(parts, states, tries, stream) -> list[str]:
         if number is None or None in ranks:
             found.append("")
             continue
-        best = next(one for one in some if one.critique == some[number].critique)
+        critiques = [one.critique for one in some]
+        best = some[critiques.index(critiques[number])]
         same = [value for one, value in zip(some, ranks) if one.action == best.action]
         others = [value for one, value in zip(some, ranks) if one.action != best.action]
-        clear = min(same) - min(others, default=0) >= parts.args.margin
-        found.append(best.reply if clear else "")
+        lead = min(same) - min(others, default=VERDICTS.index("bad"))
+        found.append(best.reply if lead >= parts.args.margin else "")
     return found
 
 
@@ -962,14 +980,11 @@ def watch_foretold(foretold) -> dict:
     return {"auc": auc(foretold), "foretold": common.mean(shares), "came": common.mean(came)}
 
 
-def opens(args, foretold, apart) -> bool:
-    """--critic-gate: whether L2 learns from now on, by the AUC `apart` of a whole window.
-
-    With --ablation frozen-critic there is nothing to wait for.
-    """
-    full = len(foretold) == WINDOW and apart is not None
-    known = args.critic_gate == 0 or full and apart >= args.critic_gate
-    return known or args.ablation == "frozen-critic"
+def opens(args, foretold, area) -> bool:
+    """--critic-gate: whether L2 learns from now on, by the AUC `area` of a full window."""
+    if args.critic_gate == 0 or args.ablation == "frozen-critic":  # that one will never learn more
+        return True
+    return len(foretold) == WINDOW and area is not None and area >= args.critic_gate
 
 
 def auc(foretold) -> float | None:
@@ -978,9 +993,12 @@ def auc(foretold) -> float | None:
     Of two actions in the same turn: between turns the state alone would tell, as the later ones
     are nearer to the end, whatever is done in them.
     """
-    pairs = [(a > b) + (a == b) / 2 for (a, came, turn), (b, other, same)
-             in itertools.product(foretold, foretold) if came and not other and turn == same]
-    return common.mean(pairs) if pairs else None
+    wins = []
+    for told, came, turn in foretold:
+        for other_told, other_came, other_turn in foretold:
+            if came and not other_came and turn == other_turn:
+                wins.append((told > other_told) + (told == other_told) / 2)
+    return common.mean(wins) if wins else None
 
 
 # -------------------------------------------- a tiny model, and worked examples by the same means
@@ -999,7 +1017,6 @@ MARKS = ["<episode>\n", "\n</episode>\n", "Next action: ", "\nSeen after it: ", 
          " End: ", "Futures: ", ", at best in ", ". One goes on with: ", ". One fails: ",
          " Verdict: ", "Best: "]
 MARKS += [f"\n{word} {number}: " for word in ("Future", "Try") for number in range(1, 9)]
-SHOWN = "env shots show_actions k m prefill ablation".split()
 
 
 def load(world, args):
@@ -1080,41 +1097,61 @@ def examples_of(world, args, t, possible, draw, rng, reasons=False) -> dict:
     """
     label_only = args.ablation == "label-only" if reasons else rng.random() < 0.15
     thoughts = reasons and not args.prefill
-    left = world.max_turns - len(t.state) // 2  # turns, this one counted
-    first, (future, *_) = draw(t.action), draw(t.action)
+    futures = draw(t.action)
+    following = draw(t.action)[0]  # what B_L reads as d'
     action = rng.choice(possible)
-    found = {"policy": (policy_messages(world, t.state), in_words(world, t, action, thoughts)),
-             "successor": (successor_messages(world, t.state, t.action), in_hindsight(first[0]))}
-    turns = future.turns + 1 if future.turns and future.turns < left else None
-    merged = Future(t.result, rng.choice(possible), turns)
-    messages = backup_messages(world, t, merged.then, in_hindsight(future))
-    found["backup"] = messages, in_hindsight(merged)
+    found = {
+        "policy": (policy_messages(world, t.state), in_words(world, t, action, thoughts)),
+        "successor": (successor_messages(world, t.state, t.action), in_hindsight(futures[0])),
+        "backup": counted_on(world, t, following, rng.choice(possible))}
     actions = rng.sample(possible, min(args.m + 1, len(possible)))
-    futures = [draw(action) for action in actions]
-    texts = [in_hindsight(one) for one in first]
-    reply = critique_text(first, compared(first, actions, futures) if reasons else "")
-    found["evaluator"] = evaluator_messages(world, t.state, t.action, texts), reply
-    tries = [tried(*row) for row in zip(actions, futures)]
+    others = [draw(action) for action in actions]
+    texts = [in_hindsight(future) for future in futures]
+    reason = compared(futures, actions, others) if reasons else ""
+    asked = evaluator_messages(world, t.state, t.action, texts)
+    found["evaluator"] = asked, critique_text(futures, reason)
+
+    tries = [tried(*row) for row in zip(actions, others)]
     if label_only:
         tries = [Try(one.reply, one.action, [], label(one.critique)) for one in tries]
-    count = rng.randint(1, max(1, len(tries) - 1))
-    untried = [action for action in possible if action not in actions[:count]] or possible
-    hint = "" if label_only else hinted(futures[count - 1])
+    count = rng.randint(1, max(1, len(tries) - 1))  # tries that the refiner reads
+    refined = better_than(actions[:count], others[count - 1], possible, rng, label_only)
+    asked = refiner_messages(world, t.state, tries[:count])
+    found["refiner"] = asked, in_words(world, t, refined, thoughts)
+    if chosen := choice_text(others, label_only, thoughts):
+        found["chooser"] = refiner_messages(world, t.state, tries, CHOOSER), chosen
+    return found
+
+
+def counted_on(world, t, following, then):
+    """(messages, reply) of B_L, which counts the forecast `following` on by one turn."""
+    left = world.max_turns - len(t.state) // 2  # turns, this one counted
+    turns = following.turns + 1 if following.turns and following.turns < left else None
+    messages = backup_messages(world, t, then, in_hindsight(following))
+    return messages, in_hindsight(Future(t.result, then, turns))
+
+
+def better_than(actions, futures, possible, rng, label_only):
+    """What the refiner says to tries: the last one, judged good by its `futures`; else their hint,
+    which a bare label lacks; else any action that is new.
+    """
+    untried = [action for action in possible if action not in actions] or possible
+    hint = "" if label_only else hinted(futures)
     action = hint if hint in untried else rng.choice(untried)
-    if worth(futures[count - 1]) >= VERDICTS.index("good"):
-        action = actions[count - 1]
-    reply = in_words(world, t, action, thoughts)
-    found["refiner"] = refiner_messages(world, t.state, tries[:count]), reply
+    return actions[-1] if worth(futures) >= VERDICTS.index("good") else action
+
+
+def choice_text(futures, label_only, thoughts):
+    """What the chooser says to tries with these `futures`; "" where no single one is the best."""
     values = [worth(some) if label_only else soonest(some) for some in futures]
     best = values.index(max(values))
-    if values.count(values[best]) == 1 < len(values):
-        reply = f"Best: {best + 1}"
-        if thoughts:
-            seen = [VERDICTS[worth(some)] if label_only else tally(some) for some in futures]
-            reason = "; ".join(f"Try {number}: {text}" for number, text in enumerate(seen, 1))
-            reply = f"{reason}. So try {best + 1} is the best.\n{reply}"
-        found["chooser"] = refiner_messages(world, t.state, tries, CHOOSER), reply
-    return found
+    if len(values) == 1 or values.count(values[best]) > 1:
+        return ""
+    if not thoughts:
+        return f"Best: {best + 1}"
+    seen = [VERDICTS[worth(some)] if label_only else tally(some) for some in futures]
+    reason = "; ".join(f"Try {number}: {text}" for number, text in enumerate(seen, 1))
+    return f"{reason}. So try {best + 1} is the best.\nBest: {best + 1}"
 
 
 def in_words(world, t, action, thoughts):
@@ -1160,19 +1197,21 @@ def with_shots(part, messages, args):
     """The messages of a call, --shots worked examples behind the system prompt."""
     if not args.shots:
         return messages
-    shots = worked_examples(*(getattr(args, name) for name in SHOWN))
+    shots = worked_examples(args.env, args.shots, args.show_actions, args.k, args.m, args.prefill,
+                            args.ablation)
     return [messages[0], *shots[part], *messages[1:]]
 
 
-@functools.cache
-def worked_examples(*settings):
+@functools.lru_cache(maxsize=8)
+def worked_examples(env, count, show_actions, k, m, prefill, ablation):
     """{part: --shots worked examples, as messages}: random play on train, and what came of it.
 
     `settings`: values of SHOWN. By turns the end of an episode that was won and the start of one
     that was lost, where a random player does win. Futures are played: where the game goes on, it
     goes on at random. B_L's are single turns of these episodes, with the next one as the forecast.
     """
-    args = Args(**dict(zip(SHOWN, settings)))
+    args = Args(env=env, shots=count, show_actions=show_actions, k=k, m=m, prefill=prefill,
+                ablation=ablation)
     world, rng = envs.make(args.env, show_actions=args.show_actions), random.Random(0)
     found = {part: [] for part in PARTS}
     played = {True: [], False: []}  # by whether they were won
@@ -1195,11 +1234,12 @@ def worked_examples(*settings):
             return futures
 
         examples = examples_of(world, args, t, possible, draw, rng, reasons=True)
-        del examples["backup"]
-        longer = [steps for steps in some if len(steps) > 1]
+        del examples["backup"]  # as drawn; one that was played is true
+        longer = [episode for episode in some if len(episode) > 1]
         if longer:
-            steps = longer[i // 2 % len(longer)]
-            examples["backup"] = played_backup(world, *(t for t, _ in steps[turn and -2:][:2]))
+            episode = longer[i // 2 % len(longer)]
+            (before_last, _), (last, _) = episode[-2:] if turn else episode[:2]
+            examples["backup"] = played_backup(world, before_last, last)
         for part, (messages, reply) in examples.items():
             if messages and len(found[part]) < 2 * args.shots:
                 shot = {"role": "assistant", "content": reply, "shot": True}

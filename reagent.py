@@ -153,7 +153,7 @@ def learn(state):
         batch = sorted(first + second, key=lambda episode: episode.seed)
         for episode in batch:
             episode.earned = judged_return(args, episode)  # (4)
-        pool_size = len(batch) * size // args.batch_size
+        pool_size = 2 * size if second else size
         metrics = learn_from_pools(state, agent, batch, pool_size)  # (5), (6)
         metrics |= watch(first) | watch(second, "second_")
         metrics |= watch_judgements(batch, judgements)
@@ -236,7 +236,7 @@ def supervised(state, name, learner, rows, epochs):
     while len(order) < count * args.sft_batch_size:
         order += rng.sample(rows, len(rows))
     for step in phase(state, name, count, args.sft_lr, learner):
-        batch = groups(order, args.sft_batch_size)[step - 1]
+        batch = order[(step - 1) * args.sft_batch_size:step * args.sft_batch_size]
         dialogues = list(itertools.chain(*batch))
         metrics = imitate(learner.model, learner.chat, args, learner.optimizer, dialogues)
         state.run.lap("update")
@@ -616,7 +616,7 @@ def micro_batches(episodes, args):
 
 
 @torch.no_grad()
-def old_logprobs(model, chat, args, steps):
+def forward_logprobs(model, chat, args, steps):
     """`sampled_logprobs` of all `micro_batches` by these weights, in a training forward."""
     found = []
     for batches in steps:
@@ -652,38 +652,44 @@ def kl_estimate(logprobs, reference):
 def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=False):
     """--updates gradient steps, each on its share of the groups -> metrics per sampled token.
 
-    `clip`: (low, high). With one step the ratio is 1; old log-probs are those of its forward.
+    `clip`: (low, high). With one gradient step rho is 1, and pi_old is its own forward, detached.
     """
-    steps = micro_batches(episodes, args)
-    old = old_logprobs(model, chat, args, steps) if args.updates > 1 else None
-    ref = old_logprobs(reference, chat, args, steps) if args.kl else None
+    shares = micro_batches(episodes, args)
+    old = forward_logprobs(model, chat, args, shares) if args.updates > 1 else None
+    ref = forward_logprobs(reference, chat, args, shares) if args.kl else None
     sums, norms = Counter(), []
-    for step, batches in enumerate(steps):
+    for u, batches in enumerate(shares):
         share = [episode for batch in batches for episode in batch]
         tokens = max(1, sum(sum(episode.mask) for episode in share))
-        step_loss = 0.0
+        share_loss = 0.0
         for i, batch in enumerate(batches):
             logprobs, mask = sampled_logprobs(model, chat, batch, args.temperature)  # [B, T - 1]
-            before = old[step][i] if old else logprobs.detach()
+            old_i = old[u][i] if old else logprobs.detach()
+            ref_i = ref[u][i] if ref else None
             advantages = torch.tensor([[e.advantage] for e in batch], device=mask.device)  # [B, 1]
-            loss = surrogate(logprobs, before, advantages, *clip)
+            loss = surrogate(logprobs, old_i, advantages, *clip)
             if ref:
-                kl = kl_estimate(logprobs, ref[step][i])  # 0 where the mask is 0
-                loss = loss + args.kl * kl
-                sums["kl"] += kl.sum().item()
+                loss = loss + args.kl * kl_estimate(logprobs, ref_i)
             loss = (loss * token_weights(mask, len(share), tokens if token_mean else None)).sum()
             loss.backward()
-            step_loss += loss.item()
-            ratio = (logprobs.detach() - before).exp()
-            sums["clipped"] += ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])).sum().item()
-            sums["entropy"] -= before.sum().item()  # an estimate, from what was sampled
-            decoded = sum(episode.logprob for episode in batch)
-            sums["logprob_gap"] += decoded - before.sum().item()
+            share_loss += loss.item()
+            sums.update(watch_tokens(logprobs.detach(), old_i, ref_i, batch, clip))
         kept = [(episode.ids, episode.mask, episode.advantage) for episode in share]
-        norms.append(common.gradient_step(model, optimizer, step_loss, kept))
-        sums.update(tokens=tokens, loss=step_loss * tokens)
+        norms.append(common.gradient_step(model, optimizer, share_loss, kept))
+        sums.update(tokens=tokens, loss=share_loss * tokens)
     tokens = sums.pop("tokens")
     return {name: value / tokens for name, value in sums.items()} | {"grad_norm": max(norms)}
+
+
+def watch_tokens(logprobs, old, ref, batch, clip) -> dict:
+    """Sums over the sampled tokens of a micro-batch: every term is 0 where the mask is 0."""
+    ratio = (logprobs - old).exp()
+    found = {"kl": kl_estimate(logprobs, ref).sum().item()} if ref is not None else {}
+    decoded = sum(episode.logprob for episode in batch)
+    return found | {
+        "clipped": ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])).sum().item(),
+        "entropy": -old.sum().item(),  # an estimate, from what was sampled
+        "logprob_gap": decoded - old.sum().item()}  # signed: what differs at random cancels
 
 
 @dataclass
@@ -1280,23 +1286,23 @@ def warmup(world, args):
     episodes than the one it reads. No part sees an expert.
     """
     rng, examples, done = random.Random("warm-up"), [], []
-    told = annotate([])
+    judgement = annotate([])
     args = dataclasses.replace(args, shots=0)
     for seed in range(args.examples):
-        first, recent = warmup_play(world, seed, rng, done)
+        first, taken_up = warmup_play(world, seed, rng, done)
         messages = dialogue(world, args, first.said)[:-1]
         examples.append(messages)
-        turn = rng.randrange(len(recent))
-        if recent[turn]:
+        turn = rng.randrange(len(taken_up))
+        if taken_up[turn]:
             *above, last = messages[:2 + 2 * turn]
             asked = {"role": "user", "content": f"{last['content']}\n{NEXT}"}
-            reply = {"role": "assistant", "content": "\n".join(recent[turn])}
+            reply = {"role": "assistant", "content": "\n".join(taken_up[turn])}
             examples.append([*above, asked, reply])
         if seed % 2:
-            told, other = annotate(first.flaws), told
-            reply = {"role": "assistant", "content": judgement_text(*other)}
+            of_another, judgement = judgement, annotate(first.flaws)
+            reply = {"role": "assistant", "content": judgement_text(*of_another)}
             examples.append([*judge_messages(world, args, first.said), reply])
-            first.critique = told[1]
+            _, first.critique, _ = judgement
             heeded = first.critique if rng.random() < args.dose else None
             second, _ = warmup_play(world, seed, rng, done, heeded)
             examples.append(dialogue(world, args, second.said, first)[:-1])
@@ -1307,29 +1313,34 @@ def warmup(world, args):
 def warmup_play(world, seed, rng, done, critique=None):
     """An episode, and for each observation the actions that take up its words.
 
-    `done`: all actions so far.
+    `done`: all actions so far, in whatever episode. With a `critique`, the player follows it.
     """
 
     def topic(action):
         return envs.read_call(action)[1] or action
 
     observation, info = world.reset(seed=seed, options={"split": "train"})
-    episode, recent = Episode("train", seed, [["world", observation]]), []
+    episode, taken_up = Episode("train", seed, [["world", observation]]), []
     while not episode.over:
         seen, possible = envs.bare(world.observation), info["admissible"] or [""]
-        recent.append([action for action in possible if topic(action) in seen])
-        actions = recent[-1] if recent[-1] and rng.random() < 0.8 else possible
-        actions = done[-1000:] if done and rng.random() < 0.03 else actions
+        taken_up.append([action for action in possible if topic(action) in seen])
+        actions = possible
+        if taken_up[-1] and rng.random() < 0.8:
+            actions = taken_up[-1]
+        if done and rng.random() < 0.03:
+            actions = done[-1000:]
         if critique is not None:
             heeding = world.heeding(critique)
             actions = [action for action in actions if action in heeding] or heeding
-        done.append(rng.choice(rng.choice(by_tool(actions))))
-        thoughts = [s for s in re.split(r"(?<=[.?]) ", seen) if topic(done[-1]) in s]
-        thought = rng.choice(thoughts) if thoughts and rng.random() < 0.5 else ""
-        episode.said.append(["act", written(world, done[-1], thought)])
-        info = take_turn(world, episode, episode.said[-1][1])
+        action = rng.choice(rng.choice(by_tool(actions)))
+        done.append(action)
+        about_it = [s for s in re.split(r"(?<=[.?]) ", seen) if topic(action) in s]
+        thought = rng.choice(about_it) if about_it and rng.random() < 0.5 else ""
+        reply = written(world, action, thought)
+        episode.said.append(["act", reply])
+        info = take_turn(world, episode, reply)
     episode.flaws = process_flaws(world, episode)
-    return episode, recent
+    return episode, taken_up
 
 
 def by_tool(calls):

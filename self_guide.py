@@ -219,40 +219,38 @@ def side_by_side(
     raters = actors.read_by(rater) if rater else actors  # the same dialogues, other weights
     limits = {"rate": args.rate_tokens, "act": args.max_new_tokens}
 
-    def ask(part, dialogues, prefill):
-        seeds = [common.row_seed(args.seed, *stream, first + row, turn, part) for row in live]
+    def ask(part, dialogues, rows, turn, word):
+        """A reply of each row, which --prefill begins with `word` -> (row, reply) pairs."""
+        row_seeds = [common.row_seed(args.seed, *stream, first + row, turn, part) for row in rows]
         replies = dialogues.reply(
-            live, max_new_tokens=limits[part], temperature=temperature, seeds=seeds,
-            prefill=prefill if args.prefill else "")
-        for row, ids, text, complete in zip(live, replies.ids, replies.texts, replies.complete):
+            rows, max_new_tokens=limits[part], temperature=temperature, seeds=row_seeds,
+            prefill=word if args.prefill else "")
+        for row, ids, text, complete in zip(rows, replies.ids, replies.texts, replies.complete):
             episodes[row].said.append([part, text])
             episodes[row].tokens += len(ids)
             episodes[row].cut[part] += not complete
-        return zip(live, replies.texts)
+        return zip(rows, replies.texts)
 
     for turn in itertools.count():
-        live = []
-        rating = guided and turn > 0
-        for row, (world, episode) in enumerate(zip(worlds, episodes)):
-            if episode.over:
-                continue
-            seen = world.observation
-            room = FORCED + args.max_new_tokens
-            if turn:
-                actors.extend([row], [to_rate(seen) if guided else seen])
+        rating = guided and turn > 0  # the first turn has no step to rate
+        live = [row for row, episode in enumerate(episodes) if not episode.over]
+        if turn:
+            seen = [worlds[row].observation for row in live]
+            actors.extend(live, [to_rate(text) for text in seen] if guided else seen)
+        for row in live:
+            needed = FORCED + args.max_new_tokens
             if rating:
-                room += args.rate_tokens + len(chat.turn(to_act(seen)))
-            if len(actors.ids[row]) + room <= model.max_context:
-                live.append(row)
-            else:  # a full context ends the episode; no turn is ever dropped
-                episode.truncated = episode.over = True
+                needed += args.rate_tokens + len(chat.turn(to_act(worlds[row].observation)))
+            if len(actors.ids[row]) + needed > model.max_context:  # it ends; no turn is dropped
+                episodes[row].truncated = episodes[row].over = True
+        live = [row for row in live if not episodes[row].over]
         if not live:
             break
         if rating:
-            for row, reply in ask("rate", raters, "Reason:"):  # (1)
+            for row, reply in ask("rate", raters, live, turn, "Reason:"):  # (1)
                 episodes[row].labels.append(parse_rating(reply))
             actors.extend(live, [to_act(worlds[row].observation) for row in live])
-        for row, reply in ask("act", actors, "Action:"):  # (2)
+        for row, reply in ask("act", actors, live, turn, "Action:"):  # (2)
             take_turn(worlds[row], episodes[row], reply)
     for row, episode in enumerate(episodes):
         worlds[row].close()
@@ -325,7 +323,9 @@ def environment_return(args, episode):
 def rating_return(args, episode):
     """sum_t g(z_t). Not divided by its length, as in the paper: long self-praise pays."""
     total = sum(label or 0 for label in episode.labels)  # departure 3: None counts as 0
-    return args.rating_reward * (total / max(1, len(episode.labels)) if args.mean_rating else total)
+    if args.mean_rating:
+        total /= max(1, len(episode.labels))
+    return args.rating_reward * total
 
 
 def total_return(args, episode, trust):
@@ -382,7 +382,7 @@ def micro_batches(episodes, args):
 
 
 @torch.no_grad()
-def old_logprobs(model, chat, args, steps):
+def forward_logprobs(model, chat, args, steps):
     """`sampled_logprobs` of all `micro_batches` by these weights, in a training forward."""
     found = []
     for batches in steps:
@@ -418,38 +418,44 @@ def kl_estimate(logprobs, reference):
 def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=False):
     """--updates gradient steps, each on its share of the groups -> metrics per sampled token.
 
-    `clip`: (low, high). With one step the ratio is 1; old log-probs are those of its forward.
+    `clip`: (low, high). With one gradient step rho is 1, and pi_old is its own forward, detached.
     """
-    steps = micro_batches(episodes, args)
-    old = old_logprobs(model, chat, args, steps) if args.updates > 1 else None
-    ref = old_logprobs(reference, chat, args, steps) if args.kl else None
+    shares = micro_batches(episodes, args)
+    old = forward_logprobs(model, chat, args, shares) if args.updates > 1 else None
+    ref = forward_logprobs(reference, chat, args, shares) if args.kl else None
     sums, norms = Counter(), []
-    for step, batches in enumerate(steps):
+    for u, batches in enumerate(shares):
         share = [episode for batch in batches for episode in batch]
         tokens = max(1, sum(sum(episode.mask) for episode in share))
-        step_loss = 0.0
+        share_loss = 0.0
         for i, batch in enumerate(batches):
             logprobs, mask = sampled_logprobs(model, chat, batch, args.temperature)  # [B, T - 1]
-            before = old[step][i] if old else logprobs.detach()
+            old_i = old[u][i] if old else logprobs.detach()
+            ref_i = ref[u][i] if ref else None
             advantages = torch.tensor([[e.advantage] for e in batch], device=mask.device)  # [B, 1]
-            loss = surrogate(logprobs, before, advantages, *clip)
+            loss = surrogate(logprobs, old_i, advantages, *clip)
             if ref:
-                kl = kl_estimate(logprobs, ref[step][i])  # 0 where the mask is 0
-                loss = loss + args.kl * kl
-                sums["kl"] += kl.sum().item()
+                loss = loss + args.kl * kl_estimate(logprobs, ref_i)
             loss = (loss * token_weights(mask, len(share), tokens if token_mean else None)).sum()
             loss.backward()
-            step_loss += loss.item()
-            ratio = (logprobs.detach() - before).exp()
-            sums["clipped"] += ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])).sum().item()
-            sums["entropy"] -= before.sum().item()  # an estimate, from what was sampled
-            decoded = sum(episode.logprob for episode in batch)
-            sums["logprob_gap"] += decoded - before.sum().item()
+            share_loss += loss.item()
+            sums.update(watch_tokens(logprobs.detach(), old_i, ref_i, batch, clip))
         kept = [(episode.ids, episode.mask, episode.advantage) for episode in share]
-        norms.append(common.gradient_step(model, optimizer, step_loss, kept))
-        sums.update(tokens=tokens, loss=step_loss * tokens)
+        norms.append(common.gradient_step(model, optimizer, share_loss, kept))
+        sums.update(tokens=tokens, loss=share_loss * tokens)
     tokens = sums.pop("tokens")
     return {name: value / tokens for name, value in sums.items()} | {"grad_norm": max(norms)}
+
+
+def watch_tokens(logprobs, old, ref, batch, clip) -> dict:
+    """Sums over the sampled tokens of a micro-batch: every term is 0 where the mask is 0."""
+    ratio = (logprobs - old).exp()
+    found = {"kl": kl_estimate(logprobs, ref).sum().item()} if ref is not None else {}
+    decoded = sum(episode.logprob for episode in batch)
+    return found | {
+        "clipped": ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])).sum().item(),
+        "entropy": -old.sum().item(),  # an estimate, from what was sampled
+        "logprob_gap": decoded - old.sum().item()}  # signed: what differs at random cancels
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -741,50 +747,61 @@ def warmup(world, args):
     and the player takes the hint: it undoes its step after a negative label, and does not after a
     positive one; these acts are practised apart as well. No part sees an expert.
     """
-    rng, examples, said = random.Random("warm-up"), [], []
+    rng, examples, known = random.Random("warm-up"), [], []  # known: actions possible lately
     args = dataclasses.replace(args, shots=0)
     for seed in range(args.examples):
-        observation, info = world.reset(seed=seed, options={"split": "train"})
-        guided, over, label = seed % 2 == 1, False, "positive"
-        hints = {"negative": [], "positive": [], "neutral": []}
-        prospects = Prospects(world) if guided and args.dose else None
-        messages = opening(world, args, guided)
-        each = 4 if guided else 2  # messages per turn, but for the first, which has no rating
-        while not over:
-            possible = info["admissible"] or [envs.random_player(world, info, rng)]
-            said = (said + possible)[-1000:]
-            hinted = prospects and world.turns and rng.random() < args.dose
-            if hinted:
-                possible = prospects.advised(world, label, possible) or possible
-            impossible = guided and label != "negative" and rng.random() < 0.03
-            action = rng.choice(said if impossible else rng.choice(envs.by_verb(possible)))
-            if hinted and not impossible:
-                hints[label].append((list(messages), written(action)))
-            messages.append({"role": "assistant", "content": written(action)})
-            if prospects:
-                prospects.before(world)
-            observation, _, terminated, truncated, info = world.step(action)
-            over = terminated or truncated
-            asked = to_rate(observation) if guided else observation
-            messages.append({"role": "user", "content": asked})
-            if guided and not over:
-                label = rng.choice(LABELS) if info["valid"] else "negative"
-                if prospects and rng.random() < args.dose:
-                    label = prospects.label(world, info["valid"])
-                rating = rating_text(world, prospects, label)
-                messages += [
-                    {"role": "assistant", "content": rating},
-                    {"role": "user", "content": to_act(observation)}]
-        for some in hints["negative"], hints["positive"]:
-            examples += rng.sample(some, min(HINTS, len(some)))
-        messages = messages[:4 + each * rng.randint(0, (len(messages) - 4) // each)]
-        last = messages.pop()["content"].removesuffix(f"\n{RATE}")
-        messages += [
-            {"role": "user", "content": f"{last}\n{READ}"},
-            {"role": "assistant", "content": f"{world.task}\n{event(last)}"}]
-        examples.append(messages)
+        guided = seed % 2 == 1
+        messages, hints = warmup_game(world, args, rng, seed, guided, known)
+        for acts in hints["negative"], hints["positive"]:
+            examples += rng.sample(acts, min(HINTS, len(acts)))
+        examples.append(read_back(world, rng, messages, guided))
     rng.shuffle(examples)
     return examples
+
+
+def warmup_game(world, args, rng, seed, guided, known):
+    """A random player's episode -> its messages, and {label: the acts that took its hint}."""
+    observation, info = world.reset(seed=seed, options={"split": "train"})
+    messages, hints = opening(world, args, guided), {label: [] for label in LABELS}
+    prospects = Prospects(world) if guided and args.dose else None
+    over, label = False, "positive"  # of the step before; no step yet
+    while not over:
+        possible = info["admissible"] or [envs.random_player(world, info, rng)]
+        known[:] = (known + possible)[-1000:]
+        hinted = prospects and world.turns and rng.random() < args.dose
+        if hinted:
+            possible = prospects.advised(world, label, possible) or possible
+        impossible = guided and label != "negative" and rng.random() < 0.03
+        action = rng.choice(known if impossible else rng.choice(envs.by_verb(possible)))
+        if hinted and not impossible:  # a pair: of it the reply alone is learnt
+            hints[label].append((list(messages), written(action)))
+        messages.append({"role": "assistant", "content": written(action)})
+        if prospects:
+            prospects.before(world)
+        observation, _, terminated, truncated, info = world.step(action)
+        over = terminated or truncated
+        asked = to_rate(observation) if guided else observation
+        messages.append({"role": "user", "content": asked})
+        if guided and not over:
+            label = rng.choice(LABELS) if info["valid"] else "negative"
+            if prospects and rng.random() < args.dose:
+                label = prospects.label(world, info["valid"])
+            messages += [
+                {"role": "assistant", "content": rating_text(world, prospects, label)},
+                {"role": "user", "content": to_act(observation)}]
+    return messages, hints
+
+
+def read_back(world, rng, messages, guided):
+    """An episode up to some turn, where it is asked to repeat the task and the last event."""
+    each = 4 if guided else 2  # messages per turn; the first one has 2, after system and opening
+    further = (len(messages) - 4) // each
+    messages = messages[:4 + each * rng.randint(0, further)]
+    last = messages.pop()["content"].removesuffix(f"\n{RATE}")
+    return [
+        *messages,
+        {"role": "user", "content": f"{last}\n{READ}"},
+        {"role": "assistant", "content": f"{world.task}\n{event(last)}"}]
 
 
 def rating_text(world, prospects, label):
@@ -815,11 +832,14 @@ class Prospects(envs.RandomPlay):
 
     def advised(self, world, label, actions) -> list[str]:
         """Of the actions those that take the hint: undo a negative step, keep a positive one."""
-        now = world.snapshot()
-        undo = [action for action in actions if self.result(now, action)[1] == self.state != now]
+        now, undo = world.snapshot(), []
+        if now != self.state:  # else the step changed nothing
+            undo = [action for action in actions if self.result(now, action)[1] == self.state]
         if label == "negative":
             return undo
-        return [action for action in actions if action not in undo] if label == "positive" else []
+        if label == "positive":
+            return [action for action in actions if action not in undo]
+        return []
 
 
 if __name__ == "__main__":
