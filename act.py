@@ -66,7 +66,7 @@ from common import flag
 
 @dataclass
 class Args:
-    """The paper's setting. "not in the paper": what it leaves open; TINY has a tiny model's."""
+    """Defaults are the paper's; "not in the paper": left open there. TINY has a tiny model's."""
 
     # shared by all scripts
     model: str = flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
@@ -134,7 +134,7 @@ class Job:
     pairs: list = field(default_factory=list)
     stage: str = "before"  # then such as 1-act
     last: int = 0  # the step of the run that ends the stage
-    told: set = field(default_factory=set)  # whose replies were cut: a warning each
+    warned: set = field(default_factory=set)  # of the cut replies of these
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -147,7 +147,7 @@ PROPOSED = "Two actions are proposed."
 FORCED = 16  # tokens, room for the words of --prefill and the end of a reply that was cut
 
 
-def tagged(action):
+def written(action):
     """An action as the policy writes it."""
     return f"<action>{action}</action>"
 
@@ -181,12 +181,12 @@ def system(world, reasons=True):
 
 def in_tags(messages):
     """Observations and actions by turns, the actions as the policy writes them."""
-    written = []
+    found = []
     for message in messages:
         if message["role"] == "assistant":
-            message = {**message, "content": tagged(message["content"])}
-        written.append(message)
-    return written
+            message = {**message, "content": written(message["content"])}
+        found.append(message)
+    return found
 
 
 def dialogue(world, args, messages):
@@ -312,11 +312,6 @@ REWARDS = {  # R = R_acc + R_adm + R_fmt
     "cut": 0.0}
 BETWEEN_TAGS = re.compile(r"<action\s{0,9}>((?:(?!</?action\s{0,9}>).)*)</action\s{0,9}>",
                           re.DOTALL | re.IGNORECASE)
-NUMBERED = re.compile(  # "Action 1", "the second one"; what stands behind "Option 2:"
-    r"\W{0,9}(?:i (?:choose|pick|prefer|take) )?(?:the )?(?:action|option|choice|number)?\W{0,9}"
-    r"(?:(1|one|first)|2|two|second)\b(?: (?:action|option|one))?\W{0,9}"
-    r"(?:(?:[:\n]\s*|[.)-]\s+)(.*))?",
-    re.DOTALL | re.IGNORECASE)
 
 
 def outcome_of(world, reply, example):
@@ -361,21 +356,6 @@ def as_listed(world, action, listed) -> str | None:
     return next((other for other in listed if normal(world, other) == key), None)
 
 
-def chosen_of_two(world, text, one, two) -> str:
-    """Which of two actions is meant by the text in the tags; the text where neither is.
-
-    By its words, or by its number and nothing but that: "not Action 1" is no choice of 1.
-    """
-    number = NUMBERED.fullmatch(text)
-    behind = (number[2] or "").strip() if number else ""
-    for words in text, behind:
-        if words and normal(world, words) in (normal(world, one), normal(world, two)):
-            return words
-    if number and not behind:
-        return one if number[1] else two
-    return text
-
-
 # --------------------------------------------------------------------------- the stages (2) (3) (4)
 
 
@@ -410,8 +390,8 @@ def grpo(job, examples, reasons=True):
     args = job.args
     for step, batch in stage_steps(
             job, examples, args.batch_size // args.group_size, args.lr, refers=args.kl > 0):
-        if "candidate" in batch[0]:
-            batch = shuffled(job, step, batch)
+        if is_pair(batch[0]):
+            batch = in_random_order(job, step, batch)
         replies = ask(job, batch, (job.stage, step), args.group_size, reasons=reasons)
         set_advantages(replies, args.group_size)
         job.run.lap("rollout")
@@ -420,7 +400,7 @@ def grpo(job, examples, reasons=True):
         end_step(job, step, metrics | watch_replies(replies, args.group_size), replies)
 
 
-def shuffled(job, step, pairs):
+def in_random_order(job, step, pairs):
     """The pairs of a step, the two actions of each in random order."""
     rng = random.Random(f"{job.args.seed} {job.stage} {step}")
     return [pair | {"expert_second": rng.random() < 0.5} for pair in pairs]
@@ -470,9 +450,9 @@ def group_advantages(returns):
     return (centred / (np.std(returns, ddof=1) + 1e-6)).tolist()
 
 
-def without_spread(returns, group_size):
-    """How many groups have no advantages, as all of their episodes got the same."""
-    return sum(max(group) == min(group) for group in groups(returns, group_size))
+def without_spread(values, group_size):
+    """How many groups have one value throughout, so that nothing is learnt from them."""
+    return sum(max(group) == min(group) for group in groups(values, group_size))
 
 
 def set_advantages(replies, group_size):
@@ -503,7 +483,7 @@ def micro_batches(episodes, args):
 
 @torch.no_grad()
 def forward_logprobs(model, chat, args, steps):
-    """`sampled_logprobs` of all `micro_batches` by these weights, in a training forward."""
+    """`sampled_logprobs` of all `micro_batches` by these weights, without a gradient."""
     found = []
     for batches in steps:
         found.append([])
@@ -512,14 +492,11 @@ def forward_logprobs(model, chat, args, steps):
     return found
 
 
-def token_weights(mask, count, tokens=None):
+def token_weights(mask, count):
     """What a token counts in the loss, [B, T - 1]; divisors are those of the whole gradient step.
 
-    GRPO: the mean over `count` trajectories of the mean over their tokens. DAPO: the mean over
-    `tokens`.
+    The mean over `count` trajectories of the mean over their tokens.
     """
-    if tokens is not None:
-        return mask / tokens
     return mask / (count * mask.sum(1, keepdim=True).clamp(min=1))
 
 
@@ -535,7 +512,7 @@ def kl_estimate(logprobs, reference):
     return d.exp() - d - 1
 
 
-def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=False):
+def update(model, reference, chat, args, optimizer, episodes, clip):
     """--updates gradient steps, each on its share of the groups -> metrics per sampled token.
 
     `clip`: (low, high). With one gradient step rho is 1, and pi_old is its own forward, detached.
@@ -556,7 +533,7 @@ def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=F
             loss = surrogate(logprobs, old_i, advantages, *clip)
             if ref:
                 loss = loss + args.kl * kl_estimate(logprobs, ref_i)
-            loss = (loss * token_weights(mask, len(share), tokens if token_mean else None)).sum()
+            loss = (loss * token_weights(mask, len(share))).sum()
             loss.backward()
             share_loss += loss.item()
             sums.update(watch_tokens(logprobs.detach(), old_i, ref_i, batch, clip))
@@ -579,7 +556,7 @@ def watch_tokens(logprobs, old, ref, batch, clip) -> dict:
 
 
 def count_tokens(replies):
-    """Of what was sampled."""
+    """How many tokens of replies were sampled."""
     return sum(sum(reply.mask) for reply in replies)
 
 
@@ -614,7 +591,7 @@ def imitate(model, chat, args, optimizer, dialogues):
 # ------------------------------------------------------------------------------------------ replies
 
 # of an example in rollouts.jsonl
-TOLD = "split", "seed", "turn", "expert", "candidate", "possible", "expert_second"
+KEPT = "split", "seed", "turn", "expert", "candidate", "possible", "expert_second"
 
 
 @dataclass
@@ -632,10 +609,10 @@ class Reply:
     advantage: float = 0.0
 
 
-def prompt_of(job, example, reasons=True):
+def asked_of(job, example, reasons=True):
     """The messages that ask for a reply to a pair or a state, and how many tokens it may have."""
     args = job.args
-    if "candidate" in example:
+    if is_pair(example):
         return question(job.world, args, example, reasons), args.choice_tokens
     return dialogue(job.world, args, example["messages"]), args.max_new_tokens
 
@@ -644,7 +621,7 @@ def that_fit(job, examples) -> list[dict]:
     """Those pairs or states whose prompt leaves room for a reply."""
     found = []
     for example in examples:
-        messages, limit = prompt_of(job, example)
+        messages, limit = asked_of(job, example)
         if len(job.chat.dialogue(messages)) + FORCED + limit <= job.model.max_context:
             found.append(example)
     return found
@@ -659,7 +636,7 @@ def ask(job, examples, stream, samples=1, first=0, reasons=True) -> list[Reply]:
     word = TAG * args.prefill
     prompts = []
     for example in examples:
-        messages, limit = prompt_of(job, example, reasons)
+        messages, limit = asked_of(job, example, reasons)
         prompts += [job.chat.dialogue(messages, word)] * samples
     numbers = range(first, first + len(prompts))
     sampled = common.generate(
@@ -675,7 +652,7 @@ def ask(job, examples, stream, samples=1, first=0, reasons=True) -> list[Reply]:
             ids=prompt + ids,
             mask=[0] * len(prompt) + [1] * len(ids),
             logprob=sum(sampled.logprobs[i]),
-            about={name: example[name] for name in TOLD if name in example})
+            about={name: example[name] for name in KEPT if name in example})
         reply.outcome = outcome_of(job.world, reply, example)
         reply.reward = REWARDS[reply.outcome]
         replies.append(reply)
@@ -701,18 +678,15 @@ class Episode:
     truncated: bool = False  # the context was full
 
 
-def evaluate(job, splits, fewer=1):
-    """The policy on fixed episodes of each split -> ({split: metrics}, the episodes)."""
+def evaluate(job, splits, count):
+    """`count` fixed episodes of each split -> ({split: metrics}, the episodes)."""
     args = job.args
     found, episodes = {}, []
-    seeds = range(max(1, args.eval_episodes // fewer))
-    for split in ("test", "ood"):
-        if split not in splits:
-            continue
-        played = rollout(job.model, job.chat, args, split, seeds,
+    for split in [split for split in ("test", "ood") if split in splits]:
+        played = rollout(job.model, job.chat, args, split, range(count),
                          temperature=args.eval_temperature, stream=("evaluate",))
         found[split] = watch(played)
-        common.warn_cut(found[split], LIMITS, job.told)
+        common.warn_cut(found[split], LIMITS, job.warned)
         episodes += played
         tqdm.write(common.result_line(split, found[split]))
     return found, episodes
@@ -782,18 +756,18 @@ def main():
     model, chat = load(world, args)
     job = Job(args, world, chat, model, run)
     if args.eval_only:
-        return evaluate(job, world.splits)
+        return evaluate(job, world.splits, args.eval_episodes)
     run.start(model=model)
 
     job.optimizer = torch.optim.AdamW(  # the rate: stage_steps
         model.parameters(), betas=(0.9, 0.95), weight_decay=0,
-        fused=model.device.type == "cuda")  # no copies in the step
+        fused=model.device.type == "cuda")  # fused: no copies of the weights in the step
     if args.resume and args.kl:
         job.reference = common.frozen_copy(model)  # for weights that the checkpoint may have
     job.progress = run.resume(**parts(job)) or job.progress
     counts = gather(job, files, bool(PAIRED & {*stages}))
-    found, shown = job.progress["stages"], job.progress["shown"]
-    if not found:
+    results = job.progress["stages"]  # `examine` fills it
+    if not results:
         run.count(episodes=len(job.demos), env_steps=0, tokens=counts.get("tokens", 0))
         examine(job)
     for number, stage in enumerate(stages, 1):
@@ -804,9 +778,9 @@ def main():
 
     ends = envs.ends(args.env, args.eval_episodes)
     run.complete(
-        model, chat, "act", args.pipeline, found["before"], found[job.stage], ends,
-        shown=[shown["before"], shown[job.stage]], written=True,
-        stages=found,
+        model, chat, "act", args.pipeline, results["before"], results[job.stage], ends,
+        shown=[job.progress["shown"][stage] for stage in ("before", job.stage)], written=True,
+        stages=results,
         expert_states=len(job.states),
         pairs=len(job.pairs),
         pair_counts=counts)
@@ -820,7 +794,7 @@ def gather(job, files, paired):
     args, run = job.args, job.run
     demos, rows = files
     counts = Counter()
-    seed = args.seed * 1_000_000_007
+    seed = args.seed * common.SEEDS_APART
     job.demos = demos or demonstrations(args, "train", range(seed, seed + args.num_demos))
     common.write_jsonl(run.dir / "demos.jsonl", job.demos)
     job.states = that_fit(job, states_of(job.demos))
@@ -908,11 +882,35 @@ def check_room(args, chat, model, messages, room):
 def check_data(job, paired, counts):
     """Tells what the stages have to work on, and refuses what is not enough."""
     possible = sum(pair["possible"] for pair in job.pairs)
-    told = (f"{len(job.states)} states, {len(job.pairs)} pairs, {possible} of them of two "
-            f"possible actions {dict(counts)}")
+    summary = (f"{len(job.states)} states, {len(job.pairs)} pairs, {possible} of them of two "
+               f"possible actions {dict(counts)}")
     common.check(job.states, f"no expert state fits the context of {job.model.max_context}")
-    common.check(job.pairs or not paired, f"no action but the expert's to make pairs of: {told}")
-    print(told)
+    common.check(job.pairs or not paired, f"no action but the expert's to make pairs of: {summary}")
+    tqdm.write(summary)
+
+
+# ---------------------------------------------------------------------------- which of two is meant
+
+NUMBERED = re.compile(  # "Action 1", "the second one"; what stands behind "Option 2:"
+    r"\W{0,9}(?:i (?:choose|pick|prefer|take) )?(?:the )?(?:action|option|choice|number)?\W{0,9}"
+    r"(?:(1|one|first)|2|two|second)\b(?: (?:action|option|one))?\W{0,9}"
+    r"(?:(?:[:\n]\s*|[.)-]\s+)(.*))?",
+    re.DOTALL | re.IGNORECASE)
+
+
+def chosen_of_two(world, text, one, two) -> str:
+    """Which of two actions is meant by the text in the tags; the text where neither is.
+
+    By its words, or by its number and nothing but that: "not Action 1" is no choice of 1.
+    """
+    number = NUMBERED.fullmatch(text)
+    behind = (number[2] or "").strip() if number else ""
+    for words in text, behind:
+        if words and normal(world, words) in (normal(world, one), normal(world, two)):
+            return words
+    if number and not behind:
+        return one if number[1] else two
+    return text
 
 
 # ----------------------------------------------------------------------------- what is written down
@@ -931,19 +929,19 @@ def end_step(job, step, metrics, replies=()):
     if run.step == job.last:
         numbers = examine(job)
     elif step % args.eval_every == 0:
-        numbers, _ = evaluate(job, ["test"], fewer=5)
+        numbers, _ = evaluate(job, ["test"], max(1, args.eval_episodes // 5))
     for name, value in numbers.get("test", {}).items():
         metrics[f"eval_{name}"] = value
-    if run.step == 1:  # its own line would be of no step
+    if run.step == 1:  # the evaluation before any has no line of its own
         for name, value in job.progress["stages"]["before"]["test"].items():
             metrics[f"before_{name}"] = value
-    common.warn_cut(metrics, LIMITS, job.told)
+    common.warn_cut(metrics, LIMITS, job.warned)
     run.log({"stage": job.stage, "stage_step": step, **metrics})
     run.save_if_due(job.progress, **parts(job))
 
 
 def save_stage(job):
-    """The model that a stage has made; what a run has that is resumed in a later one, it keeps."""
+    """Saves what a stage ends with; a run that is resumed in a later stage has it already."""
     path = job.run.dir / job.stage
     if not path.exists():
         common.save_model(path, job.model, job.chat)
@@ -951,7 +949,7 @@ def save_stage(job):
 
 def examine(job):
     """The evaluation of what a stage has made, whole episodes and all -> {split: metrics}."""
-    numbers, episodes = evaluate(job, job.world.splits)
+    numbers, episodes = evaluate(job, job.world.splits, job.args.eval_episodes)
     when = "before" if job.stage == "before" else "after"
     write_down(job, episodes, evaluation=when)
     job.progress["stages"][job.stage] = numbers
@@ -971,7 +969,7 @@ def record(episode):
 
 
 def parts(job):
-    """Of what a checkpoint keeps the weights."""
+    """What a checkpoint keeps the weights of."""
     return {"model": job.model, "optimizer": job.optimizer, "reference": job.reference}
 
 
@@ -984,7 +982,7 @@ def watch_replies(replies, group_size):
         "length": count_tokens(replies) / len(replies)}
     for outcome in REWARDS:
         found[f"outcome_{outcome}"] = common.mean(reply.outcome == outcome for reply in replies)
-    if "candidate" not in replies[0].about:
+    if not is_pair(replies[0].about):
         return found | {"cut_act": cut}
     for name, key, value in (("first", "expert_second", False), ("second", "expert_second", True),
                              ("possible", "possible", True)):
@@ -1021,13 +1019,13 @@ def worked_examples(env, count, show_actions, choice=False, reasons=False):
     for seed in range(10**6, 10**6 + count):  # far from the seeds that are learnt from
         observation, info = world.reset(seed=seed, options={"split": "train"})
         action = envs.random_player(world, info, random.Random(seed))
-        asked, reply = user(observation), tagged(action)
+        asked, reply = user(observation), written(action)
         if choice:
             second = seed % 2 == 1
             pair = {"messages": [asked], "admissible": info["admissible"], "expert": action,
                     "candidate": "sing a song", "expert_second": second}
             asked = question(world, Args(env=env, prefill=not reasons), pair)[-1]
-            reply = tagged(envs.one_line(action))
+            reply = written(envs.one_line(action))
         if choice and reasons:
             good, bad = (2, 1) if second else (1, 2)
             reply = f"Action {good} can be done now, and action {bad} cannot. {reply}"
@@ -1060,14 +1058,13 @@ def load(world, args, corpus=None, more=()):
     common.check(not args.dose or hasattr(world, "possibilities"),
                  f"--dose: --env {args.env} cannot say what an action brings about")
     if common.is_tiny(args.model) and args.device == "cpu":
-        # small tensors: more threads only wait for each other
-        torch.set_num_threads(min(2, torch.get_num_threads()))
-    told = Args(  # all that the corpus depends on, code apart
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more only wait for each other
+    corpus_args = Args(  # all that the corpus depends on, code apart
         env=args.env, show_actions=args.show_actions, dose=args.dose, examples=args.examples)
     known_by = None
     # Code that was imported may be patched by now, and other worlds may read files.
     if __name__ == "__main__" and args.env in envs.WORLDS:
-        known_by = [vars(told), *map(common.content_hash, (__file__, envs.__file__))]
+        known_by = [vars(corpus_args), *map(common.content_hash, (__file__, envs.__file__))]
     constants = []
     for reasons in True, False:
         constants += [system(world, reasons)["content"], choose(reasons)]
@@ -1075,7 +1072,7 @@ def load(world, args, corpus=None, more=()):
     constants += [FORESEE] * bool(args.dose)
     model, chat = common.load(
         args.model,
-        corpus=corpus or functools.partial(warmup, world, told),
+        corpus=corpus or functools.partial(warmup, world, corpus_args),
         known_by=known_by,
         constants=constants,
         device=args.device,
@@ -1110,14 +1107,14 @@ def warmup(world, args):
             game(world, args, rng, play, turns[0]),
             choice(world, args, rng, play, turns[1], True),
             choice(world, args, rng, play, turns[2], False),
-            told_apart(world, args, play, turns[3], READ, play.facts[turns[3]])]
+            other_request(world, args, play, turns[3], READ, play.facts[turns[3]])]
         for _ in range(2 if args.dose else 0):
             turn = early_turn(rng, play)
             examples.append(choice(world, args, rng, play, turn, True))
             turn = early_turn(rng, play)
             marks = marks_of(args, rng, play, turn, play.possible[turn])
             thought = foreseen(play.possible[turn], marks)
-            examples.append(told_apart(world, args, play, turn, FORESEE, thought))
+            examples.append(other_request(world, args, play, turn, FORESEE, thought))
     rng.shuffle(examples)
     return examples
 
@@ -1142,20 +1139,20 @@ def choice(world, args, rng, play, turn, reasons):
     both = rng.sample(possible, 2) if len(possible) > 1 else possible * 2
     pair = {"messages": play.messages[:2 * turn + 1], "admissible": possible,
             "expert": both[0], "candidate": both[1], "expert_second": False}
-    reply = tagged(rng.choice(both))
+    reply = written(rng.choice(both))
     if reasons and args.dose:
         marks = marks_of(args, rng, play, turn, both)
         if marks[0] == marks[1]:
             number = rng.choice([1, 2])
         else:
             number = 1 + (marks[1] > marks[0])
-        reply = f"{foreseen(both, marks)} {tagged(f'Action {number}')}"
+        reply = f"{foreseen(both, marks)} {written(f'Action {number}')}"
     if reasons:
         reply = f"{play.facts[turn]} {reply}"
     return [*question(world, args, pair, reasons), assistant(reply)]
 
 
-def told_apart(world, args, play, turn, line, reply):
+def other_request(world, args, play, turn, line, reply):
     """A game up to a turn, where a line asks for something else than an action."""
     *before, last = dialogue(world, args, play.messages[:2 * turn + 1])
     asked = user(f"{last['content']}\n{line}")

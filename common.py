@@ -688,6 +688,9 @@ class Replies:
     complete: list[bool]  # ended by itself, not by the limit
 
 
+SEEDS_APART = 1_000_000_007  # times --seed: two values of it share no episode of train
+
+
 def row_seed(seed, *parts):
     """A 64-bit seed from integers and strings, such as (seed, step, episode, turn).
 

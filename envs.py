@@ -24,7 +24,7 @@ A world is a class below `World` with `begin` and `act`. The contract, for every
 
 What scripts use besides, of a world that has it:
 
-- `thought()`, what the expert thinks before its action, and `players`, weaker ones: reagent.py;
+- `thought(action)`, what may be thought before it, and `players`, weaker ones: reagent.py;
 - `flaws()`, a list of `Flaw`, `heeding(advice)`, the actions that follow it, and `gold`, the right
   answer, for metrics alone: reagent.py;
 - `snapshot()`, `restore(snapshot)` and `possibilities()`, see `RandomPlay`: --dose of act.py and
@@ -127,8 +127,12 @@ class World:
         """The best action now. Looks at what the player could know, never at what is hidden."""
         raise NotImplementedError
 
-    def thought(self):
-        """What the expert thinks before its next action; nothing, in most worlds."""
+    def thought(self, action):
+        """What may be thought before `action`; nothing, in most worlds.
+
+        It follows from what a player could know. Where it does not, it stands before the right
+        action alone, so that no other player gives it away.
+        """
         return ""
 
     def score(self):
@@ -1583,8 +1587,8 @@ class Search(World):
     def expert(self):
         return search_expert(self.task, self.record)
 
-    def thought(self):
-        """What the expert thinks before its next call."""
+    def thought(self, action):
+        """What the expert thinks before its next call, whatever the call is then."""
         return search_thought(self.task, self.record)
 
     def flaws(self):

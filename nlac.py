@@ -44,7 +44,6 @@ was just played; late turns oversampled. Their code stands below main.
 """
 
 import functools
-import itertools
 import random
 import re
 import sys
@@ -62,7 +61,7 @@ from common import flag
 
 @dataclass
 class Args:
-    """The paper's setting. "not in the paper" marks what it leaves open; TINY: a tiny model's."""
+    """Defaults are the paper's; "not in the paper": left open there. TINY has a tiny model's."""
 
     # shared by all scripts
     model: str = flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
@@ -184,8 +183,9 @@ def policy_messages(world, state):
 
 
 def part_messages(prompt, world, state, *lines):
-    """Every part but the policy is a call of its own, over a transcript and further `lines`; none
-    (None), where one of these came back empty: nothing comes of nothing.
+    """What asks any part but the policy: a call of its own, over a transcript and further `lines`.
+
+    None where one of these came back empty: nothing comes of nothing.
     """
     if not all(lines):
         return None
@@ -295,6 +295,11 @@ class Transition:
         return [*self.state, self.reply, self.result]
 
 
+def groups(items, size):
+    """Consecutive items, `size` in each."""
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
 def rollout(model, chat, args, split, seeds, *, temperature, stream) -> list[Episode]:
     """Plays an episode per seed, --rollout-batch-size at once.
 
@@ -325,7 +330,7 @@ def play_on(model, chat, args, worlds, episodes, streams, temperature):
         messages = policy_messages(world, episode.texts())
         prompts.append(chat.dialogue(with_shots("policy", messages, args)))
     dialogues = common.Dialogues(model, chat, prompts)
-    word = PARTS["policy"][0] if args.prefill else ""
+    word = PARTS["policy"].word if args.prefill else ""
     room = model.max_context - args.max_new_tokens - len(chat.encode(word))
     while True:
         for ids, episode in zip(dialogues.ids, episodes):
@@ -537,7 +542,7 @@ def lessons(parts, part, asked, texts) -> list:
     Left out: where nothing is asked or said, and what is more than the model can read.
     """
     chat, args, pairs = parts.chat, parts.args, []
-    word = PARTS[part][0] if args.prefill else ""
+    word = PARTS[part].word if args.prefill else ""
     for messages, text in zip(asked, texts):
         if messages and text:
             prompt = chat.dialogue(with_shots(part, messages, args), word)
@@ -597,7 +602,7 @@ def update(parts, optimizer, l1_pairs, l2_pairs, anchor_pairs) -> dict:
 def act(parts, step, learns) -> list[Episode]:
     """(1) The episodes of a step; while --critic-gate is closed, by the start weights."""
     args, actor = parts.args, parts.model if learns else parts.start
-    first = args.seed * 1_000_000_007 + (step - 1) * args.episodes_per_step
+    first = args.seed * common.SEEDS_APART + (step - 1) * args.episodes_per_step
     return rollout(actor, parts.chat, args, "train", range(first, first + args.episodes_per_step),
                    temperature=args.temperature, stream=("act", step))
 
@@ -609,12 +614,13 @@ def main():
     run = common.Run("nlac", args)
     model, chat = load(world, args)
     if args.eval_only:
-        return evaluate(model, chat, args, world.splits)
+        return evaluate(model, chat, args, world.splits, args.eval_episodes)
     parts = Parts(model, chat, world, args)
     run.start(model=model)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
-                                  fused=model.device.type == "cuda")  # no copies in the step
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
+        fused=model.device.type == "cuda")  # fused: no copies of the weights in the step
     trained = {"model": model, "average": parts.average, "optimizer": optimizer}
     progress = run.resume(**trained) or {
         "step": 0, "buffer": [], "foretold": [], "learns": not args.critic_gate,
@@ -627,27 +633,25 @@ def main():
         fresh = [t for episode in played for t in transitions(episode)]
         buffer = (buffer + fresh)[-args.buffer_size:]
         run.lap("rollout")
-        foretold = foretell(parts, progress["foretold"], fresh, ("foretell", step), rng)
-        metrics = watch_foretold(foretold)
-        learns = progress["learns"] or opens(args, foretold, metrics["auc"])
+        metrics = follow_critic(parts, progress, fresh, ("foretell", step), rng)
         run.lap("gate")
 
         batch = sample(buffer, args, rng, args.batch_size * args.updates)
         l1_pairs = successor_lessons(parts, batch, ("backup", step))  # (2)
         run.lap("backup")
-        states = [t.state for t in sample(buffer, args, rng, args.actor_states * learns)]
+        count = args.actor_states * progress["learns"]
+        states = [t.state for t in sample(buffer, args, rng, count)]
         tries = refine(parts, states, ("refine", step))  # (4), (5)
         l2_pairs = policy_lessons(parts, states, tries, ("choose", step))
         run.lap("refinement")
-        anchor_pairs = anchor_lessons(parts, fresh, rng)
+        anchor_pairs = anchor_lessons(parts, fresh, rng)  # none in the paper
         common.set_rate(optimizer, args.lr * min(1, step / 10))
         metrics |= update(parts, optimizer, l1_pairs, l2_pairs, anchor_pairs)  # (3), (6), (7)
         run.lap("update")
 
         metrics |= watch_lessons(parts, batch, l1_pairs, l2_pairs, tries)
-        write_step(run, parts, played, metrics)
-        progress |= {"step": step, "buffer": [vars(t) for t in buffer], "foretold": foretold,
-                     "learns": learns}
+        end_step(run, parts, played, metrics)
+        progress |= {"step": step, "buffer": [vars(t) for t in buffer]}
         run.save_if_due(progress, **trained)
 
     finish(run, parts, progress)
@@ -660,11 +664,6 @@ LONGEST = 300  # characters that a forecast repeats of an observation, or of an 
 ENDS = "failure", "fails", "no success", "success", "succeeds"
 
 
-def groups(items, size):
-    """Consecutive items, `size` in each."""
-    return [items[start:start + size] for start in range(0, len(items), size)]
-
-
 def numbered(word, texts):
     """Replies of one part as another reads them, a line each."""
     texts = filter(None, map(squeezed, texts))
@@ -672,8 +671,9 @@ def numbered(word, texts):
 
 
 def squeezed(text):
-    """A reply in one line, each run of blanks as one. envs.one_line leaves those of an action as
-    they are: it must mean the same when it is said again.
+    """A reply in one line, each run of blanks as one.
+
+    Not for actions: envs.one_line keeps their blanks, so that they mean the same when said again.
     """
     return " ".join(text.split())
 
@@ -745,16 +745,17 @@ def foresees_success(forecast) -> bool | None:
 
 # ---------------------------------------------------------- what is refused, evaluated and logged
 
-SIZES = """k m forecast_tokens critique_tokens buffer_size episodes_per_step updates actor_states
-    margin examples""".split()
-SHARES = "actor_weight anchor reader_temperature ema critic_gate".split()
-FLAGS = {part: "--" + limit.replace("_", "-") for part, (_, _, limit, _) in PARTS.items()}
+AT_LEAST = {
+    "k": 1, "m": 1, "forecast_tokens": 1, "critique_tokens": 1, "buffer_size": 1, "margin": 1,
+    "episodes_per_step": 1, "updates": 1, "actor_states": 1, "examples": 1, "ema": 0,
+    "actor_weight": 0, "anchor": 0, "reader_temperature": 0, "critic_gate": 0}
+LIMITS = {part: "--" + form.limit.replace("_", "-") for part, form in PARTS.items()}
 
 
 def check_args(args) -> envs.World:
     """Everything that can be refused before a model is loaded."""
     common.check_common(args)
-    common.check_at_least(args, dict.fromkeys(SIZES, 1) | dict.fromkeys(SHARES, 0))
+    common.check_at_least(args, AT_LEAST)
     common.check(args.ema < 1, f"--ema must be below 1, not {args.ema}")
     common.check(args.critic_gate <= 1, f"--critic-gate must be at most 1, not {args.critic_gate}")
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
@@ -773,9 +774,9 @@ def check_room(args, chat, model, messages, room):
                  "--prefill: the chat template of this model opens a thought before each reply")
 
 
-def evaluate(model, chat, args, splits, fewer=1):
-    """The policy on fixed episodes of each split -> ({split: metrics}, an episode of the last)."""
-    found, count = {}, max(1, args.eval_episodes // fewer)
+def evaluate(model, chat, args, splits, count):
+    """`count` fixed episodes of each split -> ({split: metrics}, an episode of the last)."""
+    found = {}
     for split in [split for split in ("test", "ood") if split in splits]:
         played = rollout(model, chat, args, split, range(count),
                          temperature=args.eval_temperature, stream=("evaluate",))
@@ -787,11 +788,12 @@ def evaluate(model, chat, args, splits, fewer=1):
 
 def measure(parts, when):
     """The whole evaluation -> ({split: metrics}, one episode with what all parts say to it)."""
-    found, episode = evaluate(parts.model, parts.chat, parts.args, parts.world.splits)
+    args, splits = parts.args, parts.world.splits
+    found, episode = evaluate(parts.model, parts.chat, args, splits, args.eval_episodes)
     return found, annotated(parts, episode, (when,))
 
 
-def write_step(run, parts, played, metrics):
+def end_step(run, parts, played, metrics):
     """What a step leaves: its numbers, its episodes, and an evaluation where one is due."""
     args, records = parts.args, [vars(episode) for episode in played]
     metrics |= watch(played) | watch_parts(parts)
@@ -801,10 +803,11 @@ def write_step(run, parts, played, metrics):
     run.count(episodes=len(played), env_steps=sum(len(episode.valid) for episode in played),
               gradient_steps=args.updates, tokens=sum(sampled))
     if run.step % args.eval_every == 0 and run.step < args.steps:
-        found, episode = evaluate(parts.model, parts.chat, args, ["test"], fewer=5)
+        found, episode = evaluate(
+            parts.model, parts.chat, args, ["test"], max(1, args.eval_episodes // 5))
         metrics |= {f"eval_{name}": value for name, value in found["test"].items()}
         records.append(annotated(parts, episode, ("shown", run.step)))
-    run.log(metrics, FLAGS)
+    run.log(metrics, LIMITS)
     run.write_rollouts([{"step": run.step, **record} for record in records])
 
 
@@ -839,8 +842,10 @@ def watch(episodes) -> dict:
 
 
 def watch_parts(parts) -> dict:
-    """Tokens that a part sampled, and shares of its replies: parse_PART can be read in its marked
-    place, cut_PART met the limit, lost_PART came to nothing by that, overlong_PART had no room.
+    """Tokens that each part sampled, and shares of its replies.
+
+    parse_PART: can be read; cut_PART: met the limit; lost_PART: came to nothing by that;
+    overlong_PART: no room to ask.
     """
     found = {}
     for part, counts in parts.counts.items():
@@ -851,8 +856,9 @@ def watch_parts(parts) -> dict:
 
 
 def watch_lessons(parts, batch, l1_pairs, l2_pairs, tries) -> dict:
-    """What came of a step's states, and of its transitions where M is taught: targets_terminal,
-    composed of an outcome; targets_overlong, longer than M may write.
+    """How many lessons came of a step, and what the targets of M are like.
+
+    targets_terminal: composed of an outcome; targets_overlong: longer than M may write.
     """
     args, found = parts.args, watch_refinement(tries) | {"lessons": len(l2_pairs)}
     if args.ablation == "frozen-critic":
@@ -864,8 +870,10 @@ def watch_lessons(parts, batch, l1_pairs, l2_pairs, tries) -> dict:
 
 
 def watch_refinement(tries) -> dict:
-    """How often a^r is another action than the policy's, and how often better in the critic's eyes
-    (None where it judged no a^r); its mean sentiment, 0 to 1, over the verdicts that can be read.
+    """How far refinement changes the policy's action, and whether the critic likes that.
+
+    changed: a^r is another action; better: it is judged better (None where none was judged);
+    sentiment: the mean of all verdicts that can be read, 0 to 1.
     """
     if not tries:
         return {}
@@ -951,16 +959,27 @@ def anchor_lessons(parts, fresh, rng):
 
 
 def even_weights(buffer) -> list[float]:
-    """--even-turns: weights of transitions; late turns are rare while most episodes are lost early,
-    and they decide the others.
+    """--even-turns: weights of transitions, larger for late turns.
+
+    These are rare while most episodes are lost early, and they decide the others.
     """
     turns = Counter(len(t.state) for t in buffer)
     return [turns[len(t.state)] ** -0.75 for t in buffer]
 
 
+def follow_critic(parts, progress, fresh, stream, rng) -> dict:
+    """How well M foretold what was just played -> metrics. May open --critic-gate, for good."""
+    foretold = foretell(parts, progress["foretold"], fresh, stream, rng)
+    metrics = watch_foretold(foretold)
+    learns = progress["learns"] or opens(parts.args, foretold, metrics["auc"])
+    progress |= {"foretold": foretold, "learns": learns}
+    return metrics
+
+
 def foretell(parts, foretold, fresh, stream, rng) -> list:
-    """What M told lately of what was just played, before L1 sees it: [share of k forecasts that end
-    in success, whether it came, turn] of each transition, the latest WINDOW.
+    """What M said of what was just played, before L1 sees it; the latest WINDOW.
+
+    Of each transition [share of k forecasts that end in success, whether it came, turn].
     """
     k, foretold = parts.args.k, [*foretold]
     some = sample(fresh, parts.args, rng, 32)
@@ -977,7 +996,7 @@ def watch_foretold(foretold) -> dict:
     if not foretold:
         return {"auc": None}
     shares, came, _ = zip(*foretold)
-    return {"auc": auc(foretold), "foretold": common.mean(shares), "came": common.mean(came)}
+    return {"auc": auc_by_turn(foretold), "foretold": common.mean(shares), "came": common.mean(came)}
 
 
 def opens(args, foretold, area) -> bool:
@@ -987,7 +1006,7 @@ def opens(args, foretold, area) -> bool:
     return len(foretold) == WINDOW and area is not None and area >= args.critic_gate
 
 
-def auc(foretold) -> float | None:
+def auc_by_turn(foretold) -> float | None:
     """How often M told more success of an action that led there than of one that did not.
 
     Of two actions in the same turn: between turns the state alone would tell, as the later ones
@@ -1155,8 +1174,9 @@ def choice_text(futures, label_only, thoughts):
 
 
 def in_words(world, t, action, thoughts):
-    """An action as the policy writes it; `thoughts`: after what a player who knows the episode
-    alone can truly say.
+    """An action as the policy writes it.
+
+    With `thoughts`, after what a player who knows the episode alone can truly say.
     """
     if not thoughts:
         return written(action)
@@ -1206,7 +1226,7 @@ def with_shots(part, messages, args):
 def worked_examples(env, count, show_actions, k, m, prefill, ablation):
     """{part: --shots worked examples, as messages}: random play on train, and what came of it.
 
-    `settings`: values of SHOWN. By turns the end of an episode that was won and the start of one
+    By turns the end of an episode that was won and the start of one
     that was lost, where a random player does win. Futures are played: where the game goes on, it
     goes on at random. B_L's are single turns of these episodes, with the next one as the forecast.
     """

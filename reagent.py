@@ -14,9 +14,9 @@ in [0, 1].
                o1 and the critique, of which nothing is trained there                            (6)
 
 --variant U is all of it; at test time the first attempt alone counts. R has no second attempts, and
-none no judge either: lambda is 0. C trains no agent: (1), (2), (3), and the second attempt counts.
-The control that the paper lacks is R with --batch-size and --group-size twice as large: as many
-attempts at as many questions as U.
+none no judge either: all its scores are 0. C trains no agent: (1), (2), (3), and the second attempt
+counts. The control that the paper lacks is R with --batch-size and --group-size twice as large: as
+many attempts at as many questions as U.
 
 A run has four phases: the agent's cold start on correct trajectories, the judge's SFT and its GRPO
 where --judged or --judgements ask for a judge of its own, and learning. The judge is --rrm, any
@@ -26,15 +26,15 @@ Departures from the paper, and why:
  1. The paper's judge learns from judgements by a model of 120 billion parameters, the agent's
     cold start imitates a stronger model. Here they come from --judgements and --demos, or from
     programs: one names the flaws of a process, from what was read there (`annotate`; of it the
-    agent meets critiques alone, in a tiny model's warm-up and with --cold-again), the other is the
-    world's expert. Half of what is judged for the judge is the agent's own, the others are by
-    players of different strength.
+    agent meets critiques, with --cold-again, and all in a tiny model's warm-up, which agent and
+    judge share), the other is the world's expert. Half of what is judged for the judge is the
+    agent's own, the others are by players of different strength.
  2. The reward of the judge's GRPO is unpublished: here 1 - |score - the data's score|, 0 where
     nothing can be read; the words of a critique earn nothing. So is the prompt of the second
     attempt. What cannot be read is asked again at --temperature (the paper's script: at 0).
  3. An attempt that the context leaves no room to begin or to judge has no part in its pool, as a
-    score of 0 would teach brevity: its advantage is 0, though it counts in 1/(2G). One that the
-    context ends midway keeps the score that it has by then.
+    score of 0 would teach brevity: its advantage is 0, though it counts in 1/(2G) and in the KL.
+    One that the context ends midway keeps the score that it has by then.
  4. Transcripts lack native thoughts, lists of possible actions, and the last observation, in which
     our worlds say how it ended: neither judge nor second attempt may know. The judge reads o2 as it
     reads o1, beside q alone: R(q, o2), not whether the critique was heeded.
@@ -43,10 +43,11 @@ Departures from the paper, and why:
     13). R_rule is the world's own score: of `search`, the paper's rule.
  6. Smaller by default: 100 steps, 2,000 demonstrations, no training of the judge, which is the base
     as it is (--judged trains it).
- 7. TINY: the cold start also imitates second attempts, below another player's first one and the
-    program's critique of it (--cold-again), or a small model forgets what a critique is for.
+ 7. TINY is smaller still, learns faster, and trains its judge. Its cold start also imitates second
+    attempts, below another player's first one and the program's critique of it (--cold-again), or a
+    small model forgets what a critique is for.
 
-    python reagent.py                            # tiny, search: .16 -> .89, minutes
+    python reagent.py                            # tiny, search: success .16 -> .89, minutes
     python reagent.py --variant R --batch-size 256 --group-size 16 --out-dir runs/R \
         --rrm runs/reagent-search-s0/rrm         # as many attempts as U, the same judge
     python reagent.py --variant C --model smollm2 --shots 1 --eval-episodes 20
@@ -73,7 +74,7 @@ from common import flag
 
 @dataclass
 class Args:
-    """The paper's setting, smaller. "not in the paper": left open; TINY has a tiny model's."""
+    """The paper's setting, smaller; "not in the paper": left open. TINY has a tiny model's."""
 
     # shared by all scripts
     model: str = flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
@@ -105,10 +106,10 @@ class Args:
     quick: bool = flag(False, "a small run through every line, to see that it works; overrides the sizes")
     track: str = flag("none", "metrics go there, too (an extra to install)", choices=["none", "tensorboard", "wandb"])
     # group-relative policy optimisation
-    group_size: int = flag(8, "first attempts at one question (paper)")
+    group_size: int = flag(8, "first attempts at one question (paper); judgements of one transcript in the judge's GRPO")
     updates: int = flag(2, "gradient steps per step, each on its share of the questions (paper)")
     clip: float = flag(0.2, "the ratio counts as at least 1 - clip (paper)")
-    clip_high: float = flag(0.2, "and as at most 1 + clip_high (paper; its script: 0.34)")
+    clip_high: float = flag(0.2, "the ratio counts as at most 1 + clip_high (paper; its script: 0.34)")
     kl: float = flag(0.0, "weight of the KL to the start of the phase; 0 switches it off (paper: unpublished; its script: 0)")
     # Reagent
     variant: str = flag("U", "how the judge is used (paper)", choices=["U", "R", "C", "none"])
@@ -134,13 +135,13 @@ class Args:
 
 
 def learn(state):
-    """GRPO on attempts at questions of the train split, no question twice.
+    """GRPO on attempts at questions of the train split, no seed twice.
 
     At --seed 0 they are not new to a tiny model: its warm-up shows random play at the same ones.
     """
     args, agent, size = state.args, state.agent, state.args.group_size
     for step in phase(state, "learn", args.steps, args.lr, agent):
-        question = args.seed * 1_000_000_007 + (step - 1) * args.batch_size // size
+        question = args.seed * common.SEEDS_APART + (step - 1) * args.batch_size // size
         seeds = [question + i // size for i in range(args.batch_size)]
         first = attempt(state, "train", seeds, ("learn", step, 1))  # (1)
         second, judgements = [], []
@@ -159,17 +160,16 @@ def learn(state):
         metrics |= watch_judgements(batch, judgements)
         metrics["return"] = common.mean(episode.earned for episode in batch)
         if step % args.eval_every == 0 and step < args.steps:
-            numbers, _ = evaluate(state, ["test"], fewer=5)
+            numbers, _ = evaluate(state, ["test"], max(1, args.eval_episodes // 5))
             metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
         end_step(state, step, metrics, batch, judgements)
 
 
 def attempt(state, split, seeds, stream, earlier=None):
     """(1) Attempts, one per seed; (3) second ones, below `earlier` ones and their critiques."""
-    episodes, size = [], state.args.rollout_batch_size
-    for start in range(0, len(seeds), size):
-        some = seeds[start:start + size]
-        episodes += side_by_side(state, split, some, start, stream, earlier)
+    episodes = []
+    for some in groups(seeds, state.args.rollout_batch_size):
+        episodes += side_by_side(state, split, some, len(episodes), stream, earlier)
     return episodes
 
 
@@ -178,7 +178,7 @@ def review(state, episodes, stream):
     judgements = judge(state, [episode.said for episode in episodes], stream)
     for episode, judgement in zip(episodes, judgements):
         episode.critique, episode.judge_score = judgement.critique, judgement.score
-        episode.left_out = not judgement.asked
+        episode.left_out = not judgement.asked  # too long to judge, or never played
         episode.said.append(["judge", judgement.text])
     return judgements
 
@@ -192,7 +192,7 @@ def judged_return(args, episode):
 
 
 def critique_only(state, split, seeds):
-    """Second attempts -> (episodes, metrics). One that has no room is lost."""
+    """Second attempts -> (episodes, metrics). One that has no room counts as not won."""
     first = attempt(state, split, seeds, ("evaluate",))  # (1)
     judgements = review(state, first, ("evaluate", split))  # (2)
     second = attempt(state, split, seeds, ("evaluate", 2), first)  # (3)
@@ -336,10 +336,10 @@ def case(said) -> dict:
 def transcript(said) -> str:
     """What was said and seen after the first observation.
 
-    The last one tells the outcome: left out. What a turn copies of a transcript or of our prompts
-    is set in: it cannot pretend to be another turn, or a word of ours.
+    The last one tells the outcome: left out. A line that looks like a speaker's or like one of our
+    prompts is indented: no turn can pose as another, or as us.
     """
-    turns = [[who, text] for who, text in said[1:] if who != "judge"]
+    turns = [turn for turn in said[1:] if turn[0] != "judge"]
     if turns and turns[-1][0] == "world":
         turns.pop()
     lines = []
@@ -358,8 +358,8 @@ def messages_of(said) -> list[dict]:
             for who, text in said if who in roles]
 
 
-def room_of(learner, reply_tokens):
-    """Tokens that a prompt may have before a reply of so many."""
+def longest_prompt(learner, reply_tokens):
+    """The tokens that a prompt may have, with a reply of `reply_tokens` to come."""
     return learner.model.max_context - FORCED - reply_tokens
 
 
@@ -395,15 +395,16 @@ BLOCKS = re.compile(  # from the end of the analysis on; no tag stands within th
     # score has its end: of a reply that was cut, 0. may be the beginning of 0.8
     r"</think>[^<]*<critique>(?P<critique>(?:(?!</?(?:think|critique|score)>).)*)</critique>"
     r"[^<]*<score>(?P<score>[^<]*)</score>", re.DOTALL | re.IGNORECASE)
-SCORE = re.compile(  # one number in [0, 1], alone or out of 1, and words: not 8/10, 80%, 0.6-0.8
-    r"[^\d.,\u2212-]*(\.\d+|0(?:\.\d*)?|1(?:\.0*)?)(?:\s*/\s*1(?:\.0*)?)?(?:[^\w/%][^\d/%]*)?")
+SCORE = re.compile(  # one number in [0, 1], "/1" or "out of 1", and words: not 8/10, 80%, 0.6-0.8
+    r"[^\d.,\u2212-]*(\.\d+|0(?:\.\d*)?|1(?:\.0*)?)(?:\s*(?:/|out of)\s*1(?:\.0*)?)?"
+    r"(?:[^\w/%][^\d/%]*)?")
 
 
 def parse_judgement(reply) -> dict | None:
     """The last three blocks -> {"critique", "score"}; None where one cannot be read.
 
-    Whatever stands before, between and behind them is skipped, such as a native thought; one that
-    the chat template opened has no opening tag.
+    Whatever stands before and behind them is skipped, such as a native thought, and between them
+    what has no tag; a <think> that the chat template opened has no opening tag.
     """
     found = [*BLOCKS.finditer(reply)]
     score = SCORE.fullmatch(found[-1]["score"]) if found else None
@@ -424,17 +425,17 @@ def judge_prompt(state, said) -> list[int]:
     return state.rrm.chat.dialogue(messages, "<think>" * state.args.prefill)
 
 
-def judge(state, transcripts, stream) -> list[Judgement]:
+def judge(state, all_said, stream) -> list[Judgement]:
     """(2) Agent-RRM on [[who, text], ...] of each episode, greedily.
 
     What cannot be read is asked again at --temperature, and at last has score 0 and no critique.
     What is too long, or was never played, is not asked.
     """
-    args, judgements = state.args, [Judgement() for _ in transcripts]
-    prompts = [judge_prompt(state, said) for said in transcripts]
-    room = room_of(state.rrm, args.judge_tokens)
+    args, judgements = state.args, [Judgement() for _ in all_said]
+    prompts = [judge_prompt(state, said) for said in all_said]
+    room = longest_prompt(state.rrm, args.judge_tokens)
     left = [i for i, prompt in enumerate(prompts)
-            if len(prompt) <= room and len(transcripts[i]) > 1]
+            if len(prompt) <= room and any(who == "act" for who, _ in all_said[i])]
     for retry in range(1 + args.judge_retries):
         temperature = args.temperature if retry else 0.0  # greedily it would repeat itself
         some = [prompts[i] for i in left]
@@ -495,7 +496,6 @@ class Episode(Sampled):
     judge_score: float = 0.0
 
 
-@torch.no_grad()
 def side_by_side(state, split, seeds, start, stream, earlier):
     """Episodes that share a cache, numbered from `start`.
 
@@ -513,26 +513,26 @@ def side_by_side(state, split, seeds, start, stream, earlier):
         prompts.append(chat.dialogue(messages))
         episodes.append(Episode(split, seed, said, second=bool(earlier)))
         worlds.append(world)
-    actors = common.Dialogues(model, chat, prompts)
-    room = room_of(state.agent, args.max_new_tokens)
-    word = "<tool_call>" if world.tools else "Action:"
+    dialogues = common.Dialogues(model, chat, prompts)
+    room = longest_prompt(state.agent, args.max_new_tokens)
+    word = "<tool_call>" if worlds[0].tools else "Action:"
     for turn in itertools.count():
-        for ids, episode in zip(actors.ids, episodes):
+        for ids, episode in zip(dialogues.ids, episodes):
             if not episode.over and len(ids) > room:  # it ends; no turn is ever dropped
                 episode.truncated = episode.over = True
         live = [i for i, episode in enumerate(episodes) if not episode.over]
         if not live:
             break
         row_seeds = [common.row_seed(args.seed, *stream, start + i, turn) for i in live]
-        replies = actors.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature,
-                               seeds=row_seeds, prefill=word * args.prefill)
+        replies = dialogues.reply(live, max_new_tokens=args.max_new_tokens, temperature=temperature,
+                                  seeds=row_seeds, prefill=word * args.prefill)
         for i, reply, complete in zip(live, replies.texts, replies.complete):
             episodes[i].said.append(["act", reply])
             episodes[i].cut += not complete
             take_turn(worlds[i], episodes[i], reply)
-            actors.extend([i], [worlds[i].observation])
+            dialogues.extend([i], [worlds[i].observation])
     for i, episode in enumerate(episodes):
-        episode.ids, episode.mask, episode.logprob = actors.sampled(i)
+        episode.ids, episode.mask, episode.logprob = dialogues.sampled(i)
         if episode.actions:
             look_back(worlds[i], episode)
         else:  # the loss need not read its prompt
@@ -553,7 +553,7 @@ def take_turn(world, episode, reply):
 
 
 def look_back(world, episode):
-    """Of an episode that is over, what metrics and a program that judges (`annotate`) read."""
+    """Notes flaws and right answer of an episode that is over, for metrics and `annotate`."""
     episode.flaws = process_flaws(world, episode)
     episode.gold = getattr(world, "gold", "")
 
@@ -563,20 +563,24 @@ def look_back(world, episode):
 
 def learn_from_pools(state, learner, batch, pool_size) -> dict:
     """(5) and (6) on attempts or judgements, pools side by side in `batch` -> metrics."""
-    args, clip = state.args, (state.args.clip, state.args.clip_high)
+    args = state.args
     for pool in groups(batch, pool_size):
-        pool_advantages([item for item in pool if not item.left_out])
-    state.run.lap("rollout")
+        pool_advantages(pool)  # (5)
+    state.run.lap("rollout")  # all since the step began
     metrics = update(learner.model, learner.reference, learner.chat, args, learner.optimizer,
-                     batch, clip)
+                     batch, (args.clip, args.clip_high))  # (6)
     state.run.lap("update")
     return metrics | {"groups_flat": without_spread([item.advantage for item in batch], pool_size)}
 
 
 def pool_advantages(pool):
-    """(5) Writes the advantages of attempts at one question, or of judgements of one transcript."""
-    returns = [item.earned for item in pool]
-    for item, advantage in zip(pool, group_advantages(returns) if pool else []):
+    """(5) Writes the advantages of attempts at one question, or judgements of one transcript.
+
+    What is left out of the pool keeps 0.
+    """
+    counted = [item for item in pool if not item.left_out]
+    returns = [item.earned for item in counted]
+    for item, advantage in zip(counted, group_advantages(returns) if counted else []):
         item.advantage = advantage
 
 
@@ -593,9 +597,9 @@ def group_advantages(returns):
     return (centred / (np.std(returns, ddof=1) + 1e-6)).tolist()
 
 
-def without_spread(returns, group_size):
-    """How many groups have no advantages, as all of their episodes got the same."""
-    return sum(max(group) == min(group) for group in groups(returns, group_size))
+def without_spread(values, group_size):
+    """How many groups have one value throughout, so that nothing is learnt from them."""
+    return sum(max(group) == min(group) for group in groups(values, group_size))
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -617,7 +621,7 @@ def micro_batches(episodes, args):
 
 @torch.no_grad()
 def forward_logprobs(model, chat, args, steps):
-    """`sampled_logprobs` of all `micro_batches` by these weights, in a training forward."""
+    """`sampled_logprobs` of all `micro_batches` by these weights, without a gradient."""
     found = []
     for batches in steps:
         found.append([])
@@ -626,14 +630,11 @@ def forward_logprobs(model, chat, args, steps):
     return found
 
 
-def token_weights(mask, count, tokens=None):
+def token_weights(mask, count):
     """What a token counts in the loss, [B, T - 1]; divisors are those of the whole gradient step.
 
-    GRPO: the mean over `count` trajectories of the mean over their tokens. DAPO: the mean over
-    `tokens`.
+    The mean over `count` trajectories of the mean over their tokens.
     """
-    if tokens is not None:
-        return mask / tokens
     return mask / (count * mask.sum(1, keepdim=True).clamp(min=1))
 
 
@@ -649,7 +650,7 @@ def kl_estimate(logprobs, reference):
     return d.exp() - d - 1
 
 
-def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=False):
+def update(model, reference, chat, args, optimizer, episodes, clip):
     """--updates gradient steps, each on its share of the groups -> metrics per sampled token.
 
     `clip`: (low, high). With one gradient step rho is 1, and pi_old is its own forward, detached.
@@ -670,7 +671,7 @@ def update(model, reference, chat, args, optimizer, episodes, clip, token_mean=F
             loss = surrogate(logprobs, old_i, advantages, *clip)
             if ref:
                 loss = loss + args.kl * kl_estimate(logprobs, ref_i)
-            loss = (loss * token_weights(mask, len(share), tokens if token_mean else None)).sum()
+            loss = (loss * token_weights(mask, len(share))).sum()
             loss.backward()
             share_loss += loss.item()
             sums.update(watch_tokens(logprobs.detach(), old_i, ref_i, batch, clip))
@@ -756,7 +757,7 @@ def phase(state, name, count, lr, learner):
     """
     begun, done = state.last, state.progress["step"]
     state.phase, state.last = name, begun + count
-    if done <= begun and learner.reference:
+    if done <= begun and learner.reference:  # later its checkpoint has it
         learner.reference.load_state_dict(learner.model.state_dict())
     if done < state.last:
         for step in state.run.steps(max(done, begun), state.last):
@@ -769,31 +770,29 @@ def phase(state, name, count, lr, learner):
 # --------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(state, splits, fewer=1, again=False):
-    """The agent on fixed episodes of each split -> ({split: metrics}, an episode of the last).
+def evaluate(state, splits, count, again=False):
+    """The agent on `count` fixed episodes of each split -> ({split: metrics}, one of the last).
 
     Its first attempts; with `again`, variant C, the second ones.
     """
-    count, found = max(1, state.args.eval_episodes // fewer), {}
+    found = {}
     for split in [split for split in ("test", "ood") if split in splits]:
         if again:
             played, metrics = critique_only(state, split, range(count))
         else:
             played = attempt(state, split, range(count), ("evaluate",))
             metrics = watch(played)
-        won = [float(episode.won) for episode in played]
-        _, se = common.mean_se(won)
+        _, se = common.mean_se([episode.won for episode in played])
         found[split] = metrics | {"se": se, "n": count}
         tqdm.write(common.result_line(split, found[split]))
-    flaws = [list(flaw) for flaw in played[0].flaws]  # plain, for checkpoints
-    return found, record(played[0]) | {"flaws": flaws}
+    return found, record(played[0])
 
 
 # --------------------------------------------------------------------------------------------- main
 
 
 def trains_judge(args):
-    """Whether a run has a judge of its own; --judged is a default of TINY, so --rrm goes first."""
+    """Whether a run trains a judge of its own: TINY sets --judged, so --rrm overrides it."""
     return bool(args.judged or args.judgements) and not args.rrm
 
 
@@ -815,7 +814,7 @@ def trained(args, model, chat) -> Learner:
     """A model that will be trained."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
-        fused=model.device.type == "cuda")  # no copies in the step
+        fused=model.device.type == "cuda")  # fused: no copies of the weights in the step
     reference = common.frozen_copy(model) if args.kl else None
     return Learner(model, chat, optimizer, reference)
 
@@ -823,41 +822,40 @@ def trained(args, model, chat) -> Learner:
 def main():
     """Cold start, the judge's SFT and GRPO, learning."""
     args = common.parse_args(Args, TINY, quick=QUICK)
-    world, demos, judged = check_args(args)
+    world, demos, judgements = check_args(args)
     run = common.Run("reagent", args)
     agent = trained(args, *load(world, args))
     rrm = judge_of(args, agent)
     state = State(args, world, run, agent, rrm)
     check_rooms(state)
     if args.eval_only:
-        return evaluate(state, world.splits, again=args.variant == "C")
+        return evaluate(state, world.splits, args.eval_episodes, again=args.variant == "C")
     judge_is = {"judge": common.fingerprint(rrm.model)} if args.rrm else None
     run.start(judge_is, model=agent.model)
 
     state.progress = progress = run.resume(**parts(state)) or state.progress
     if not progress["step"]:
-        progress["before"], progress["shown"] = evaluate(state, world.splits)
+        progress["before"], progress["shown"] = evaluate(state, world.splits, args.eval_episodes)
     learns = args.variant != "C"
     if learns and (args.cold_start or demos):
         state.demos = demos or demonstrations(args)
         cold_start(state)
         if "cold_started" not in progress:  # a resumed run may be in a later phase
-            progress["cold_started"], _ = evaluate(state, world.splits)
+            progress["cold_started"], _ = evaluate(state, world.splits, args.eval_episodes)
     if rrm and "before" not in progress["judge"]:
         progress["judge"]["before"] = quality(state)
     if rrm and rrm.optimizer:
         make = functools.partial(judged_rows, state)
-        judged = judged or run.collect("judged.jsonl", progress, make)
-        state.judged = judgeable(state, judged)
-        for name, train in ("judge-sft", judge_sft), ("judge-grpo", judge_grpo):
-            train(state)
-            if name not in progress["judge"]:
-                progress["judge"][name] = quality(state)
-                common.save_model(run.dir / "rrm", rrm.model, rrm.chat)
+        rows = judgements or run.collect("judged.jsonl", progress, make)
+        state.judged = judgeable(state, rows)
+        judge_sft(state)
+        keep_judge(state, "judge-sft")
+        judge_grpo(state)
+        keep_judge(state, "judge-grpo")
     if learns:
         learn(state)
 
-    after, last = evaluate(state, world.splits, again=not learns)
+    after, last = evaluate(state, world.splits, args.eval_episodes, again=not learns)
     ends = envs.ends(args.env, args.eval_episodes)
     run.complete(
         agent.model, agent.chat, "reagent", args.variant, progress["before"], after, ends,
@@ -877,7 +875,7 @@ AT_LEAST = {"updates": 1, "judge_tokens": 1, "judge_epochs": 1, "cold_epochs": 1
 
 
 def check_args(args):
-    """Everything that can be refused before a model is loaded -> (world, demos, judged)."""
+    """Everything that can be refused before a model is loaded -> (world, demos, judgements)."""
     common.check_common(args)
     common.check_at_least(args, AT_LEAST)
     common.check_multiple(args, "batch_size", "group_size", "updates")
@@ -895,15 +893,15 @@ def check_args(args):
     if learns and args.cold_start and not args.demos and not args.eval_only:
         common.check(type(world).expert is not envs.World.expert,
                      f"--env {args.env} has no expert: give --demos, or --cold-start 0")
-    demos = judged = None
+    demos = judgements = None
     if args.demos:
         demos = common.read_rows("--demos", args.demos, check_row)
     if args.judgements:
-        judged = common.read_rows("--judgements", args.judgements, check_judged)
+        judgements = common.read_rows("--judgements", args.judgements, check_judged)
         needed = judge_grpo_rows(args) + 1
-        common.check(len(judged) >= needed,
-                     f"--judgements: {len(judged)} rows, --judge-steps need {needed}")
-    return world, demos, judged
+        common.check(len(judgements) >= needed,
+                     f"--judgements: {len(judgements)} rows, --judge-steps need {needed}")
+    return world, demos, judgements
 
 
 def check_room(args, chat, model, messages, room):
@@ -946,8 +944,15 @@ def end_step(state, step, metrics, episodes=(), judgements=()):
     run.save_if_due(state.progress, **parts(state))
 
 
+def keep_judge(state, name):
+    """Measures and saves what a phase has made of the judge, once."""
+    if name not in state.progress["judge"]:
+        state.progress["judge"][name] = quality(state)
+        common.save_model(state.run.dir / "rrm", state.rrm.model, state.rrm.chat)
+
+
 def parts(state):
-    """Of what a checkpoint keeps the weights."""
+    """What a checkpoint keeps the weights of."""
     found = {}
     for who, learner in ("agent", state.agent), ("rrm", state.rrm):
         if learner and learner.optimizer:
@@ -959,11 +964,12 @@ def parts(state):
 
 def record(episode):
     """An episode as rollouts.jsonl keeps it: words, not ids."""
-    return {name: value for name, value in vars(episode).items() if name not in ("ids", "mask")}
+    kept = {name: value for name, value in vars(episode).items() if name not in ("ids", "mask")}
+    return kept | {"flaws": [list(flaw) for flaw in episode.flaws]}  # plain, for checkpoints
 
 
 def watch(episodes, prefix="") -> dict:
-    """What can be counted over episodes, its names behind a prefix."""
+    """What can be counted over episodes; `prefix` begins each name."""
     if not episodes:
         return {}
     valid = [ok for episode in episodes for ok in episode.valid]
@@ -984,7 +990,7 @@ def watch(episodes, prefix="") -> dict:
 
 
 def watch_judgements(episodes, judgements) -> dict:
-    """What can be counted over judgements, and over the episodes that they are about.
+    """What can be counted over judgements, and over the episodes, second ones too, they are about.
 
     Of those that the judge was asked for; without any, `not_judged` alone.
     """
@@ -1060,7 +1066,9 @@ def quality(state) -> dict:
 # last reply. One of --judgements also has `think`, `critique` and `score`; --demos may have
 # `earlier`, messages of an attempt that it comes after, and `earlier_critique` (--cold-again).
 
-JUDGED, DEMONSTRATED = 300_000_000, 500_000_000  # where the seeds of these data begin
+# Seeds of train: learning counts from --seed times SEEDS_APART, a warm-up from 0, worked examples
+# from 10**6, the data from these. Of test: evaluation from 0, `quality` from 10,000.
+JUDGED, DEMONSTRATED = 300_000_000, 500_000_000
 
 
 def said_in(messages) -> list[list[str]]:
@@ -1089,18 +1097,20 @@ def check_judged(row):
 
 
 def judgeable(state, rows) -> list[dict]:
-    """Those that the judge has room for, in random order; says how many these are."""
+    """Those that can be read and that the judge has room for, in random order; says how many."""
     args, fit = state.args, []
-    room = room_of(state.rrm, args.judge_tokens)
+    room = longest_prompt(state.rrm, args.judge_tokens)
     for row in random.Random(f"judged {args.seed}").sample(rows, len(rows)):
         prompt = judge_prompt(state, said_in(row["messages"]))
         reply = judgement_text(row["think"], row["critique"], row["score"])
         length = len(state.rrm.chat.encode(reply)) + 1  # with its end
-        if len(prompt) <= room and length <= args.judge_tokens:
+        readable = parse_judgement(reply)  # no tag of ours in an action that the critique quotes
+        if readable and len(prompt) <= room and length <= args.judge_tokens:
             fit.append(row)
-    told = f"{len(fit)} of {len(rows)} judged trajectories fit its context and --judge-tokens"
+    told = f"{len(fit)} of {len(rows)} judged trajectories can be read and fit its limits"
     common.check(len(fit) > judge_grpo_rows(args), f"the judge: {told}, too few for GRPO and SFT")
-    tqdm.write(f"the judge: {told}")
+    scores = [row["score"] for row in fit]
+    tqdm.write(f"the judge: {told}, scores {min(scores):.2f} to {max(scores):.2f}")
     return fit
 
 
@@ -1113,7 +1123,8 @@ def process_flaws(world, episode) -> list[envs.Flaw]:
         return world.flaws()
     actions, found = episode.actions, []
     impossible = [not ok for ok in episode.valid]
-    repeated = [action == last for action, last in zip(actions[1:], actions)]
+    meant = [world.canonical(action) for action in actions]
+    repeated = [action == last for action, last in zip(meant[1:], meant)]
     for name, wrong, said, advice in (
             ("impossible", impossible, "could not be done", "Do without"),
             ("repeated", repeated, "was done twice in a row", "Do not repeat")):
@@ -1137,12 +1148,12 @@ def written(world, action, thought="") -> str:
 
 
 def play(world, split, seed, player, rng, thinks=False):
-    """An episode of a player; with `thinks`, what the expert thinks stands before each action."""
+    """An episode of a player; with `thinks`, thoughts stand before its actions."""
     observation, info = world.reset(seed=seed, options={"split": split})
     episode = Episode(split, seed, [["world", observation]])
     while not episode.over:
-        thought = world.thought() if thinks else ""
-        reply = written(world, player(world, info, rng), thought)
+        action = player(world, info, rng)
+        reply = written(world, action, world.thought(action) if thinks else "")
         episode.said.append(["act", reply])
         info = take_turn(world, episode, reply)
     look_back(world, episode)
@@ -1186,7 +1197,7 @@ def judged_examples(env, count, show_actions):
 def demonstrations(args):
     """Rows of the expert's correct trajectories, each below another player's, with a critique."""
     world, rows = envs.make(args.env, show_actions=args.show_actions), []
-    start = args.seed * 1_000_000_007 + DEMONSTRATED
+    start = args.seed * common.SEEDS_APART + DEMONSTRATED
     for seed in range(start, start + args.cold_start):
         rng = random.Random(f"demonstrations {seed}")
         expert = play(world, "train", seed, envs.expert_player, rng, thinks=True)
@@ -1213,9 +1224,9 @@ def mixed_episodes(state, split, seeds, stream):
 def judged_rows(state, done):
     """What the judge learns from: rows but the first `done`, which judged.jsonl has already."""
     args = state.args
-    if "judged.jsonl" in state.progress:  # all of them
+    if "judged.jsonl" in state.progress:  # the file is whole
         return
-    start = args.seed * 1_000_000_007 + JUDGED
+    start = args.seed * common.SEEDS_APART + JUDGED
     seeds = range(start, start + args.judged + judge_grpo_rows(args))
     players, agent = mixed_episodes(state, "train", seeds, ("judged",))
     state.run.count(episodes=len(agent), env_steps=sum(len(e.actions) for e in agent),
@@ -1248,8 +1259,7 @@ def load(world, args):
     common.check(not args.dose or hasattr(world, "heeding"),
                  f"--dose: --env {args.env} cannot say which actions follow a critique")
     if common.is_tiny(args.model) and args.device == "cpu":
-        # small tensors: more threads only wait for each other
-        torch.set_num_threads(min(2, torch.get_num_threads()))
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more only wait for each other
     return common.load(
         args.model, corpus=lambda: warmup(world, args), constants=constants_of(world),
         device=args.device, dtype=args.dtype, thinking=args.thinking,

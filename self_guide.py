@@ -1,4 +1,4 @@
-"""Self-Guide (Wang et al., arXiv 2604.03098): an agent rates its own steps, acts on it, earns it.
+"""Self-Guide (Wang et al., arXiv 2604.03098): an agent's ratings of its own steps guide and pay it.
 
 One language model rates and acts. h_t is the history, u the share of the run that is done:
 
@@ -57,14 +57,14 @@ from common import flag
 
 @dataclass
 class Args:
-    """The paper's setting. "not in the paper": what it leaves open; TINY has a tiny model's."""
+    """Defaults are the paper's; "not in the paper": left open there. TINY has a tiny model's."""
 
     # shared by all scripts
     model: str = flag("tiny", "tiny, tiny:WIDTHxLAYERS, smollm2, a .gguf file, a local directory or a hub id")
     env: str = flag("household", "a world: a name, NAME:ARGUMENT, or path/to/file.py:Class")
     seed: int = flag(0, "of everything sampled; the tiny model is built with seed 0")
     steps: int = flag(100, "passes of the loop: a batch of episodes, an update (paper)")
-    lr: float = flag(1e-6, "AdamW, constant after 5 steps; the rate: (paper, for DAPO)")
+    lr: float = flag(1e-6, "AdamW's rate (paper, for DAPO), constant after 5 steps")
     batch_size: int = flag(128, "episodes per step (public script: 16 tasks x 8)")
     micro_batch_size: int = flag(1, "sequences per backward pass; changes memory and speed, not the gradient")
     rollout_batch_size: int = flag(64, "episodes or replies sampled side by side; changes memory and speed alone")
@@ -94,15 +94,15 @@ class Args:
     estimator: str = flag("grpo", "dapo: asymmetric clip, token-mean loss and dynamic sampling, as DAPO has them (paper: both)",
                           choices=["grpo", "dapo"])
     clip: float = flag(0.2, "rho counts as at least 1 - clip, with grpo as at most 1 + clip (paper, for DAPO)")
-    clip_high: float = flag(0.28, "with dapo as at most 1 + clip_high (paper)")
+    clip_high: float = flag(0.28, "with dapo rho counts as at most 1 + clip_high (paper)")
     kl: float = flag(0.01, "weight of the KL to the start policy; 0 switches it off (paper, for DAPO)")
     resample: int = flag(2, "dapo: times that groups without spread in R are replaced, per step (not in the paper)")
     # Self-Guide
     guide: str = flag("on", "off: plain GRPO; inference: ratings steer an untrained policy (paper: all three)",
-                             choices=["on", "off", "inference"])
+                      choices=["on", "off", "inference"])
     rate_tokens: int = flag(1024, "of one rating (paper)")
     trust: str = flag("schedule", "lambda over the run (paper: the schedule and, as ablations, the others)",
-                             choices=["schedule", "zero", "immediate", "no-anneal"])
+                      choices=["schedule", "zero", "immediate", "no-anneal"])
     trust_points: list[float] = field(default_factory=lambda: [0.4, 0.5, 0.7, 0.8], metadata={
         "help": "shares of --steps: ratings start to earn, earn fully, start to earn less, earn nothing (paper)"})
     rating_reward: float = flag(0.1, "g of a positive rating; a negative one is its opposite (paper)")
@@ -112,6 +112,7 @@ class Args:
     mean_rating: bool = flag(False, "the mean of a trajectory's g in place of their sum (not in the paper)")
     flat_groups: bool = flag(True, "ratings earn where all R_env of a group are equal, too (paper)")
     frozen_rater: bool = flag(False, "the start policy rates, and is not trained to (not in the paper)")
+    # a tiny model
     dose: float = flag(0.0, "share of a tiny model's warm-up that rates rightly and takes the hint (not in the paper)")
     examples: int = flag(10000, "episodes that make a tiny model")
 
@@ -121,14 +122,14 @@ class Args:
 # world's own system prompt comes first: it states the game, these state the form of a reply.
 
 POLICY = "Think first if it helps. Then write Action: and your next action, on a line of its own."
-GUIDED = """You also rate your own steps. When you are asked to rate, judge the step you have just \
-taken in the light
-of the whole episode so far. Reply with two lines. Reason: one sentence. Label: positive, neutral \
-or negative.
-Positive: the step moved closer to the goal, or found what will be of use. Neutral: neither.
-Negative: it was wasted, a step back, a contradiction, or you are stuck.
-Your rating is a hint for your next action: go on after a positive one, try something else after \
-a negative one."""
+GUIDED = (
+    "You also rate your own steps. When you are asked to rate, judge the step you have just "
+    "taken in the light\nof the whole episode so far. Reply with two lines. Reason: one sentence. "
+    "Label: positive, neutral or negative.\n"
+    "Positive: the step moved closer to the goal, or found what will be of use. Neutral: neither.\n"
+    "Negative: it was wasted, a step back, a contradiction, or you are stuck.\n"
+    "Your rating is a hint for your next action: go on after a positive one, try something else "
+    "after a negative one.")
 RATE = "Rate your last step. Reason: one sentence. Label: positive, neutral or negative."
 ACT = "Now your next action."
 LABELS = ["negative", "neutral", "positive"]
@@ -276,7 +277,7 @@ def sample_groups(model, chat, args, step, task, trust, **how):
     what is left of them fills the batch up in the end. Writes `Episode.advantage`.
     """
     kept, played = [], []
-    first = args.seed * 1_000_000_007 + task
+    first = args.seed * common.SEEDS_APART + task
     last = args.resample if args.estimator == "dapo" else 0
     for attempt in range(last + 1):
         start = len(played)
@@ -307,11 +308,7 @@ TRUST = {  # lambda at the four --trust-points: a line between them, level befor
 
 
 def trust_schedule(args, share):
-    """(4) lambda(u) with u = (step - 1) / steps: what is done before a step.
-
-    In a group whose R_env are all equal, (5) divides by the spread of the ratings alone: there they
-    get full-size advantages whatever lambda > 0 or --reward-scale (metric groups_flat_env).
-    """
+    """(4) lambda(u); u = (step - 1) / steps, the share of the run that is over as a step begins."""
     return float(np.interp(share, args.trust_points, TRUST[args.trust]))
 
 
@@ -321,7 +318,7 @@ def environment_return(args, episode):
 
 
 def rating_return(args, episode):
-    """sum_t g(z_t). Not divided by its length, as in the paper: long self-praise pays."""
+    """sum_t g(z_t): a sum, as in the paper, so that long self-praise pays; or --mean-rating."""
     total = sum(label or 0 for label in episode.labels)  # departure 3: None counts as 0
     if args.mean_rating:
         total /= max(1, len(episode.labels))
@@ -346,15 +343,17 @@ def group_advantages(returns):
     return (centred / (np.std(returns, ddof=1) + 1e-6)).tolist()
 
 
-def without_spread(returns, group_size):
-    """How many groups have no advantages, as all of their episodes got the same."""
-    return sum(max(group) == min(group) for group in groups(returns, group_size))
+def without_spread(values, group_size):
+    """How many groups have one value throughout, so that nothing is learnt from them."""
+    return sum(max(group) == min(group) for group in groups(values, group_size))
 
 
 def guided_advantages(args, group, trust):
     """Writes the advantages (5) of the returns (3) into the episodes of one group.
 
-    With --flat-groups False, ratings earn nothing where all R_env are equal.
+    Where all R_env of a group are equal, (5) divides by the spread of the ratings alone: they get
+    full-size advantages, however small lambda > 0 is (metric groups_flat_env). With --flat-groups
+    False they earn nothing there.
     """
     environment = [environment_return(args, episode) for episode in group]
     if not args.flat_groups and max(environment) == min(environment):
@@ -383,7 +382,7 @@ def micro_batches(episodes, args):
 
 @torch.no_grad()
 def forward_logprobs(model, chat, args, steps):
-    """`sampled_logprobs` of all `micro_batches` by these weights, in a training forward."""
+    """`sampled_logprobs` of all `micro_batches` by these weights, without a gradient."""
     found = []
     for batches in steps:
         found.append([])
@@ -502,47 +501,44 @@ def main():
     rater = reference if args.frozen_rater else None
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
-        fused=model.device.type == "cuda")  # no copies in the step
-    state = run.resume(model=model, optimizer=optimizer)
-    if not state:
+        fused=model.device.type == "cuda")  # fused: no copies of the weights in the step
+    progress = run.resume(model=model, optimizer=optimizer)
+    if not progress:
         before, episode = evaluate(model, chat, args, splits, args.eval_episodes, guided)
-        state = {"step": 0, "task": 0, "before": before, "episode": episode}
+        progress = {"step": 0, "task": 0, "before": before, "episode": episode}
     dapo = args.estimator == "dapo"
     clip = (args.clip, args.clip_high if dapo else args.clip)
-    for step in run.steps(state["step"], steps):
+    for step in run.steps(progress["step"], steps):
         trust = trust_schedule(args, (step - 1) / steps) if guided else 0.0  # (4)
         batch, played = sample_groups(
-            model, chat, args, step, state["task"], trust,
+            model, chat, args, step, progress["task"], trust,
             guided=guided, rater=rater)  # (1), (2), (3), (5)
         run.lap("rollout")
         common.set_rate(optimizer, args.lr * min(1, step / 5))
         losses = update(model, reference, chat, args, optimizer, batch, clip, dapo)  # (6)
         run.lap("update")
 
-        state |= {"step": step, "task": state["task"] + len(played) // args.group_size}
+        tasks = progress["task"] + len(played) // args.group_size
+        progress |= {"step": step, "task": tasks}
         metrics = watch(played) | watch_rewards(args, batch, trust) | losses
         metrics["groups_replaced"] = (len(played) - len(batch)) // args.group_size
         if step % args.eval_every == 0 and step < steps:
-            fewer = max(1, args.eval_episodes // 5)
-            numbers, _ = evaluate(model, chat, args, ["test"], fewer, guided, rater)
+            count = max(1, args.eval_episodes // 5)
+            numbers, _ = evaluate(model, chat, args, ["test"], count, guided, rater)
             metrics |= {f"eval_{name}": value for name, value in numbers["test"].items()}
-        run.count(
-            episodes=len(played),
-            env_steps=sum(len(episode.valid) for episode in played),
-            tokens=sum(episode.tokens for episode in played),
-            gradient_steps=args.updates)
-        run.log(metrics, LIMITS)
-        run.write_rollouts([{"step": step, **record(episode)} for episode in played])
-        run.save_if_due(state, model=model, optimizer=optimizer)
+        end_step(run, args, metrics, played)
+        run.save_if_due(progress, model=model, optimizer=optimizer)
 
     after, last = evaluate(model, chat, args, splits, args.eval_episodes, guided_after, rater)
-    arm = {"on": args.trust, "off": args.estimator}.get(args.guide, args.guide)
-    if guided and dapo:
-        arm += "-dapo"
+    arm = args.guide  # inference
+    if guided:
+        arm = args.trust + "-dapo" * dapo
+    elif args.guide == "off":
+        arm = args.estimator
     ends = envs.ends(args.env, args.eval_episodes)
     run.complete(
-        model, chat, "self-guide", arm, state["before"], after, ends,
-        shown=[state["episode"], last])
+        model, chat, "self-guide", arm, progress["before"], after, ends,
+        shown=[progress["episode"], last])
 
 
 # ---------------------------------------- beside the paper, and at the end only for --model tiny
@@ -595,6 +591,17 @@ def watch_rewards(args, batch, trust):
         "groups_flat": without_spread(returns, args.group_size),
         "groups_flat_env": without_spread(environment, args.group_size),
     }
+
+
+def end_step(run, args, metrics, played):
+    """Writes everything down."""
+    run.count(
+        episodes=len(played),
+        env_steps=sum(len(episode.valid) for episode in played),
+        tokens=sum(episode.tokens for episode in played),
+        gradient_steps=args.updates)
+    run.log(metrics, LIMITS)
+    run.write_rollouts([{"step": run.step, **record(episode)} for episode in played])
 
 
 def watch(episodes):
@@ -663,7 +670,8 @@ def errors(episode):
 def worked_examples(env, count, show_actions, guided):
     """--shots: what a random player met and did on train; with guidance also how a step is rated.
 
-    By turns a possible step, shown as positive, and an impossible one: from two on both are seen.
+    Possible steps, rated positive, and impossible ones, rated negative, take turns: --shots 2 shows
+    both.
     """
     world, messages = envs.make(env, show_actions=show_actions), []
     for seed in range(10**6, 10**6 + count):  # far from the seeds that are learnt from
@@ -703,7 +711,7 @@ QUICK = dict(
     steps=4, batch_size=16, group_size=4, updates=2,
     eval_episodes=16, eval_every=2, save_every=2,
     examples=600)
-HINTS = 2  # acts after each label that tells what to do, practised apart, of each episode
+HINTS = 2  # per episode and label: actions that took its hint, as examples of their own
 READ = "Repeat the task, and what the last action brought."  # practises reading
 
 
@@ -826,7 +834,7 @@ class Prospects(envs.RandomPlay):
         self.state, self.value = world.snapshot(), self.expected(world, left)
 
     def label(self, world, valid) -> str:
-        """Of the step from `before` to now: how it moved the chance, the passing of its turn apart."""
+        """How the step since `before` moved the chance, apart from the turn that it took."""
         now = self.expected(world, world.max_turns - world.turns)
         return LABELS[1 + envs.moved(self.value, now)] if valid else "negative"
 

@@ -156,7 +156,7 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
                f"{args.episodes_per_step} episodes")
     torch.manual_seed(args.seed)  # for parameters that a rival adds
     learner = make_learner(model, chat, world, args)
-    before, episode = nlac.evaluate(model, chat, args, ["test"])
+    before, episode = nlac.evaluate(model, chat, args, ["test"], args.eval_episodes)
     shown = [("before", episode)]
     run.write_rollouts([{"step": 0, "evaluation": "before", **vars(episode)}])
 
@@ -186,12 +186,13 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
         last = totals["env_steps"] >= limit if limit else step == args.steps
         records = [{"step": step, **vars(e)} for e in episodes]
         if last or step % args.eval_every == 0:
-            after, episode = nlac.evaluate(model, chat, args, ["test"], fewer=1 if last else 5)
+            count = args.eval_episodes if last else max(1, args.eval_episodes // 5)
+            after, episode = nlac.evaluate(model, chat, args, ["test"], count)
             metrics |= {f"eval_{name}": value for name, value in after["test"].items()}
             records += [{"step": step, "evaluation": "after", **vars(episode)}] * last
         clock.lap("watching")
         metrics |= nlac.watch_parts(learner.parts) | dict(totals) | clock.seconds()
-        common.warn_cut(metrics, nlac.FLAGS, told)
+        common.warn_cut(metrics, nlac.LIMITS, told)
         run.log(metrics)
         run.write_rollouts(records)
         bar.update((totals["env_steps"] if limit else step) - bar.n)

@@ -37,9 +37,9 @@ def sft_choice(job):
     args = job.args
     for step, batch in act.stage_steps(job, job.pairs, args.pair_batch_size, args.sft_lr):
         dialogues = []
-        for pair in act.shuffled(job, step, batch):
+        for pair in act.in_random_order(job, step, batch):
             asked = act.question(job.world, args, pair)
-            dialogues.append(only_last([*asked, act.assistant(act.tagged(pair["expert"]))]))
+            dialogues.append(only_last([*asked, act.assistant(act.written(pair["expert"]))]))
         metrics = act.imitate(job.model, job.chat, args, job.optimizer, dialogues)
         act.end_step(job, step, metrics)
 
@@ -52,7 +52,7 @@ def dpo(job):
         triples = []
         for pair in batch:
             prompt = chat.dialogue(act.dialogue(job.world, args, pair["messages"]))
-            replies = [chat.reply(act.tagged(pair[which])) for which in ("expert", "candidate")]
+            replies = [chat.reply(act.written(pair[which])) for which in ("expert", "candidate")]
             triples.append((prompt, *replies))
         act.end_step(job, step, dpo_step(job, triples))
 

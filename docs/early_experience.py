@@ -91,7 +91,7 @@ def warmup(world, args):
         actions = rng.choices(info["admissible"], k=2)
         results = outcomes(world, state, actions)
         thought = " ".join(map(told, actions, results))
-        reply = f"{thought} {act.tagged(actions[-1])}"
+        reply = f"{thought} {act.written(actions[-1])}"
         asked = reflection(world, args, state, actions, results)
         examples.append([*asked, act.assistant(reply)])
     examples += act.warmup(world, args)
@@ -141,7 +141,7 @@ def reflect(job):
     for each, reply in zip(asked, said):
         counts["tokens"] += sum(reply.mask)
         if words := words_of(reply):
-            found.append({**each, "reply": f"{words} {act.tagged(each['expert'])}"})
+            found.append({**each, "reply": f"{words} {act.written(each['expert'])}"})
     counts |= {"reflections": len(found), "unreadable": len(asked) - len(found),
                "cut_choice": common.mean(not reply.complete for reply in said)}
     return found, counts
@@ -158,7 +158,7 @@ def early_experience(job):
     reflections, counts = reflect(job)
     common.write_jsonl(run.dir / "reflections.jsonl", reflections)
     run.count(tokens=counts["tokens"], env_steps=counts["env_steps"])
-    plain = [{**each, "reply": act.tagged(each["expert"])} for each in job.states]
+    plain = [{**each, "reply": act.written(each["expert"])} for each in job.states]
     print(f"{len(plain)} expert states, {counts}")
     rows = [*reflections, *plain]
     for step, batch in act.stage_steps(job, rows, args.pair_batch_size, args.sft_lr):

@@ -272,7 +272,8 @@ def grpo_ours(args, model, chat, pairs, group):
         for reply in replies:
             reply.reward, reply.outcome = paid(reply.text), "right"
         act.set_advantages(replies, group)
-        act.grpo_update(model, reference, chat, settings, optimizer, replies)
+        clip = settings.clip, settings.clip
+        act.update(model, reference, chat, settings, optimizer, replies, clip)
 
     return timed(args, step)
 

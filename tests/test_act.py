@@ -153,7 +153,7 @@ def test_a_number_that_is_an_action_is_taken_at_its_word():
         assert act.chosen_of_two(WORLD, said, *both) == said
     menu = {"expert": "0", "candidate": "3", "admissible": ["0", "1", "2", "3"], "expert_second": True}
     for said, row in ("2", "possible"), ("Action 2", "right"), ("4", "impossible"), ("0", "right"):
-        assert row_of(menu, act.tagged(said)) == row, said
+        assert row_of(menu, act.written(said)) == row, said
 
 
 PUT, QUOTED = "put tomato 1 in/on garbagecan 1", json.dumps({"name": "search", "arguments": '{"query": " Mira "}'})
@@ -173,7 +173,7 @@ def test_actions_are_equal_as_the_world_understands_them(env):
     world, (same, others) = envs.make(env), SAME[env]
     pair = {"expert": same[0], "candidate": others[0], "admissible": None, "expert_second": True}
     for said in same:
-        assert row_of(pair, act.tagged(said), world=world) == row_of(pair, "<action>Action 2</action>", world=world) == "right", said
+        assert row_of(pair, act.written(said), world=world) == row_of(pair, "<action>Action 2</action>", world=world) == "right", said
         assert act.as_listed(world, said, [others[0], same[0]]) == same[0]
     for said in others:
         assert act.normal(world, said) != act.normal(world, same[0]) and act.as_listed(world, said, same) is None, said
@@ -203,7 +203,7 @@ def test_the_experts_action_in_tags_wins(env):
         episode = act.Episode("test", seed)
         while not episode.over:
             action = world.expert()
-            reply = f"I think of <this>.\n**{act.tagged(action)}**"
+            reply = f"I think of <this>.\n**{act.written(action)}**"
             assert act.normal(world, act.parse_action(reply)) == act.normal(world, action)
             act.take_turn(world, episode, reply)
         assert episode.won and all(episode.valid), (env, seed)
@@ -217,7 +217,7 @@ TEXTS = st.one_of(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), s
 @FAST
 @given(TEXTS)
 def test_bad_output_never_raises(text):
-    for reply in text, act.tagged(text), text + act.tagged(text) + text:
+    for reply in text, act.written(text), text + act.written(text) + text:
         for complete in True, False:
             row = row_of(PAIR, reply, complete)
             assert row in act.REWARDS and row != ("cut" if complete else "untagged")
@@ -352,7 +352,7 @@ def test_the_policy_sees_its_dialogue_and_nothing_else(chores):
         assert system == act.system(world) and system["content"].startswith(world.system)
         for shown, kept in zip(said, state["messages"], strict=True):
             own = kept["role"] == "assistant"
-            assert shown["content"] == (act.tagged(kept["content"]) if own else kept["content"])
+            assert shown["content"] == (act.written(kept["content"]) if own else kept["content"])
         assert "Action 1" not in str(said) and state == before  # nothing is changed in place
         assert ("Possible" in str(said)) == ("Possible" in str(state["messages"]))
 
@@ -388,7 +388,7 @@ def test_worked_examples_are_random_play_on_train(env, prefill, monkeypatch):
     for asked, reply in zip(acts[::2], acts[1::2]):
         listing = asked["content"].split(envs.LISTING)[1].splitlines()
         action = act.parse_action(reply["content"])
-        assert envs.one_line(action) in listing and reply["content"] == act.tagged(action)
+        assert envs.one_line(action) in listing and reply["content"] == act.written(action)
     better = []
     for seed, asked, reply in zip(range(10**6, 10**6 + 4), choices[::2], choices[1::2]):
         one, two = re.search(r"Action 1: (.*)\nAction 2: (.*)\nWhich", asked["content"], re.S).groups()
@@ -398,7 +398,7 @@ def test_worked_examples_are_random_play_on_train(env, prefill, monkeypatch):
             reset(world, seed=seed, options={"split": "train"})
             assert world.step(action)[-1]["valid"] == (action == good)
         reason = f"Action {1 + better[-1]} can be done now, and action {2 - better[-1]} cannot. "
-        assert reply["content"] == reason * (not prefill) + act.tagged(good)
+        assert reply["content"] == reason * (not prefill) + act.written(good)
     assert better == [False, True] * 2  # in balance
 
 
@@ -425,7 +425,7 @@ def test_grpo_against_another_derivation(kl, updates, micro):
     replies = [act.Reply("", True, **each, advantage=rng.gauss(0, 1)) for each in random_episodes(rng, 6)]
     args = args_of(kl=kl, updates=updates, micro_batch_size=micro, temperature=0.7, clip=0.1)
     model, reference = map(Bigram, tables)
-    metrics = act.grpo_update(model, reference, PAD, args, torch.optim.SGD(model.parameters(), lr=2.0), replies)
+    metrics = act.update(model, reference, PAD, args, torch.optim.SGD(model.parameters(), lr=2.0), replies, (0.1, 0.1))
     theta, reference = (torch.tensor(table, dtype=torch.float32).double() for table in tables)
     kept = [[float(x) for x in logprobs_of(theta, reply)] for reply in replies]
     losses, norms, kls, outside = [], [], [], []
@@ -487,7 +487,7 @@ def test_one_pass_over_a_demonstration_is_one_over_each_of_its_states(tiny, demo
     for args in ARGS, args_of(shots=2):
         found = [each for demo in demos for each in taught(act.dialogue(WORLD, args, demo["messages"]))]
         assert found == [(chat.dialogue(act.dialogue(WORLD, args, state["messages"])),
-                          chat.reply(act.tagged(state["expert"]))) for state in states]  # fmt: skip
+                          chat.reply(act.written(state["expert"]))) for state in states]  # fmt: skip
 
 
 def test_dpo_by_hand(no_step):
@@ -637,7 +637,7 @@ def test_episodes_do_not_depend_on_what_is_played_beside_them(tiny):
 def test_what_does_not_fit_the_context_is_left_out(tiny, states, pairs):
     state = state_of(copy.deepcopy(tiny[0]), tiny[1])
     for examples in states, pairs:
-        lengths = [len(tiny[1].dialogue(act.prompt_of(state, example)[0])) + 28 + act.FORCED for example in examples]
+        lengths = [len(tiny[1].dialogue(act.asked_of(state, example)[0])) + 28 + act.FORCED for example in examples]
         for limit in {*lengths, min(lengths) - 1}:
             state.model.max_context = limit
             assert act.that_fit(state, examples) == [e for e, n in zip(examples, lengths) if n <= limit]
@@ -663,7 +663,7 @@ def stage(tiny, demos, states, pairs, monkeypatch):
 
 def test_what_the_stages_train_on(stage, pairs, states, demos, monkeypatch):
     seen = {"act": [], "il": []}
-    monkeypatch.setattr(act, "grpo_update", lambda *given: seen["act"].append(given[5]) or {})
+    monkeypatch.setattr(act, "update", lambda *given: seen["act"].append(given[5]) or {})
     monkeypatch.setattr(act, "imitate", lambda *given: seen["il"].append(given[4]) or {"loss": 0})
     state, told = stage(act.critical_training)
     for (_, metrics, replies), updated in zip(told, seen["act"]):
@@ -680,7 +680,7 @@ def test_what_the_stages_train_on(stage, pairs, states, demos, monkeypatch):
         for name, key, wanted in ("first", "expert_second", False), ("second", "expert_second", True), ("possible", "possible", True):
             right, found = [reply.outcome == "right" for reply in replies if reply.about[key] == wanted], metrics[f"right_if_{name}"]
             assert found == pytest.approx(common.mean(right)) if right else math.isnan(found)
-    assert abs(common.mean(pair["expert_second"] for pair in act.shuffled(state, 1, pairs[:1] * 1000)) - 0.5) < 0.05
+    assert abs(common.mean(pair["expert_second"] for pair in act.in_random_order(state, 1, pairs[:1] * 1000)) - 0.5) < 0.05
     state, told = stage(act.reinforcement)
     for _, metrics, replies in told:
         assert "cut_act" in metrics and not {"candidate", "expert_second"} & set(replies[0].about)
@@ -698,8 +698,8 @@ def test_what_the_controls_train_on(stage, pairs, monkeypatch):
     monkeypatch.setattr(act, "imitate", lambda *given: seen.update(sft=given[4]) or {"loss": 0})
     monkeypatch.setattr(act_controls, "dpo_step", lambda state, triples: seen.update(dpo=triples) or {})
     monkeypatch.setattr(act, "ask", lambda state, some, *given, **how: seen.update(ask=(some, how)) or replies_of((1, "right")))
-    monkeypatch.setattr(act, "grpo_update", lambda *given: {})
-    monkeypatch.setattr(act, "shuffled", lambda state, step, pairs: pairs)
+    monkeypatch.setattr(act, "update", lambda *given: {})
+    monkeypatch.setattr(act, "in_random_order", lambda state, step, pairs: pairs)
 
     def run(function):
         return stage(lambda state: [setattr(state, "args", act_controls.Args(**vars(state.args))),
@@ -711,11 +711,11 @@ def test_what_the_controls_train_on(stage, pairs, monkeypatch):
     for messages in seen["sft"]:
         pair = asked[tuple(chat.dialogue(messages[:-1]))]
         ids, mask = chat.dialogue_and_mask(messages)  # the last reply alone
-        reply = chat.reply(act.tagged(pair["expert"]))
+        reply = chat.reply(act.written(pair["expert"]))
         assert ids[-len(reply):] == reply and mask == [0] * (len(ids) - len(reply)) + [1] * len(reply)
     run(act_controls.dpo)
     triples = [(chat.dialogue(act.dialogue(WORLD, ARGS, pair["messages"])),
-                *(chat.reply(act.tagged(pair[which])) for which in ("expert", "candidate"))) for pair in pairs]  # fmt: skip
+                *(chat.reply(act.written(pair[which])) for which in ("expert", "candidate"))) for pair in pairs]  # fmt: skip
     assert len(seen["dpo"]) == 16 and all(triple in triples for triple in seen["dpo"])
     run(act_controls.no_reasoning)
     assert seen["ask"][1] == {"reasons": False}
@@ -730,7 +730,7 @@ def test_cut_replies_teach_nothing_and_are_counted(stage, tiny, capsys):
     assert "--choice-tokens" in capsys.readouterr().err
     state.args.max_new_tokens = 1
     for told in 1, 0:  # in evaluations, too, and once
-        found, _ = act.evaluate(state, ["test"])
+        found, _ = act.evaluate(state, ["test"], state.args.eval_episodes)
         assert found["test"]["cut_act"] == 1 and capsys.readouterr().err.count("--max-new-tokens") == told
 
 
@@ -769,10 +769,10 @@ def test_warm_up_sees_train_alone_and_no_expert(name, monkeypatch):
         ask, reply, action = asked[-1], said[-1], act.parse_action(said[-1])
         for text in said if kind == "act" else said[:-1]:  # actions of the world, tagged
             assert act.parse_action(text) in possible
-            assert kind == "act" or text == act.tagged(act.parse_action(text))
+            assert kind == "act" or text == act.written(act.parse_action(text))
         if kind == "act":  # each turn after a thought or without
             for told, text in zip(asked, said):
-                thought = text.removesuffix(act.tagged(act.parse_action(text)))
+                thought = text.removesuffix(act.written(act.parse_action(text)))
                 thoughtful[bool(thought)] += 1
                 assert not thought or thought.endswith(f" {act.event(told)} ")
         elif kind == "read":
@@ -781,7 +781,7 @@ def test_warm_up_sees_train_alone_and_no_expert(name, monkeypatch):
             listing = ask.split("\nPossible actions:\n")[1].split(f"\n{act.PROPOSED}")[0].splitlines()
             proposed = re.search(r"Action 1: (.*)\nAction 2: (.*)", ask).groups()
             assert action in proposed and set(proposed) <= set(listing) <= possible
-            assert (reply == act.tagged(action)) == (kind == "now")
+            assert (reply == act.written(action)) == (kind == "now")
     assert len(kinds) == 4 and set(kinds.values()) == {20} and min(thoughtful.values()) > 5
 
 
@@ -921,7 +921,7 @@ def test_the_gates_of_a_dose(monkeypatch, knows, follows):
             spoken.append(marks)
             better = marks[1] > marks[0]
             chosen = both[better] if follows else both[not better]
-            replies.append(reply_of(f"So. {act.foreseen(both, marks)} {act.tagged(chosen)}"))
+            replies.append(reply_of(f"So. {act.foreseen(both, marks)} {act.written(chosen)}"))
             replies[-1].outcome = act.outcome_of(state.world, replies[-1], pair)
         return replies
 
@@ -1000,7 +1000,7 @@ def test_a_run_and_its_summary(whole):
 
 
 def test_each_stage_starts_from_the_one_before_and_so_does_its_reference(run_here, monkeypatch, tmp_path):
-    seen, update, imitate, save = [], act.grpo_update, act.imitate, common.Run.save
+    seen, update, imitate, save = [], act.update, act.imitate, common.Run.save
     parts, NOTHING = [], common.fingerprint(torch.nn.Module())
 
     def updating(model, reference, *given):
@@ -1011,7 +1011,7 @@ def test_each_stage_starts_from_the_one_before_and_so_does_its_reference(run_her
         seen.append((common.fingerprint(model), NOTHING))
         return imitate(model, *given)
 
-    monkeypatch.setattr(act, "grpo_update", updating)
+    monkeypatch.setattr(act, "update", updating)
     monkeypatch.setattr(act, "imitate", imitating)
     monkeypatch.setattr(common.Run, "save", lambda self, state: parts.append(bool(state["parts"]["reference"])) or save(self, state))
     run_here(f"{SMALL} --steps 2 --kl 0.1 --pipeline rl,il,rl --out-dir run")

@@ -504,7 +504,7 @@ def test_a_reflection_is_the_models_own_words_and_the_experts_action(monkeypatch
     told, counts = early_experience.reflect(state)
     wanted = [(state, words) for state, words in zip(states, said.values()) if words]
     assert len(states) > len(said) == len(asked)
-    assert [row["reply"] for row in told] == [f"{words} {act.tagged(state['expert'])}" for state, words in wanted]
+    assert [row["reply"] for row in told] == [f"{words} {act.written(state['expert'])}" for state, words in wanted]
     assert [{key: value for key, value in row.items() if key != "reply"} for row in told] == [state for state, _ in wanted]
     steps = sum((len(actions) + 1) * (state["turn"] + 1) for state, actions in zip(states, candidates))  # of the replays
     assert counts == {"tokens": 2 * len(said), "reflections": 5, "unreadable": 3, "env_steps": steps, "cut_choice": 0,
@@ -541,7 +541,7 @@ def test_its_warm_up_sees_train_alone_and_no_expert(monkeypatch):
     assert len(own) == 20 and len(rest) == len(plain) and all(messages in plain for messages in rest)
     for *_, asked, reply in own:  # what it says of two random actions is what it was told
         one, two = asked["content"].split("\n")[-3:-1]
-        assert reply == {"role": "assistant", "content": f"{one} {two} {act.tagged(two.split(':')[0])}"}
+        assert reply == {"role": "assistant", "content": f"{one} {two} {act.written(two.split(':')[0])}"}
 
 
 # ----------------------------------------------------------------------------------------------------- ACT's rationale test

@@ -937,7 +937,7 @@ def test_search_hides_what_was_not_read(name):
                     text = text.replace(shape.format(x=subject, y=value), shape.format(x=subject, y=other))
                     twin.book.pages[place], twin.gold = (about, text), other
                 both[-1] += [twin.step(action) for action, *_ in steps[:opened]]
-                both[-1] += [twin.thought(), twin.expert()]
+                both[-1] += [twin.thought(""), twin.expert()]
                 both[-1].append(twin.step(call("answer", "Nobody Else")))  # lost: nothing is revealed
             assert both[0] == both[1] and both[0][-1][0].endswith("That is your answer. The game is over and you did not win.")
             swapped += 1
@@ -945,7 +945,7 @@ def test_search_hides_what_was_not_read(name):
 
 
 def thinking_player(env, info, rng):
-    return f"{env.thought()}\n{env.expert()}"
+    return f"{env.thought('')}\n{env.expert()}"
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -557,16 +557,16 @@ def test_what_is_shown_of_an_episode_has_no_empty_critique(parts_of):
 
 def test_auc_by_hand():
     one, zero = [[1.0, True, 2], [0.5, True, 2]], [[0.0, False, 2], [0.5, False, 2]]
-    assert nlac.auc([]) is None and nlac.auc(one) is None and nlac.auc([[0.5, True, 0], [0.5, False, 0]]) == 0.5
-    assert nlac.auc([one[0], zero[0]]) == 1 and nlac.auc([[0.0, True, 1], [1.0, False, 1]]) == 0
-    assert nlac.auc(one + zero) == pytest.approx(3.5 / 4)
+    assert nlac.auc_by_turn([]) is None and nlac.auc_by_turn(one) is None and nlac.auc_by_turn([[0.5, True, 0], [0.5, False, 0]]) == 0.5
+    assert nlac.auc_by_turn([one[0], zero[0]]) == 1 and nlac.auc_by_turn([[0.0, True, 1], [1.0, False, 1]]) == 0
+    assert nlac.auc_by_turn(one + zero) == pytest.approx(3.5 / 4)
     late = [[turn / 4, i % 4 < turn, turn] for turn in range(1, 4) for i in range(40)]  # M knows the turn, nothing of the action
-    assert nlac.auc(late) == 0.5 and nlac.auc([[share, came, 0] for share, came, _ in late]) > 0.65  # over all turns together
+    assert nlac.auc_by_turn(late) == 0.5 and nlac.auc_by_turn([[share, came, 0] for share, came, _ in late]) > 0.65  # over all turns together
 
 
 def opens(told, **settings):
     """Whether L2 learns after M told this."""
-    return nlac.opens(dataclasses.replace(nlac.Args(), **settings), told, nlac.auc(told))
+    return nlac.opens(dataclasses.replace(nlac.Args(), **settings), told, nlac.auc_by_turn(told))
 
 
 def test_the_gate_opens_when_m_tells_actions_apart():

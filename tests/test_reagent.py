@@ -406,7 +406,7 @@ def test_a_judgement_knows_what_was_sampled(tiny):
         assert tiny[1].decode(judgement.ids[len(prompt):]) == judgement.text
         assert judgement.cut == (judgement.ids[-1] not in tiny[1].eos) and judgement.tokens <= 5
     assert any(judgement.cut for judgement in found) and len({j.text for j in found}) > 2
-    [[old]] = ra.old_logprobs(*tiny, state.args, [[found]])
+    [[old]] = ra.forward_logprobs(*tiny, state.args, [[found]])
     assert old.sum(1).tolist() == pytest.approx([j.logprob for j in found], abs=1e-3)
     assert ra.watch_judgements([], found)["cut_judge"] == common.mean(j.cut for j in found)
     state = state_of(tiny, prefill=True)
@@ -542,7 +542,7 @@ def test_second_attempts_are_weighed_below_the_first_and_its_critique(tiny, both
     """The ratio is 1 before the first update, in each attempt's own context."""
     first, second = both
     batch = first + second
-    [[old]] = ra.old_logprobs(*tiny, ARGS, [[batch]])
+    [[old]] = ra.forward_logprobs(*tiny, ARGS, [[batch]])
     assert old.sum(1).tolist() == pytest.approx([e.logprob for e in batch], abs=1e-3)
     bare = []
     for e in second:
@@ -550,7 +550,7 @@ def test_second_attempts_are_weighed_below_the_first_and_its_critique(tiny, both
         start = e.mask.index(1)
         bare.append(ra.Episode("train", 0, [], ids=prompt + e.ids[start:],
                                mask=[0] * len(prompt) + e.mask[start:]))
-    [[other]] = ra.old_logprobs(*tiny, ARGS, [[bare]])
+    [[other]] = ra.forward_logprobs(*tiny, ARGS, [[bare]])
     assert sum(abs(row.sum().item() - e.logprob) > 1e-2 for row, e in zip(other, second)) >= 6
     for e, advantage in zip(batch, itertools.cycle([1.0, -0.5, 0.2])):
         e.advantage = advantage
@@ -714,7 +714,7 @@ def test_no_prompt_depends_on_the_right_answer(
         ra.learn(state)
         metrics = state.run.logged[0]
         assert metrics["success"] == metrics["second_success"] == same
-        assert ra.evaluate(state, ["test"], again=True)[0]["test"]["success"] == same
+        assert ra.evaluate(state, ["test"], state.args.eval_episodes, again=True)[0]["test"]["success"] == same
         said.append(read + [prompt for call in calls for prompt in call.asked])
         read.clear(), calls.clear()
     assert said[0] == said[1] and len(said[0]) > 10
@@ -920,11 +920,11 @@ def test_first_attempts_count_at_test_time_and_second_ones_in_c(tiny, judge_says
 
     monkeypatch.setattr(ra, "attempt", attempt)
     calls, played, state = judge_says(GOOD), [], state_of(tiny, eval_episodes=10)
-    numbers, shown = ra.evaluate(state, ("train", "test", "ood"))
+    numbers, shown = ra.evaluate(state, ("train", "test", "ood"), 10)
     assert [(split, earlier) for split, _, earlier in played] == [("test", None), ("ood", None)]
     assert numbers["test"]["success"] == 0 == shown["won"] and numbers["test"]["n"] == 10 and not calls
     played.clear()
-    numbers, shown = ra.evaluate(state, ("test",), fewer=5, again=True)
+    numbers, shown = ra.evaluate(state, ("test",), 2, again=True)
     assert [earlier is None for _, _, earlier in played] == [True, False]
     assert [e.critique for e in played[1][2]] == ["Go on like this."] * 2 and shown["won"] is True
     found = numbers["test"]

@@ -652,8 +652,8 @@ def test_one_gradient_step_is_that_of_kept_logprobs(tiny, batch, monkeypatch):
         return 0.0
 
     monkeypatch.setattr(common, "gradient_step", keep)  # the weights stay
-    old = sg.old_logprobs
-    monkeypatch.setattr(sg, "old_logprobs", lambda *a: forwards.append(a[0]) or old(*a))
+    old = sg.forward_logprobs
+    monkeypatch.setattr(sg, "forward_logprobs", lambda *a: forwards.append(a[0]) or old(*a))
     for kl in 0.0, 0.1:
         trained(tiny, batch, ADVANTAGES, kl=kl, updates=2)
         kept = len(forwards)
@@ -683,10 +683,10 @@ def test_decoding_and_the_training_forward_agree(tiny, monkeypatch):
     for temperature in 1.0, 0.7:
         episodes = play(*tiny, [3] * 4, temperature=temperature)
         for i, episode in enumerate(episodes):
-            [[row]] = sg.old_logprobs(*tiny, changed(temperature=temperature), [[[episode]]])
+            [[row]] = sg.forward_logprobs(*tiny, changed(temperature=temperature), [[[episode]]])
             assert gap(row[0], i, len(episode.ids)) < 1e-4
             assert episode.logprob == pytest.approx(row.sum().item(), abs=1e-3)
-    [[row]] = sg.old_logprobs(*tiny, ARGS, [[episodes[:1]]])
+    [[row]] = sg.forward_logprobs(*tiny, ARGS, [[episodes[:1]]])
     assert gap(row[0], 0, len(episodes[0].ids)) > 1e-4  # and the temperature matters
 
 

@@ -67,7 +67,7 @@ def test_decoding_and_the_training_forward_agree(smollm2):
     model, chat = smollm2
     args = settings(self_guide, temperature=1.0)
     episode = self_guide.rollout(model, chat, args, "test", [3], guided=False, temperature=1.0, stream=("gap",))[0]
-    [[[logprobs]]] = self_guide.old_logprobs(model, chat, args, [[[episode]]])
+    [[[logprobs]]] = self_guide.forward_logprobs(model, chat, args, [[[episode]]])
     assert logprobs.sum().item() == pytest.approx(episode.logprob, abs=1e-2)
 
 

@@ -195,7 +195,7 @@ def test_a_problem_is_played(mathematics, tmp_path):
     observation, info = env.reset(seed=3)
     assert observation == info["task"] and info["admissible"] is None
     half = int(observation.split()[2])
-    assert "Add" not in observation and env.thought() == ""
+    assert "Add" not in observation and env.thought("") == ""
     after = env.step(f"I add.\n**Action:** it is \\boxed{{{2 * half}}}")
     assert after[:3] == ("That is right. You win after 1 turn.", 1.0, True) and after[4]["won"]
     env.reset(seed=3)

@@ -171,9 +171,9 @@ class Mathematics(envs.World):
     def expert(self):
         return rf"\boxed{{{self.problem.answer}}}"
 
-    def thought(self):
-        """The data's own solution."""
-        return self.problem.solution
+    def thought(self, action):
+        """The data's own solution, before the right answer alone."""
+        return self.problem.solution if action == self.expert() else ""
 
     def close(self):
         JUDGE.release(self)
