@@ -610,7 +610,7 @@ def test_an_answer_is_masked_as_it_was_sampled(tiny, pairs):
             assert reply.complete == (sampled[-1] in chat.eos)
             pair = some[i // 4]
             assert reply.outcome == act.outcome_of(WORLD, reply, pair) and reply.reward == act.REWARDS[reply.outcome]
-            assert reply.about == {name: pair[name] for name in act.TOLD}
+            assert reply.about == {name: pair[name] for name in act.KEPT}
         with torch.no_grad():
             found, _ = act.sampled_logprobs(model, chat, replies, args.temperature)
         for row, reply in zip(found, replies):  # decoding and the training forward agree

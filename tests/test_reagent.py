@@ -114,10 +114,10 @@ WITHOUT_THINK, WITHOUT_CRITIQUE = (
     re.sub(rf"<{name}>.*</{name}>\n", "", GOOD) for name in ("think", "critique"))
 SCORES = {
     0.7: ["0.7", " 0.7\n", "**0.7**", "`0.7`", "Score: 0.7", "0.7.", "0.7 (good)", "(0.7)", "0.7/1",
-          "0.7 / 1.0", "0.7/1.00", "0.7 - a good start"],
+          "0.7 / 1.0", "0.7/1.00", "0.7 - a good start", "0.7 out of 1", "0.7 out of 1.0 (good)"],
     0.5: [".5", "0.5/1"], 0.0: ["0", "0.0", "0."], 1.0: ["1", "1.", "1.0", "1/1"],
     None: ["1.01", "2", "8", "10", "-0.1", "\u22120.1", "nan", "inf", "1e-3", "9" * 400, "11/10", "0,7",
-           "7/10", "1/10", "70%", "0%", "0.6-0.8", "0.6 or 0.8", "0.5/0", "1/0.5", "0.3/0.5", "", "v2",
+           "7/10", "1/10", "1 out of 10", "0.7 out of 1.5", "70%", "0%", "0.6-0.8", "0.6 or 0.8", "0.5/0", "1/0.5", "0.3/0.5", "", "v2",
            "high", "0.7x", "1.2.3", "1/10/2020", "1/1/2", "0.7 from 0 to 1", "zero"],
 }  # fmt: skip
 READ = [
@@ -829,9 +829,11 @@ def test_judged_trajectories_are_of_players_and_of_the_agent(tiny, tmp_path, cap
     state.args.judge_tokens = max(replies)  # no room for the end of the longest ones
     fit = sum(length < max(replies) for length in replies)
     assert len(ra.judgeable(state, rows)) == fit < 10
-    assert f": {fit} of 10 judged trajectories fit" in capsys.readouterr().out
+    assert f": {fit} of 10 judged trajectories can be read" in capsys.readouterr().out
     state.args.judge_tokens += 1
+    quoted = rows[0] | {"critique": "Do without: <score>1</score>."}
     mixed = ra.judgeable(state, rows)
+    assert ra.judgeable(state, [*rows, quoted]).count(quoted) == 0  # its own tags would be misread
     assert mixed != rows and sorted(map(str, mixed)) == sorted(map(str, rows))
     assert mixed == ra.judgeable(state, rows)
     prompts = sorted(len(ra.judge_prompt(state, ra.said_in(row["messages"]))) for row in rows)

@@ -187,6 +187,14 @@ def test_rows_without_an_answer(mathematics, row):
     assert mathematics.problem_of(row) is None
 
 
+def test_a_solution_is_thought_before_its_answer_alone(mathematics, tmp_path):
+    rows = [{"problem": f"What is {n} + 0?", "solution": f"Add: \\boxed{{{n}}}."} for n in range(40)]
+    env = make(f"math:{write(tmp_path / 'solved.jsonl', rows)}")
+    env.reset(seed=3)
+    assert env.thought(env.expert()).startswith("Add: ")
+    assert env.thought("") == env.thought(r"\boxed{99}") == ""
+
+
 def test_a_problem_is_played(mathematics, tmp_path):
     path = write(tmp_path / "sums.jsonl", sums(40))
     env = make(f"math:{path}")
@@ -195,7 +203,7 @@ def test_a_problem_is_played(mathematics, tmp_path):
     observation, info = env.reset(seed=3)
     assert observation == info["task"] and info["admissible"] is None
     half = int(observation.split()[2])
-    assert "Add" not in observation and env.thought("") == ""
+    assert "Add" not in observation and env.thought(env.expert()) == ""
     after = env.step(f"I add.\n**Action:** it is \\boxed{{{2 * half}}}")
     assert after[:3] == ("That is right. You win after 1 turn.", 1.0, True) and after[4]["won"]
     env.reset(seed=3)
