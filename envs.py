@@ -182,7 +182,8 @@ class World:
 
     def observe(self, words):
         """An observation: the words, how the game stands, and what can be done if that is shown."""
-        text = (words + " " + self.closing()).rstrip()
+        between = "" if words.endswith("\n") else " "
+        text = (words + between + self.closing()).rstrip()
         if self.show_actions and not self.over and (actions := self.admissible()):
             text += LISTING + "\n".join(map(one_line, actions))
         # half a character fits no tokenizer and no file

@@ -1758,3 +1758,10 @@ def test_no_torch_and_no_other_module_of_the_project():
     result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
     loaded, ours = set(result.stdout.split()), {"envs", "worlds"}
     assert ours & loaded == {"envs", "worlds"} and loaded - ours <= set(sys.stdlib_module_names)
+
+
+def test_how_the_game_stands_follows_the_words_on_their_line_or_on_the_next():
+    world = make("repair")
+    world.reset(seed=1)
+    assert world.observe("It hums.") == "It hums. 5 turns left."
+    assert world.observe("It hums.\n\n") == "It hums.\n\n5 turns left."
