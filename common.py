@@ -81,12 +81,16 @@ class _Stream:
         return getattr(self.stream, name)
 
     def write(self, text):
-        with contextlib.suppress(OSError):
+        try:  # contextlib may be gone: bars write when Python ends, too
             self.stream.write(text)
+        except OSError:
+            pass
 
     def flush(self):
-        with contextlib.suppress(OSError):
+        try:
             self.stream.flush()
+        except OSError:
+            pass
 
 
 def is_tiny(name):
@@ -1484,6 +1488,8 @@ class Run:
             yield self.step
             self._bar.update()
             if self.stopping:
+                self._bar.close()
+                print(f"stopped after step {self.step}; --resume goes on", file=sys.stderr)
                 sys.exit(self.stopping)
         self._bar.close()
 

@@ -175,13 +175,19 @@ class World:
         if len(self.action) > MAX_CHARACTERS:
             reply, valid = f"That was too long; use at most {MAX_CHARACTERS} characters.", False
         else:
-            reply, valid = self.act(self.action)
+            answer = self.act(self.action)
+            if not isinstance(answer, tuple) or len(answer) != 2:
+                raise TypeError(f"act returns {type(answer).__name__}, not (text, valid)")
+            reply, valid = answer
         self.over = self.over or self.won or self.turns >= self.max_turns
         self.observation = self.observe(reply)
         return self.observation, self.score() - before, self.over, False, self.info(valid)
 
     def observe(self, words):
         """An observation: the words, how the game stands, and what can be done if that is shown."""
+        if not isinstance(words, str):
+            kind = type(words).__name__
+            raise TypeError(f"begin or act gives {kind} for an observation, not text")
         between = "" if words.endswith("\n") else " "
         text = (words + between + self.closing()).rstrip()
         if self.show_actions and not self.over and (actions := self.admissible()):
@@ -1706,7 +1712,8 @@ def make(name, *, show_actions=False, **settings):
         build = functools.partial(module.make, argument)
     else:
         known = ", ".join([*WORLDS, *ALIASES, *further_worlds(), "path/to/file.py:Class"])
-        raise ValueError(f"unknown world {name!r}; there are: {known}")
+        lacks = "of a file name the class as well; " if name.endswith(".py") else ""
+        raise ValueError(f"unknown world {name!r}; {lacks}there are: {known}")
     try:
         world = build(**settings)
     except (Exception, SystemExit) as error:

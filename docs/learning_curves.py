@@ -13,44 +13,59 @@ import report
 from report import HERE, arm_of, mean_se, success
 
 PANELS = {  # of each, {arm: the words for it}
-    "NLAC and its rivals, repair": {
-        "nlac": "NLAC", "label-only": "its reasons cut away", "ppo": "PPO",
+    "NLAC, repair": {
+        "nlac": "NLAC", "label-only": "NLAC, verdicts without reasons", "ppo": "PPO",
         "self-distillation": "self-distillation", "nlac-grpo": "GRPO",
-        "blind-critic": "critic of other states", "frozen-critic": "critic that learns nothing"},
+        "blind-critic": "blind critic (futures of other states)",
+        "frozen-critic": "frozen critic (learns nothing)"},
     "Self-Guide, household, --dose 1": {
-        "self-guide-dose-full": "full method", "self-guide-dose-zero": "guidance alone",
-        "self-guide-dose-grpo": "GRPO"},
-    "Self-Guide, household": {
-        "self-guide-full": "full method", "self-guide-zero": "guidance alone",
-        "self-guide-grpo": "GRPO"},
+        "self-guide-dose-full": "Self-Guide", "self-guide-dose-zero": "ratings earn nothing",
+        "self-guide-dose-grpo": "GRPO, no ratings"},
+    "ACT, household": {
+        "act-act,il": "ACT, then imitation", "act-act,il,rl": "ACT, imitation, RL",
+        "act-il,il": "imitation, twice as long", "act-il,rl": "imitation, RL"},
     "Reagent, search, --dose 1": {
         "reagent-dose-U": "U: critique and score",
-        "reagent-dose-R-2G": "R: score, twice the attempts", "reagent-dose-none": "no judge"},
+        "reagent-dose-R-2G": "R: score alone, as many attempts",
+        "reagent-dose-none-2G": "no judge, as many attempts",
+        "reagent-dose-none": "no judge, half the attempts"},
 }
 
 
-def curve(runs):
-    """(environment steps, mean success, standard error) over the seeds of an arm.
+def axis_of(runs):
+    """What the curves of an arm run over, as summary.json and curves.csv name it, and in words.
 
-    Each seed's evaluations are interpolated linearly. The first is of the model that learning
-    starts from, after a cold start where there is one; the last is of the trained model.
+    ACT learns from stored pairs: it has no environment steps, and one gradient step in each of its
+    own steps.
+    """
+    if any(run["summary"]["env_steps"] for run in runs.values()):
+        return "env_steps", "env_steps", "environment steps"
+    return "gradient_steps", "step", "gradient steps"
+
+
+def curve(runs):
+    """(x of `axis_of`, mean success, standard error) over the seeds of an arm.
+
+    Each seed's evaluations are interpolated linearly; a seed that ends earlier keeps its last one.
+    The first is of the model that learning starts from, after a cold start where there is one; the
+    last is of the trained model.
     """
     lines = []
+    total, column, _ = axis_of(runs)
     for run in runs.values():
         start = run["summary"].get("cold_started", {}).get("test") or run["summary"]["before"]
         points = [(0, start["success"])]
-        points += [(int(row["env_steps"]), float(row["success"])) for row in run["curve"]]
-        steps = run["summary"]["env_steps"]
+        points += [(int(row[column]), float(row["success"])) for row in run["curve"]]
+        steps = run["summary"][total]
         if steps > points[-1][0]:
             points.append((steps, run["summary"]["after"]["success"]))
         lines += [points] * (len(points) > 1)
-    end = min((points[-1][0] for points in lines), default=0)
-    steps = {step for points in lines for step, _ in points if step <= end}
+    steps = {step for points in lines for step, _ in points}
     return [(step, *mean_se(at(points, step) for points in lines)) for step in sorted(steps)]
 
 
 def at(points, x):
-    """The height at x of the line through these points."""
+    """The height at x of the line through these points, level behind the last."""
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
         if x0 <= x <= x1:
             return y0 + (y1 - y0) * (x - x0) / ((x1 - x0) or 1)
@@ -58,7 +73,7 @@ def at(points, x):
 
 
 def draw(runs, path):
-    """Test success against environment steps: the panels of PANELS that have curves."""
+    """Test success over a run: the panels of PANELS that have curves."""
     try:
         import matplotlib
     except ImportError:
@@ -97,8 +112,8 @@ def draw_panel(panel, title, curves):
         panel.fill_between(steps, low, high, color=f"C{place}", alpha=0.15, linewidth=0)
         experts += success(runs, "expert").values()
     expert = statistics.fmean(experts)
-    panel.axhline(expert, color="grey", linestyle="--", linewidth=1, label="expert")
-    panel.set(title=title, xlabel="environment steps", ylabel="success on test episodes")
+    panel.axhline(expert, color="grey", linestyle="--", linewidth=1, label="scripted expert")
+    panel.set(title=title, xlabel=axis_of(runs)[2], ylabel="success on test episodes")
     panel.set(ylim=(-0.02, 1.05))
     panel.legend(fontsize=8)
 

@@ -164,13 +164,17 @@ def main():
     args = common.parse_args(script.Args, script.TINY, flags)
     found = {"script": name} | {key: getattr(args, key) for key in TOLD}
     found |= {"n": args.eval_episodes, "device": common.device_name(args.device)}
+    print(f"{args.eval_episodes} episodes, and up to {SAMPLES} replies of each part; no bar until "
+          "the line of JSON that ends it", file=sys.stderr, flush=True)
     found |= look_at(args)
     out = Path(args.out_dir or "runs/zero-shot")
     out.mkdir(parents=True, exist_ok=True)
     env = re.sub("[:/]", "-", envs.ALIASES.get(args.env, args.env))
     shown = f"{args.shots}{'-prefill' * args.prefill}{'-list' * args.show_actions}"
     text = json.dumps(found, indent=1, ensure_ascii=False)
-    (out / f"{name}-{env}-{shown}.json").write_text(text, encoding="utf-8")
+    path = out / f"{name}-{env}-{shown}.json"
+    path.write_text(text, encoding="utf-8")
+    print(f"replies and episodes: {path}", file=sys.stderr)
     short = {key: value for key, value in found.items() if key not in ("samples", "episodes")}
     print(json.dumps(short), flush=True)
 

@@ -165,7 +165,7 @@ def test_numbers_by_hand():
         summary = {"before": {"success": 0.0}, "after": {"success": 0.6}, "env_steps": 30}
         runs[seed] = {"summary": summary, "curve": curve}
     means = [(x, round(y, 6)) for x, y, _ in learning_curves.curve(runs)]
-    assert means == [(0, 0.0), (10, 0.3), (20, 0.6), (30, 0.75)]
+    assert means == [(0, 0.0), (10, 0.3), (20, 0.6), (30, 0.75), (40, 0.8)]
 
 
 def test_the_last_third_is_of_the_last_phase():

@@ -28,16 +28,27 @@ ODD_TEXTS = (
 
 def check(name, episodes=30):
     """What all rules say about a world; empty where nothing is wrong."""
-    found = []
+    found, raised = [], set()
     for rule in RULES:
         try:
             found += rule(name, episodes)
         except Exception as error:  # whatever a stranger's world may raise
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(place.filename).name}, line {place.lineno}"
-            told = f"{rule.__name__.replace('_', ' ')}: {in_words(error, kind=True)}"
-            found.append(f"{told} ({where}); a world never raises")
+            told = in_words(error, kind=True)
+            if told not in raised:  # by an earlier rule
+                raised.add(told)
+                found.append(f"{rule.__name__.replace('_', ' ')}: {told}{place_of(error)}")
     return list(dict.fromkeys(found))
+
+
+def place_of(error):
+    """The last line of a stranger's file on the way to an error, in words; "" without one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = {"envs.py", "_check.py"}
+    theirs = [frame for frame in frames if Path(frame.filename).name not in own]
+    if not theirs:
+        return ""
+    where = f"{Path(theirs[-1].filename).name}, line {theirs[-1].lineno}"
+    return f" ({where}); a world never raises"
 
 
 def openings(env, episodes):
