@@ -126,7 +126,7 @@ runs nlac-smollm2 "0" nlac.py --model smollm2 --shots 1 $small --lr 1e-5 --steps
     --batch-size 8 --actor-states 8 --max-new-tokens 24 --forecast-tokens 64 --critique-tokens 96 --eval-every 6 --save-every 3
 
 # the minutes that README tells: default runs alone on both cores, which the others share (OMP_NUM_THREADS=2)
-for script in nlac self_guide act; do runs "${script//_/-}-two-threads" "0" "$script.py"; done
+for script in nlac self_guide act reagent; do runs "${script//_/-}-two-threads" "0" "$script.py"; done
 
 # ACT: the pipelines at equal epochs, the baseline of another paper, and pairs that another size of model proposed
 for pipeline in act,il il,il il,rl act,il,rl; do runs "act-$pipeline" "0 1 2 3 4" act.py --pipeline "$pipeline"; done

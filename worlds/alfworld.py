@@ -20,6 +20,7 @@ with textworld and the planner fast-downward, which pip builds from source.
 
 import copy
 import functools
+import importlib.util
 import json
 import os
 import random
@@ -175,6 +176,8 @@ def make(argument="", **settings):
     """All chores or one type of them. ValueError for another argument, without games or extra."""
     if argument and argument not in TYPES:
         raise ValueError(f"no task type {argument!r}; there are: {', '.join(TYPES)}")
+    if importlib.util.find_spec("alfworld") is None:
+        raise ValueError(f"needs alfworld: pip install {PACKAGES}")
     if "ALFWORLD_DATA" not in os.environ:  # upstream would make a folder and set it, when imported
         raise ValueError("set ALFWORLD_DATA to the folder that alfworld-download fills with games")
     types = (argument,) if argument else TYPES
