@@ -9,9 +9,11 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -347,7 +349,8 @@ def _tiny_directory(name, corpus, known_by, constants, device, cache):
     check(size and int(size[1]) % 16 == 0,
           f"--model {name}: write tiny or tiny:WIDTHxLAYERS, the width a multiple of 16")
     width, layers = map(int, size.groups())
-    recipe = [TINY_VERSION, width, layers, TINY_SEED, constants]
+    kind = torch.device(device).type  # another one, or another torch, rounds otherwise
+    recipe = [TINY_VERSION, width, layers, TINY_SEED, constants, kind, torch.__version__]
     code = [sys.version, content_hash(__file__)]
     note = cache / f"corpus-{_hash([*recipe, known_by, *code])}"
     if known_by and note.exists() and (cache / note.read_text()).exists():
@@ -447,6 +450,10 @@ def save_model(directory, model, chat):
 
     def write(path):
         model.save_pretrained(path, state_dict=state if adapted else None)
+        if adapted:  # of the base; whoever loads the sum in less loses what was learnt
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            config = json.dumps(config | {"dtype": "float32"}, indent=2)
+            (path / "config.json").write_text(config, encoding="utf-8")
         chat.tokenizer.save_pretrained(path)
 
     _new_directory(directory, write)
@@ -811,6 +818,8 @@ def _advance(model, cache, mask, new):
 def _draw(logp, noise):
     """The token [B] at which the distribution function of a row passes its uniform number."""
     cdf = logp.exp().cumsum(-1)
+    if cdf.is_cuda:  # its sums are of a tree: rounding may make a later one smaller
+        cdf = cdf.cummax(-1).values
     cdf /= cdf[:, -1:].clone()  # its tail is exactly 1, above every uniform: no impossible token
     return torch.searchsorted(cdf, noise[:, None], right=True)[:, 0]
 
@@ -1130,7 +1139,7 @@ def build_tiny(directory, examples, constants, width, layers, device):
 
 def _write_atomic(path, write):
     """`write(file)` fills a temporary file, which moves to `path`: that is always whole."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write it, too
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -1145,6 +1154,7 @@ def _new_directory(path, write):
     """`write(directory)` fills a temporary one, which moves to `path`, replacing what was there."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     temporary.mkdir(parents=True)
     try:
         write(temporary)
@@ -1421,10 +1431,17 @@ class Run:
             except OSError as error:
                 refuse(f"--out-dir {self.dir}: {error.strerror}")
         versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-        self._write("args.json", {
-            "script": self.script, "args": self.args, "git_commit": git_commit(),
-            "versions": {"python": sys.version.split()[0]} | versions, "device": device,
-            "date": Chat.today.isoformat(), "files": self._files(), **extra})
+        here = {"git_commit": git_commit(), "device": device,
+                "versions": {"python": sys.version.split()[0]} | versions}
+        record = {"script": self.script, "args": self.args, "date": Chat.today.isoformat(),
+                  "files": self._files(), **extra}
+        if self.args["resume"]:  # what it began as stays; `resumed`: where it went on
+            began = {key: self._record.get(key) for key in here}
+            step = self._saved["step"] if self._saved else 0
+            record |= began | {"resumed": [*self._record.get("resumed", []), {"step": step, **here}]}
+        else:
+            record |= here
+        self._write("args.json", record)
         if model is not None:
             print(f"{self.script}, {self.args['env']}: {extra['parameters']:,} parameters on "
                   f"{device}")
@@ -1452,7 +1469,8 @@ class Run:
         self.stopping = 128 + number
         for stop in self.STOPS:
             signal.signal(stop, signal.SIG_DFL)
-        print("\nstopping after this step; once more kills at once", file=sys.stderr)
+        print("\nstopping after this step, or row of data; once more kills at once",
+              file=sys.stderr)
 
     def resume(self, **parts):
         """What the last checkpoint remembers, as `save_if_due` got it, or None without one.
@@ -1509,6 +1527,8 @@ class Run:
         for row in make(len(rows)):
             rows.append(row)
             self._append(name, [row])
+            if self.stopping:
+                sys.exit(self.stopping)
         progress[name] = content_hash(path)
         return rows
 
@@ -1592,6 +1612,9 @@ class Run:
         """Replaces the checkpoint in one move. `state`: tensors, numbers, strings, containers."""
         self.checkpoint.parent.mkdir(exist_ok=True)
         offsets = {name: self._size(name) for name in self.LOGS}
+        for path in itertools.chain(*map(self.dir.glob, self.LOGS)):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # or they might end before what the checkpoint knows of
         saved = {"script": self.script, "args": self.args, "offsets": offsets, "state": state,
                  "step": self.step}
         _write_atomic(self.checkpoint, lambda file: torch.save(saved, file))
@@ -1682,8 +1705,12 @@ def print_table(summary):
             print(f"{name.replace('_', ' '):12}{found['success']:9.3f}{found['se']:8.3f}")
 
 
+@functools.cache
 def git_commit():
-    """The commit this file is at, with "-dirty" when files differ from it; None without one."""
+    """The commit this file is at, with "-dirty" when files differ from it; None without one.
+
+    Of when it is first asked for: as a run begins, whatever is committed until it ends.
+    """
     command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
     try:
         return subprocess.check_output(command, cwd=Path(__file__).parent, text=True,

@@ -152,6 +152,9 @@ class World:
         return f"{count(left, 'turn')} left."
 
     def reset(self, *, seed=None, options=None):
+        unknown = {*(options or {})} - {"split"}
+        if unknown:
+            raise ValueError(f"unknown options {sorted(unknown)}; there is split")
         split = (options or {}).get("split", "train")
         if split not in self.splits:
             raise ValueError(
@@ -1820,8 +1823,9 @@ class Adapted(World):
     What it may say about itself is used: `system`, `task`, `tools`, `max_turns` (or its spec's
     limit), `expert()`; in `info` `won` or `is_success` or `success`, `task`, `valid`, and one of
     LISTS. An action is its text, or a number where the action space is `Discrete`. The score is the
-    sum of rewards in [0, 1]; without a word on it, an episode is won with a score of 1. Seeds of
-    train are even, of test odd: whether episodes differ as well is up to the environment.
+    sum of rewards in [0, 1]; without a word on it, an episode is won with a score of 1. One that it
+    truncates is over. Without a limit of its own it has that of World. Seeds of train are even, of
+    test odd: whether episodes differ as well is up to the environment.
     """
 
     LISTS = ("admissible", "admissible_commands", "admissible_actions", "available_actions",
@@ -1863,6 +1867,7 @@ class Adapted(World):
 
     def act(self, text):
         numbers = self.numbers()
+        text = self.canonical(text) if numbers else text
         if not text:
             return "You did not say anything.", False
         if numbers and text not in numbers:
@@ -1874,6 +1879,7 @@ class Adapted(World):
         for key in "won", "is_success", "success":
             if key in self.told:
                 self.won = bool(self.told[key])
+                break
         return self.text(observation), bool(self.told.get("valid", True))
 
     def score(self):

@@ -561,7 +561,7 @@ def test_auc_by_hand():
     assert nlac.auc_by_turn([one[0], zero[0]]) == 1 and nlac.auc_by_turn([[0.0, True, 1], [1.0, False, 1]]) == 0
     assert nlac.auc_by_turn(one + zero) == pytest.approx(3.5 / 4)
     late = [[turn / 4, i % 4 < turn, turn] for turn in range(1, 4) for i in range(40)]  # M knows the turn, nothing of the action
-    assert nlac.auc_by_turn(late) == 0.5 and nlac.auc_by_turn([[share, came, 0] for share, came, _ in late]) > 0.65  # over all turns together
+    assert nlac.auc_by_turn(late) == 0.5 and nlac.auc_by_turn([[share, came, 0] for share, came, _ in late]) > 0.65  # over all turns
 
 
 def opens(told, **settings):
