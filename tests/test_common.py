@@ -681,6 +681,8 @@ def test_adapters(kind, mixed, chat, tmp_path):
     if not mixed:  # in bfloat16 the sums are rounded elsewhere
         said = common.token_logprobs(again, ids, mask)
         torch.testing.assert_close(said, after, atol=1e-4, rtol=0)
+    # whatever a loader makes of the config: in less than float32 little of what was learnt is left
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "float32"
     module = next(module for module in model.modules() if hasattr(module, "get_delta_weight"))
     moved = module.base_layer.weight.float() + module.get_delta_weight("default")
     assert any(weight.shape == moved.shape and torch.equal(weight, moved)
@@ -1448,6 +1450,20 @@ def test_what_may_differ_in_a_resumed_run(tmp_path, no_locks):
     assert common.Run("toy", Args(resume=True), run.dir).resume() == {"done": 1}
 
 
+def test_a_resumed_run_tells_where_it_began_and_where_it_went_on(tmp_path, no_locks, monkeypatch):
+    monkeypatch.setattr(common, "git_commit", lambda: "first")
+    run = started(tmp_path / "run")
+    list(run.steps(0, 2))
+    run.save_if_due({})
+    for commit in "second", "third":
+        monkeypatch.setattr(common, "git_commit", lambda: commit)
+        started(tmp_path / "run", resume=True)
+    record = json.loads((run.dir / "args.json").read_text())
+    assert record["git_commit"] == "first"
+    went_on = [(each["step"], each["git_commit"]) for each in record["resumed"]]
+    assert went_on == [(2, "second"), (2, "third")]
+
+
 def test_a_directory_belongs_to_one_process(tmp_path, capsys):
     run = started(tmp_path / "run")
     refused(capsys, lambda: common.Run("toy", Args(resume=True), run.dir), "in use")
@@ -1563,6 +1579,34 @@ def test_rows_are_collected_as_they_come(tmp_path, capsys):
     refused(capsys, lambda: run.collect("rows.jsonl", progress, make), "rows.jsonl has changed")
     assert run.collect("rows.jsonl", {}, make) == rows
     assert path.read_bytes() == whole and made[4:] == [3]
+    run.stopping = 143  # asked to stop: after the row that is being made
+    with pytest.raises(SystemExit) as ended:
+        run.collect("others.jsonl", {}, lambda done: iter([{}, {}]))
+    assert ended.value.code == 143 and (run.dir / "others.jsonl").read_bytes() == b"{}\n"
+
+
+WRITE = """
+import sys
+from pathlib import Path
+import common
+for number in range(200):
+    common._write_atomic(Path(sys.argv[1]), lambda file: file.write(b"x" * 1000))
+"""
+
+
+def test_two_processes_may_write_one_file(tmp_path):
+    command = [sys.executable, "-c", WRITE, str(tmp_path / "file")]
+    both = [subprocess.Popen(command, cwd=Path(common.__file__).parent) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert (tmp_path / "file").read_bytes() == b"x" * 1000 and len([*tmp_path.iterdir()]) == 1
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
+    left = tmp_path / f"made.{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "half").touch()
+    common._new_directory(tmp_path / "made", lambda path: (path / "whole").touch())
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["whole"] and not left.exists()
 
 
 def test_checkpoint_and_logs(tmp_path, no_locks):

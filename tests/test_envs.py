@@ -1765,3 +1765,8 @@ def test_how_the_game_stands_follows_the_words_on_their_line_or_on_the_next():
     world.reset(seed=1)
     assert world.observe("It hums.") == "It hums. 5 turns left."
     assert world.observe("It hums.\n\n") == "It hums.\n\n5 turns left."
+
+
+def test_an_unknown_option_of_reset_is_refused():
+    with pytest.raises(ValueError, match="unknown options \\['spilt'\\]; there is split"):
+        make("repair").reset(seed=1, options={"spilt": "test"})
