@@ -223,7 +223,7 @@ def load(name, *, corpus=None, known_by=None, constants=(), device="cpu", dtype=
     `add_adapters`; the weights below are kept in the dtype of the computation.
     """
     mixed = dtype == "mixed" or dtype == "auto" and torch.device(device).type == "cuda"
-    half = dtype == "bfloat16" or mixed and lora_rank
+    half = dtype == "bfloat16" or (mixed and lora_rank > 0)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tiny-models").expanduser()
     called = f"{option} {name}"
     path = name
@@ -341,16 +341,16 @@ def _gguf_directory(called, name, cache):
 
 
 def _tiny_directory(name, corpus, known_by, constants, device, cache):
-    """The directory of a tiny model, whose name is a hash of all that it is made of.
+    """The directory of a tiny model, whose name is a hash of its recipe.
 
-    A note in the cache tells the name for a corpus that is `known_by` what it was before.
+    The device that builds it, and torch, round it a little: the first that was built stays. A note
+    in the cache tells the name for a corpus that is `known_by` what it was before.
     """
     size = re.fullmatch(r"tiny:([1-9]\d*)x([1-9]\d*)", "tiny:64x2" if name == "tiny" else name)
     check(size and int(size[1]) % 16 == 0,
           f"--model {name}: write tiny or tiny:WIDTHxLAYERS, the width a multiple of 16")
     width, layers = map(int, size.groups())
-    kind = torch.device(device).type  # another one, or another torch, rounds otherwise
-    recipe = [TINY_VERSION, width, layers, TINY_SEED, constants, kind, torch.__version__]
+    recipe = [TINY_VERSION, width, layers, TINY_SEED, constants]
     code = [sys.version, content_hash(__file__)]
     note = cache / f"corpus-{_hash([*recipe, known_by, *code])}"
     if known_by and note.exists() and (cache / note.read_text()).exists():
@@ -1436,9 +1436,9 @@ class Run:
         record = {"script": self.script, "args": self.args, "date": Chat.today.isoformat(),
                   "files": self._files(), **extra}
         if self.args["resume"]:  # what it began as stays; `resumed`: where it went on
-            began = {key: self._record.get(key) for key in here}
-            step = self._saved["step"] if self._saved else 0
-            record |= began | {"resumed": [*self._record.get("resumed", []), {"step": step, **here}]}
+            record |= {key: self._record.get(key) for key in here}
+            here["step"] = self._saved["step"] if self._saved else 0
+            record["resumed"] = [*self._record.get("resumed", []), here]
         else:
             record |= here
         self._write("args.json", record)

@@ -201,7 +201,6 @@ def rollout(model, chat, args, split, seeds, **how) -> list[Episode]:
     return episodes
 
 
-@torch.no_grad()
 def side_by_side(
         model, chat, args, split, seeds, first, *, guided, temperature, stream, rater=None):
     """Episodes that share a cache; their rows count from `first`.
@@ -512,7 +511,7 @@ def main():
         trust = trust_schedule(args, (step - 1) / steps) if guided else 0.0  # (4)
         batch, played = sample_groups(
             model, chat, args, step, progress["task"], trust,
-            guided=guided, rater=rater)  # (1), (2), (3), (5)
+            guided=guided, rater=rater)  # (1), (2), and within each group (3), (5)
         run.lap("rollout")
         common.set_rate(optimizer, args.lr * min(1, step / 5))
         losses = update(model, reference, chat, args, optimizer, batch, clip, dapo)  # (6)
