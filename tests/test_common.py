@@ -1456,7 +1456,7 @@ def test_a_resumed_run_tells_where_it_began_and_where_it_went_on(tmp_path, no_lo
     list(run.steps(0, 2))
     run.save_if_due({})
     for commit in "second", "third":
-        monkeypatch.setattr(common, "git_commit", lambda: commit)
+        monkeypatch.setattr(common, "git_commit", lambda commit=commit: commit)
         started(tmp_path / "run", resume=True)
     record = json.loads((run.dir / "args.json").read_text())
     assert record["git_commit"] == "first"
