@@ -746,6 +746,7 @@ class State:
     progress: dict = field(default_factory=lambda: {"step": 0, "judge": {}})  # for checkpoints
     demos: list = field(default_factory=list)  # rows
     judged: list = field(default_factory=list)  # rows, those of its GRPO first
+    sides: tuple = ()  # what `quality` judges: while the judge learns, the agent stays as it is
     phase: str = ""
     last: int = 0  # the step of the run that ends the phase
 
@@ -1042,8 +1043,10 @@ def quality(state) -> dict:
     `error`: mean distance to the program's score; `same_critique`: share equal to the program's.
     """
     count, found = min(200, state.args.eval_episodes), {}
-    sides = mixed_episodes(state, "test", range(10_000, 10_000 + 2 * count), ("quality",))
-    for who, episodes in zip(("players", "agent"), sides):
+    seeds = range(10_000, 10_000 + 2 * count)
+    state.sides = state.sides or mixed_episodes(state, "test", seeds, ("quality",))
+    for who, played in zip(("players", "agent"), state.sides):
+        episodes = [dataclasses.replace(episode, said=[*episode.said]) for episode in played]
         judgements = review(state, episodes, ("quality", who))
         kept = [episode for episode in episodes if not episode.left_out]
         errors, same = [], []

@@ -900,9 +900,13 @@ def test_quality_of_a_judge(tiny, judge_says, monkeypatch):
     episodes.append(ra.Episode("test", 4, list(A[:1]), gold="on like"))  # left out
     count = itertools.count()
     judge_says(lambda prompt: blocks([0.9, 0.3, 0.3, 0.1][next(count) % 4], critique="Go on like this."))
-    monkeypatch.setattr(ra, "mixed_episodes", lambda state, split, seeds, stream: (
+    played = []
+    monkeypatch.setattr(ra, "mixed_episodes", lambda state, split, seeds, stream: played.append(split) or (
         copy.deepcopy(episodes), [] if split != "test" else copy.deepcopy(episodes[:1])))
-    found = ra.quality(state_of(tiny, eval_episodes=4))
+    state = state_of(tiny, eval_episodes=4)
+    found = ra.quality(state)
+    count = itertools.count()
+    assert ra.quality(state) == found and played == ["test"]  # once, and no judgement stays in them
     assert set(found) == {"players", "agent"} and found["agent"]["judge_auc"] is None
     players = found["players"]
     assert players["judge_auc"] == 3.5 / 4 and players["auc_process"] == 1
