@@ -580,7 +580,7 @@ BUGS = {  # a line of the world, what stands in its place, what is said
     "no opening": ('return "A gate."', "return None", "NoneType"),
     "third turn": ("self.knocks += 1", "self.knocks += 1 / (self.knocks < 2)", "act, line ?: ZeroDivisionError"),
     "no answer": ('return "It sounds.", True', "return None", "NoneType"),
-    "too much": ('return "It sounds.", True', 'return "It sounds.", 0.0, True', "too many values"),
+    "too much": ('return "It sounds.", True', 'return "It sounds.", 0.0, True', "not (text, valid)"),
     "ends all": ("self.knocks += 1", "raise SystemExit(0)", "act, line ?: SystemExit"),
     "no list": ('return ["knock", "wait"]', 'raise KeyError("x")', "admissible, line ?: KeyError"),
     "numbers": ('return ["knock", "wait"]', "return [1, 2]", "int"),
