@@ -996,7 +996,8 @@ def watch_foretold(foretold) -> dict:
     if not foretold:
         return {"auc": None}
     shares, came, _ = zip(*foretold)
-    return {"auc": auc_by_turn(foretold), "foretold": common.mean(shares), "came": common.mean(came)}
+    told = {"foretold": common.mean(shares), "came": common.mean(came)}
+    return {"auc": auc_by_turn(foretold)} | told
 
 
 def opens(args, foretold, area) -> bool:

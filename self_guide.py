@@ -478,6 +478,7 @@ def record(episode):
 
 # --------------------------------------------------------------------------------------------- main
 
+
 def main():
     """The loop of the docstring."""
     args = common.parse_args(Args, TINY, quick=QUICK)
@@ -517,8 +518,8 @@ def main():
         losses = update(model, reference, chat, args, optimizer, batch, clip, dapo)  # (6)
         run.lap("update")
 
-        tasks = progress["task"] + len(played) // args.group_size
-        progress |= {"step": step, "task": tasks}
+        next_task = progress["task"] + len(played) // args.group_size
+        progress |= {"step": step, "task": next_task}
         metrics = watch(played) | watch_rewards(args, batch, trust) | losses
         metrics["groups_replaced"] = (len(played) - len(batch)) // args.group_size
         if step % args.eval_every == 0 and step < steps:
@@ -529,14 +530,9 @@ def main():
         run.save_if_due(progress, model=model, optimizer=optimizer)
 
     after, last = evaluate(model, chat, args, splits, args.eval_episodes, guided_after, rater)
-    arm = args.guide  # inference
-    if guided:
-        arm = args.trust + "-dapo" * dapo
-    elif args.guide == "off":
-        arm = args.estimator
     ends = envs.ends(args.env, args.eval_episodes)
     run.complete(
-        model, chat, "self-guide", arm, progress["before"], after, ends,
+        model, chat, "self-guide", arm_of(args), progress["before"], after, ends,
         shown=[progress["episode"], last])
 
 
@@ -590,6 +586,15 @@ def watch_rewards(args, batch, trust):
         "groups_flat": without_spread(returns, args.group_size),
         "groups_flat_env": without_spread(environment, args.group_size),
     }
+
+
+def arm_of(args):
+    """What the settings are called in summary.json."""
+    if args.guide == "off":
+        return args.estimator
+    if args.guide == "inference":
+        return "inference"
+    return args.trust + "-dapo" * (args.estimator == "dapo")
 
 
 def end_step(run, args, metrics, played):
