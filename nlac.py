@@ -236,19 +236,6 @@ def next_action(action):
     return action and f"Next action: {envs.one_line(action)}"
 
 
-def in_hindsight(t):
-    """What came of a transition (or a Future), as a forecast would tell it."""
-    follows = f" Then: {shortened(envs.one_line(t.then))}." if t.then else ""
-    return f"Next: {first_sentence(t.result)}{follows} End: {ending(t)}."
-
-
-def ending(t):
-    """The reward r in words, for the targets of (2)."""
-    if t.turns is not None:
-        return f"success in {envs.count(t.turns, 'turn')}"
-    return f"failure, with a score of {t.score:.2f} of 1" if t.score else "failure"
-
-
 # ------------------------------------------------------------------------------------------ rollout
 
 
@@ -481,11 +468,6 @@ class Try:
     critique: str = ""
 
 
-def proposal(world, reply) -> Try:
-    """What a reply proposes."""
-    return Try(reply, action_of(world, reply))
-
-
 def critique(parts, states, tries, stream):
     """(4) Q_L(s, a) = E(s, a, d^(1..k)): writes the futures and the critique of a try per state."""
     args = parts.args
@@ -512,13 +494,13 @@ def refine(parts, states, stream, replies=None) -> list[list[Try]]:
     if replies is None:
         asked = [policy_messages(world, state) for state in states]
         replies = parts.ask("policy", asked, stream)
-    tries = [[proposal(world, reply)] for reply in replies]
+    tries = [[Try(reply, action_of(world, reply))] for reply in replies]
     for number in range(rounds):
         critique(parts, states, [some[-1] for some in tries], (*stream, number))
         judged = [[one for one in some if one.critique] for some in tries]
         asked = [refiner_messages(world, *row) for row in zip(states, judged)]
         for some, reply in zip(tries, parts.ask("refiner", asked, (*stream, number))):
-            some.append(proposal(world, reply))
+            some.append(Try(reply, action_of(world, reply)))
     if parts.args.distil == "best":
         critique(parts, states, [some[-1] for some in tries], (*stream, rounds))
     return tries
@@ -720,6 +702,19 @@ def is_whole(world, reply):
     """Whether the action of a reply that the limit cut had ended: its last line is not needed."""
     lines = common.aloud(reply).rpartition("\n")[0]
     return stands_out(world, lines, action_of(world, reply))
+
+
+def in_hindsight(t):
+    """What came of a transition (or a Future), as a forecast would tell it."""
+    follows = f" Then: {shortened(envs.one_line(t.then))}." if t.then else ""
+    return f"Next: {first_sentence(t.result)}{follows} End: {ending(t)}."
+
+
+def ending(t):
+    """The reward r in words, for the targets of (2)."""
+    if t.turns is not None:
+        return f"success in {envs.count(t.turns, 'turn')}"
+    return f"failure, with a score of {t.score:.2f} of 1" if t.score else "failure"
 
 
 def first_sentence(observation):

@@ -62,7 +62,7 @@ class NLQL(_loop.Learner):
         asked = [nlac.policy_messages(self.world, state) for state in states]
         replies = parts.ask("policy", asked, stream, n)
         rows = [state for state in states for _ in range(n)]
-        tries = [nlac.proposal(self.world, reply) for reply in replies]
+        tries = [nlac.Try(reply, nlac.action_of(self.world, reply)) for reply in replies]
         nlac.critique(parts, rows, tries, stream)
         verdicts = [nlac.rank(t.critique) for t in tries]
         chosen, taught = [], []
