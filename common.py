@@ -497,6 +497,8 @@ class Chat:
 
     def __init__(self, tokenizer, model=None, thinking=False):
         self.tokenizer = tokenizer
+        self._encoded = functools.lru_cache(1024)(  # most lines are encoded over and over
+            lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
         self.thinking = thinking
         self.system_role = True
         check(tokenizer.chat_template, "the tokenizer has no chat template")
@@ -612,7 +614,7 @@ class Chat:
         return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     def _encode_rendered(self, text):
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*self._encoded(text)]
 
     def _render(self, messages):
         if messages[0]["role"] == "system" and not self.system_role:
@@ -734,7 +736,7 @@ class _Layer(DynamicLayer):
 
     RoPE promotes keys to float32 under autocast, and the library's layer would keep them so and
     copy everything at every token. A copy of a layer shares its buffers and grows them for both:
-    what it adds stands behind the `length` of the original, which writes over it when it goes on.
+    what it adds stands behind the `length` of the original, which takes it over or writes over it.
     """
 
     ROOM = 64  # tokens, at least
@@ -806,13 +808,18 @@ def _advance(model, cache, mask, new):
     for part in ids.split(max(1, AT_ONCE // len(new)), 1) if ids.numel() else ():
         mask = torch.cat([mask, (part >= 0).long()], 1)
         _forward(model, cache, mask, part.clamp(min=0))
+    return cache, _align(cache, mask)
+
+
+def _align(cache, mask):
+    """Moves the tokens of every row of `cache` to its right edge; returns its new mask."""
     if mask.all():  # nothing to move
-        return cache, mask
+        return mask
     columns = mask.argsort(dim=1, stable=True)  # padding first, then the tokens in their order
     columns = columns[:, -int(mask.sum(1).max()):]
     for layer in cache.layers:
         layer.align(columns)
-    return cache, mask.gather(1, columns)
+    return mask.gather(1, columns)
 
 
 def _draw(logp, noise):
@@ -827,11 +834,12 @@ def _draw(logp, noise):
 def _decode(model, chat, cache, mask, last, limit, temperature, seeds):
     """Samples a reply of at most `limit` tokens per row of `cache`, which it consumes.
 
-    The cache holds everything before the ids `last`, one per row.
+    The cache holds everything before the ids `last`, one per row. Returns the replies, and how many
+    tokens all rows were sampled: then those that had ended left the cache.
     """
     noise = uniforms(seeds, limit).T.contiguous().to(mask.device)  # [limit, B]
     last = torch.tensor(last, device=mask.device)
-    ids, logprobs = [[] for _ in seeds], [[] for _ in seeds]
+    ids, logprobs, together = [[] for _ in seeds], [[] for _ in seeds], 0
     rows = list(range(len(seeds)))  # which reply a row of the cache belongs to
     for t in range(limit):
         mask = F.pad(mask, (0, 1), value=1)  # of ended rows too: nobody reads on
@@ -847,12 +855,13 @@ def _decode(model, chat, cache, mask, last, limit, temperature, seeds):
         if not alive:
             break
         if len(alive) <= len(rows) // 2:
+            together = together or t + 1
             keep = torch.tensor(alive, device=mask.device)
             cache.batch_select_indices(keep)
             mask, last, noise = mask[keep], last[keep], noise[:, keep]
             rows = [rows[i] for i in alive]
     texts = [f"{chat.opened}{chat.decode(row)}" for row in ids]
-    return Replies(ids, logprobs, texts, [row[-1] in chat.eos for row in ids])
+    return Replies(ids, logprobs, texts, [row[-1] in chat.eos for row in ids]), together or t + 1
 
 
 @torch.no_grad()
@@ -878,8 +887,8 @@ def generate(model, chat, prompts, *, max_new_tokens, temperature, seeds, sample
             if len(unique) < len(chunk):
                 cache.batch_select_indices(torch.tensor(index, device=model.device))
             last = [prompts[i][-1] for i in chunk]
-            replies = _decode(model, chat, cache, mask[index], last, max_new_tokens, temperature,
-                              [seeds[i] for i in chunk])
+            replies, _ = _decode(model, chat, cache, mask[index], last, max_new_tokens, temperature,
+                                 [seeds[i] for i in chunk])
             for i, *reply in zip(chunk, *vars(replies).values()):
                 found[i] = reply
     return Replies(*([reply[k] for reply in found] for k in range(4)))
@@ -922,16 +931,16 @@ class Dialogues:
             self._attention = self._attention[keep]
         with compute(self.model):
             # The cache holds all but the last id, which starts the decoding. Decoding works on a
-            # fork (tensors are shared until they grow) that rows leave when they end; the reply
-            # enters the cache at the next turn, in one forward with the observation.
+            # fork (buffers are shared until rows leave it, when they end).
             new = [self.ids[row][self._seen[row]:-1] for row in rows]
             self._cache, self._attention = _advance(self.model, self._cache, self._attention, new)
             self._seen = {row: len(self.ids[row]) - 1 for row in rows}
             fork = copy.copy(self._cache)
             fork.layers = [copy.copy(layer) for layer in self._cache.layers]
             last = [self.ids[row][-1] for row in rows]
-            replies = _decode(self.model, self.chat, fork, self._attention, last, max_new_tokens,
-                              temperature, seeds)
+            replies, steps = _decode(self.model, self.chat, fork, self._attention, last,
+                                     max_new_tokens, temperature, seeds)
+        self._keep(replies, steps)
         for row, ids, logprobs in zip(rows, replies.ids, replies.logprobs):
             self._append(row, ids, int(self.trained), logprobs if self.trained else None)
             if ids[-1] not in self.chat.eos:
@@ -939,6 +948,19 @@ class Dialogues:
         opened = self.chat.opened
         replies.texts = [f"{opened}{prefill}{text.removeprefix(opened)}" for text in replies.texts]
         return replies
+
+    def _keep(self, replies, steps):
+        """Takes over what decoding wrote behind the cache in `steps`, all rows being there.
+
+        That is all ids but the last one of a reply; what a row got behind its end is left out.
+        """
+        counts = torch.tensor([min(steps, len(ids)) for ids in replies.ids])
+        for row, count in zip(self._seen, counts.tolist()):
+            self._seen[row] += count
+        written = (torch.arange(steps) < counts[:, None]).to(self._attention)  # [B, steps]
+        for layer in self._cache.layers:
+            layer.length += steps if layer.buffers else 0
+        self._attention = _align(self._cache, torch.cat([self._attention, written], 1))
 
     def read_by(self, model):
         """The same dialogues, still shared, with another model that replies, with mask 0."""
