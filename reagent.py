@@ -653,10 +653,10 @@ def kl_estimate(logprobs, reference):
 def update(model, reference, chat, args, optimizer, episodes, clip):
     """--updates gradient steps, each on its share of the groups -> metrics per sampled token.
 
-    `clip`: (low, high). With one gradient step rho is 1, and pi_old is its own forward, detached.
+    `clip`: (low, high). In the first of them rho is 1: pi_old is its own forward, detached.
     """
     shares = micro_batches(episodes, args)
-    old = forward_logprobs(model, chat, args, shares) if args.updates > 1 else None
+    old = [None, *forward_logprobs(model, chat, args, shares[1:])]
     ref = forward_logprobs(reference, chat, args, shares) if args.kl else None
     sums, norms = Counter(), []
     for u, batches in enumerate(shares):
@@ -665,7 +665,7 @@ def update(model, reference, chat, args, optimizer, episodes, clip):
         share_loss = 0.0
         for i, batch in enumerate(batches):
             logprobs, mask = sampled_logprobs(model, chat, batch, args.temperature)  # [B, T - 1]
-            old_i = old[u][i] if old else logprobs.detach()
+            old_i = old[u][i] if u else logprobs.detach()
             ref_i = ref[u][i] if ref else None
             advantages = torch.tensor([[e.advantage] for e in batch], device=mask.device)  # [B, 1]
             loss = surrogate(logprobs, old_i, advantages, *clip)
@@ -1245,7 +1245,7 @@ def judged_rows(state, done):
 # What a model made from nothing is taught before it learns by itself; defaults that suit it.
 
 TINY = dict(
-    steps=50, lr=5e-4, batch_size=128, micro_batch_size=16, rollout_batch_size=256,
+    steps=50, lr=5e-4, batch_size=128, micro_batch_size=8, rollout_batch_size=256,
     max_new_tokens=32, eval_episodes=500, save_every=20, device="cpu", judge_tokens=80,
     cold_again=True, judged=3000, sft_batch_size=16, sft_lr=5e-4)
 QUICK = dict(
