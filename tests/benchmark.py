@@ -5,8 +5,8 @@ runs the parts at sizes that mean something on a card. A part prints a line of J
 medians of --rounds.
 
 - episodes: dialogues that keep their cache, as all rollouts here do, against `model.generate` on the
-  whole dialogue at each turn.
-- turns: the same for games of 2 to 32 turns of a tiny model, greedy, so that both say the same.
+  whole dialogue at each turn; greedy, so that both say the same.
+- turns: the same for games of 2 to 32 turns of a tiny model.
 - grpo: a step of act.py's choice (sampling, log-probs of a reference, update), --arm ours or trl,
   which is TRL's GRPOTrainer on the same prompts, group, lengths and micro-batch.
 - outside: the share of nlac.py's steps outside of the model's forward and backward passes.
@@ -154,17 +154,17 @@ def turns(args):
     settings = dataclasses.replace(nlac.Args(), **nlac.TINY | {"env": "20q", "examples": 400})
     model, chat = nlac.load(envs.make("20q"), settings)
     for count in 2, 8, 20, 32:
-        yield {"turns": count, **compared(args, model, chat, 64, count, 16, 0)}
+        yield {"turns": count, **compared(args, model, chat, 64, count, 16)}
 
 
 def episodes(args):
     """Dialogues of a model of any size."""
     model, chat = model_and_chat(args)
     for rows in args.rows:
-        yield {"turns": args.turns, **compared(args, model, chat, rows, args.turns, args.new, 1.0)}
+        yield {"turns": args.turns, **compared(args, model, chat, rows, args.turns, args.new)}
 
 
-def compared(args, model, chat, rows, turns, new, temperature):
+def compared(args, model, chat, rows, turns, new):
     """Twenty Questions, played with a kept cache and with `model.generate`."""
     chat.eos[1:] = []
     tokens = {}
@@ -174,20 +174,20 @@ def compared(args, model, chat, rows, turns, new, temperature):
         histories = [[{"role": "system", "content": f"{world.system}\n{nlac.POLICY}"},
                       {"role": "user", "content": world.reset(seed=seed)[0]}]
                      for seed, world in enumerate(worlds)]
-        tokens[loop] = loop(model, chat, worlds, histories, turns, new, temperature)
+        tokens[loop] = loop(model, chat, worlds, histories, turns, new)
 
     ours, theirs = timed(args, play, cached), timed(args, play, generated)
     return {"rows": rows, "sampled": tokens[cached] / rows, "seconds": ours,
-            "model_generate_seconds": theirs,  # the ratio is of a token's: they sample others
+            "model_generate_seconds": theirs,  # the ratio is of a token's: rounding may part them
             "ratio": theirs / tokens[generated] / (ours / tokens[cached])}
 
 
-def cached(model, chat, worlds, histories, turns, new, temperature):
+def cached(model, chat, worlds, histories, turns, new):
     """As rollouts here do; returns the number of sampled tokens."""
     rows = list(range(len(worlds)))
     dialogues = common.Dialogues(model, chat, [chat.dialogue(said) for said in histories])
     for turn in range(turns):
-        replies = dialogues.reply(rows, max_new_tokens=new, temperature=temperature, seeds=rows)
+        replies = dialogues.reply(rows, max_new_tokens=new, temperature=0, seeds=rows)
         seen = [world.step(text)[0] for world, text in zip(worlds, replies.texts)]
         if turn < turns - 1:
             dialogues.extend(rows, seen)
@@ -195,10 +195,9 @@ def cached(model, chat, worlds, histories, turns, new, temperature):
 
 
 @torch.no_grad()
-def generated(model, chat, worlds, histories, turns, new, temperature):
+def generated(model, chat, worlds, histories, turns, new):
     """As most people write it: each turn the template, the tokenizer, one padded batch."""
     count, chat.tokenizer.padding_side = 0, "left"
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     for _ in range(turns):
         texts = [chat.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
                  for said in histories]
@@ -207,7 +206,7 @@ def generated(model, chat, worlds, histories, turns, new, temperature):
             output = model.generate(
                 input_ids=inputs["input_ids"].to(model.device), max_new_tokens=new,
                 attention_mask=inputs["attention_mask"].to(model.device),
-                eos_token_id=chat.eos, pad_token_id=chat.pad, **sampling)
+                eos_token_id=chat.eos, pad_token_id=chat.pad, do_sample=False)
         output = output[:, inputs["input_ids"].shape[1]:].tolist()
         for world, said, row in zip(worlds, histories, output):
             end = next((i + 1 for i, token in enumerate(row) if token in chat.eos), len(row))

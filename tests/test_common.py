@@ -491,6 +491,20 @@ def test_dialogues_equal_full_forwards(model, chat, temperature, prefill):
     assert max(map(len, dialogues.ids)) > 10 * WINDOW
 
 
+def test_what_was_decoded_is_not_encoded_again(qwen3, chat, monkeypatch):
+    forwards, original = [], common._forward
+    monkeypatch.setattr(common, "_forward", lambda *given: forwards.append(given[-1].shape) or original(*given))
+    dialogues = common.Dialogues(qwen3, chat, ragged(3, seed=1))
+    options = dict(max_new_tokens=4, temperature=1.0, seeds=[1, 2, 3])
+    assert not any(dialogues.reply([0, 1, 2], **options).complete)
+    dialogues.extend([0, 1, 2], ["the lamp is on the table ."] * 3)
+    forwards.clear()
+    dialogues.reply([0, 1, 2], **options)
+    last_and_end = 2  # the last token was only sampled, the end token is forced; the turn's last one starts the reply
+    assert forwards[0] == (3, last_and_end + len(chat.turn("the lamp is on the table .")) - 1)
+    assert forwards[1:] == [(3, 1)] * 4
+
+
 @pytest.mark.parametrize("kind, mixed", [("gpt2", False), ("gemma3", True)])
 def test_one_copy_of_the_cache_in_the_dtype_of_the_computation(kind, chat, mixed, monkeypatch):
     """Of keys and values one buffer each per layer lives during a reply, little larger than they.
