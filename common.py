@@ -167,7 +167,6 @@ def check_common(args):
               f"{_option(name)} must be finite, not {value}")
     check_at_least(args, dict.fromkeys(COUNTS, 1) | dict.fromkeys(AMOUNTS, 0))
     check(args.temperature > 0, f"--temperature must be above 0, not {args.temperature}")
-    check_multiple(args, "batch_size", "micro_batch_size")
     check(args.seed < 2**63, f"--seed must be below 2^63, not {args.seed}")
     check(not args.lora_rank or importlib.util.find_spec("peft"),
           "--lora-rank needs one more package: pip install peft")

@@ -210,7 +210,7 @@ def cold_start(state):
         said = said_in(row["messages"])
         rows.append([dialogue(world, args, said)])
         if args.cold_again and row.get("earlier"):
-            critique = row.get("earlier_critique", "")
+            critique = row.get("earlier_critique") or ""
             earlier = Episode("train", 0, said_in(row["earlier"]), critique=critique)
             rows[-1].append(dialogue(world, args, said, earlier))
     supervised(state, "cold-start", state.agent, rows, args.cold_epochs)
@@ -747,6 +747,7 @@ class State:
     demos: list = field(default_factory=list)  # rows
     judged: list = field(default_factory=list)  # rows, those of its GRPO first
     sides: tuple = ()  # what `quality` judges: while the judge learns, the agent stays as it is
+    warned: set = field(default_factory=set)  # whose replies were cut in evaluation
     phase: str = ""
     last: int = 0  # the step of the run that ends the phase
 
@@ -785,6 +786,7 @@ def evaluate(state, splits, count, again=False):
             metrics = watch(played)
         _, se = common.mean_se([episode.won for episode in played])
         found[split] = metrics | {"se": se, "n": count}
+        common.warn_cut(metrics, LIMITS, state.warned)
         tqdm.write(common.result_line(split, found[split]))
     return found, record(played[0])
 
@@ -851,8 +853,9 @@ def main():
         state.judged = judgeable(state, rows)
         judge_sft(state)
         keep_judge(state, "judge-sft")
-        judge_grpo(state)
-        keep_judge(state, "judge-grpo")
+        if args.judge_steps:
+            judge_grpo(state)
+            keep_judge(state, "judge-grpo")
     if learns:
         learn(state)
 
@@ -1088,7 +1091,7 @@ def check_row(row):
     """ValueError, TypeError or KeyError unless it is a trajectory."""
     common.check_messages(row["messages"], "assistant")
     common.check_messages(row.get("earlier") or row["messages"], "assistant")
-    common.check_texts([row.get("earlier_critique", "")])
+    common.check_texts([row.get("earlier_critique") or ""])
 
 
 def check_judged(row):
@@ -1184,14 +1187,16 @@ def worked_examples(env, count, show_actions):
 def judged_examples(env, count, show_actions):
     """--shots of the judge: a random player's episodes on train, judged by the program.
 
-    Nobody knows the outcome. Of ten times as many episodes, those that spread most in score.
+    Nobody knows the outcome. Of ten times as many episodes, those that spread most in score; a
+    single one is of the middle.
     """
     world, plays, messages = envs.make(env, show_actions=show_actions), [], []
     for seed in range(10**6, 10**6 + 10 * count):
         plays.append(play(world, "train", seed, envs.random_player, random.Random(seed)))
     world.close()
     plays.sort(key=lambda episode: annotate(episode.flaws)[2])
-    for i in np.linspace(0, len(plays) - 1, count, dtype=int):
+    spread = np.linspace(0, len(plays) - 1, count, dtype=int)
+    for i in [len(plays) // 2] if count == 1 else spread:
         reply = judgement_text(*annotate(plays[i].flaws))
         messages += [case(plays[i].said), {"role": "assistant", "content": reply, "shot": True}]
     return messages

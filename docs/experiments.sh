@@ -88,7 +88,8 @@ runs 20q-grpo              "0 1" self_guide.py $listed --guide off --steps 75 # 
 runs 20q-ceiling           "0" docs/ceiling.py $listed --match "$results/20q-nlac-s@"
 runs 20q-ceiling-m1        "0" docs/ceiling.py $listed --margin 1 --match "$results/20q-nlac-s@"
 runs 20q-ceiling-rules-m1  "0" docs/ceiling.py $listed --margin 1 --refiner rule --match "$results/20q-nlac-s@"
-runs 20q-ceiling-rules-m1-k16 "0" docs/ceiling.py $listed --margin 1 --refiner rule --k 16 --match "$results/20q-nlac-s@"
+runs 20q-ceiling-rules-m1-k16 "1" docs/ceiling.py $listed --margin 1 --refiner rule --k 16 --match "$results/20q-nlac-s@"
+runs 20q-imitation       "0" act.py --pipeline il $listed --num-demos 6000 --epochs 4 # what a tiny model can learn there
 
 # Self-Guide and its arms, all from one base
 runs self-guide-full       "0 1 2 3 4" self_guide.py

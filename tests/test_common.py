@@ -1920,7 +1920,7 @@ def test_run_directory(env, directory, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [  # test_contract.py has more, for each script
-    "--lr=-inf", "--kl nan", "--batch-size 9", "--lora-rank -1", "--device cuda:99",
+    "--lr=-inf", "--kl nan", "--lora-rank -1", "--device cuda:99",
     "--device meta", "--dtype auot", "--dtype bfloat16",
 ])
 def test_impossible_values_are_refused(argv, capsys):

@@ -355,7 +355,7 @@ def bad_models(llama, tmp_path_factory):
 
 
 BAD_VALUES = {
-    "steps": "0 -3", "lr": "nan -1 inf", "batch-size": "0", "micro-batch-size": "0 5",
+    "steps": "0 -3", "lr": "nan -1 inf", "batch-size": "0", "micro-batch-size": "0",
     "rollout-batch-size": "0", "max-new-tokens": "0", "max-context": "0", "temperature": "0 nan",
     "eval-temperature": "-1 nan", "eval-episodes": "0", "eval-every": "0", "save-every": "0 -1",
     "seed": f"-1 {2**63}", "shots": "-1", "thinking": "maybe", "quick": "maybe", "device": "warp", "track": "tensorbord",
