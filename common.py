@@ -85,13 +85,13 @@ class _Stream:
     def write(self, text):
         try:  # contextlib may be gone: bars write when Python ends, too
             self.stream.write(text)
-        except OSError:
+        except (OSError, RuntimeError):  # the second where a signal's handler writes amid a write
             pass
 
     def flush(self):
         try:
             self.stream.flush()
-        except OSError:
+        except (OSError, RuntimeError):  # the second where a signal's handler writes amid a write
             pass
 
 
@@ -766,7 +766,7 @@ class _Layer(DynamicLayer):
 
     def align(self, columns):
         """The tokens at `columns`, [B, T], come first; the others are forgotten."""
-        self.length = columns.shape[1] if self.buffers else 0
+        self.length = columns.shape[1]
         for buffer in self.buffers:  # none of a layer that reads another one's
             index = columns[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
             buffer[:, :, :self.length] = buffer.gather(2, index)
@@ -803,6 +803,7 @@ def _advance(model, cache, mask, new):
             cache.batch_select_indices(torch.zeros(len(new), dtype=torch.long, device=mask.device))
             mask = mask.expand(len(new), -1)
             new = [ids[len(shared):] for ids in new]
+    mask = _align(cache, mask)  # replies of several lengths were taken over
     ids = pad_rows(new, -1).to(mask.device)  # [B, N]
     for part in ids.split(max(1, AT_ONCE // len(new)), 1) if ids.numel() else ():
         mask = torch.cat([mask, (part >= 0).long()], 1)
@@ -939,7 +940,8 @@ class Dialogues:
             last = [self.ids[row][-1] for row in rows]
             replies, steps = _decode(self.model, self.chat, fork, self._attention, last,
                                      max_new_tokens, temperature, seeds)
-        self._keep(replies, steps)
+        if self._cache.layers:  # all of it is new where every prompt was of one token
+            self._keep(replies, steps)
         for row, ids, logprobs in zip(rows, replies.ids, replies.logprobs):
             self._append(row, ids, int(self.trained), logprobs if self.trained else None)
             if ids[-1] not in self.chat.eos:
@@ -958,8 +960,8 @@ class Dialogues:
             self._seen[row] += count
         written = (torch.arange(steps) < counts[:, None]).to(self._attention)  # [B, steps]
         for layer in self._cache.layers:
-            layer.length += steps if layer.buffers else 0
-        self._attention = _align(self._cache, torch.cat([self._attention, written], 1))
+            layer.length += steps
+        self._attention = torch.cat([self._attention, written], 1)
 
     def read_by(self, model):
         """The same dialogues, still shared, with another model that replies, with mask 0."""
@@ -1240,7 +1242,8 @@ def read_rows(option, path, check_row):
     That is a hub id, a directory, a parquet file. `check_row(row)` raises an exception at a row of
     another form, which is refused, with the `option` and the line; and so are no rows.
     """
-    file = Path(path).expanduser()
+    path = os.path.expanduser(path)
+    file = Path(path)
     if file.suffix in (".jsonl", ".json") or file.is_file() and file.suffix != ".parquet":
         rows = read_jsonl(path, option)  # plainly: a loader guesses types
     else:
@@ -1333,7 +1336,7 @@ class Run:
         self.step = self.last_step = 0
         self.stopping = 0  # after one of STOPS: the exit status, 128 and its number
         self.clock = self._saved = self._held = self._tracker = None
-        self._told = set()
+        self.warned = set()  # parts of whose cut replies a warning has told
         if self.args.get("eval_only"):
             return
         track = self.args.get("track", "none")
@@ -1575,7 +1578,7 @@ class Run:
             if sampled:
                 told["tokens/s"] = round(sampled / sum(self.clock.laps.values()))
             self._bar.set_postfix(told)
-        warn_cut(record, limits or {}, self._told)
+        warn_cut(record, limits or {}, self.warned)
         self._append("metrics.jsonl", [record])
         self._track(record)
 

@@ -747,7 +747,6 @@ class State:
     demos: list = field(default_factory=list)  # rows
     judged: list = field(default_factory=list)  # rows, those of its GRPO first
     sides: tuple = ()  # what `quality` judges: while the judge learns, the agent stays as it is
-    warned: set = field(default_factory=set)  # whose replies were cut in evaluation
     phase: str = ""
     last: int = 0  # the step of the run that ends the phase
 
@@ -786,7 +785,7 @@ def evaluate(state, splits, count, again=False):
             metrics = watch(played)
         _, se = common.mean_se([episode.won for episode in played])
         found[split] = metrics | {"se": se, "n": count}
-        common.warn_cut(metrics, LIMITS, state.warned)
+        common.warn_cut(metrics, LIMITS, state.run.warned)
         tqdm.write(common.result_line(split, found[split]))
     return found, record(played[0])
 

@@ -1310,3 +1310,18 @@ def test_what_is_accepted(bad_files, monkeypatch):
                   "--env {bad}/worlds.py:Plain --variant C"):  # fmt: skip
         args = common.parse_args(ra.Args, ra.TINY, f"{SMALL} {flags}".format(bad=bad_files).split())
         ra.load(ra.check_args(args)[0], args)
+
+
+def test_a_row_may_lack_its_critique():
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    ra.check_row({"messages": said, "earlier": None, "earlier_critique": None})  # as parquet has what is absent
+    with pytest.raises(TypeError):
+        ra.check_row({"messages": said, "earlier_critique": 3})
+
+
+def test_a_single_worked_judgement_is_neither_the_worst_nor_the_best():
+    scores = {}
+    for count in 1, 10:
+        said = [message["content"] for message in ra.judged_examples("search", count, False) if message["role"] == "assistant"]
+        scores[count] = [ra.parse_judgement(reply)["score"] for reply in said]
+    assert min(scores[10]) < scores[1][0] < max(scores[10]) and scores[10] == sorted(scores[10])
