@@ -284,7 +284,7 @@ class Run:
     """Stands where common.Run does: keeps what a phase leaves."""
 
     def __init__(self, path=None):
-        self.dir, self.logged, self.episodes, self.counted = path, [], [], Counter()
+        self.dir, self.logged, self.episodes, self.counted, self.warned = path, [], [], Counter(), set()
         self.write_rollouts, self.count = self.episodes.extend, self.counted.update
 
     def steps(self, done, last):
