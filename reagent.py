@@ -358,11 +358,6 @@ def messages_of(said) -> list[dict]:
             for who, text in said if who in roles]
 
 
-def longest_prompt(learner, reply_tokens):
-    """The tokens that a prompt may have, with a reply of `reply_tokens` to come."""
-    return learner.model.max_context - FORCED - reply_tokens
-
-
 # -------------------------------------------------------------------------------------- a judgement
 
 
@@ -597,11 +592,6 @@ def group_advantages(returns):
     return (centred / (np.std(returns, ddof=1) + 1e-6)).tolist()
 
 
-def without_spread(values, group_size):
-    """How many groups have one value throughout, so that nothing is learnt from them."""
-    return sum(max(group) == min(group) for group in groups(values, group_size))
-
-
 # --------------------------------------------------------------------------------------------- loss
 
 
@@ -793,11 +783,6 @@ def evaluate(state, splits, count, again=False):
 # --------------------------------------------------------------------------------------------- main
 
 
-def trains_judge(args):
-    """Whether a run trains a judge of its own: TINY sets --judged, so --rrm overrides it."""
-    return bool(args.judged or args.judgements) and not args.rrm
-
-
 def judge_of(args, agent) -> Learner | None:
     """The judge, if any: --rrm or the model as it is, frozen; or a copy that will be trained."""
     if args.variant == "none" or args.eval_only and args.variant != "C":
@@ -877,6 +862,11 @@ AT_LEAST = {"updates": 1, "judge_tokens": 1, "judge_epochs": 1, "cold_epochs": 1
             "score_weight": 0, "judge_retries": 0, "judge_steps": 0, "judged": 0, "cold_start": 0}
 
 
+def trains_judge(args):
+    """Whether a run trains a judge of its own: TINY sets --judged, so --rrm overrides it."""
+    return bool(args.judged or args.judgements) and not args.rrm
+
+
 def check_args(args):
     """Everything that can be refused before a model is loaded -> (world, demos, judgements)."""
     common.check_common(args)
@@ -917,6 +907,11 @@ def check_room(args, chat, model, messages, room):
                  "--prefill: the chat template of this model opens a thought before each reply")
 
 
+def longest_prompt(learner, reply_tokens):
+    """The tokens that a prompt may have, with a reply of `reply_tokens` to come."""
+    return learner.model.max_context - FORCED - reply_tokens
+
+
 def check_rooms(state):
     """`check_room` for a first attempt, and for the judge of one that has just begun."""
     args, agent, rrm = state.args, state.agent, state.rrm
@@ -929,6 +924,11 @@ def check_rooms(state):
 
 
 LIMITS = {"act": "--max-new-tokens", "judge": "--judge-tokens"}
+
+
+def without_spread(values, group_size):
+    """How many groups have one value throughout, so that nothing is learnt from them."""
+    return sum(max(group) == min(group) for group in groups(values, group_size))
 
 
 def end_step(state, step, metrics, episodes=(), judgements=()):
