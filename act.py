@@ -761,7 +761,7 @@ def main():
 
     job.optimizer = torch.optim.AdamW(  # the rate: stage_steps
         model.parameters(), betas=(0.9, 0.95), weight_decay=0,
-        fused=model.device.type == "cuda")  # fused: no copies of the weights in the step
+        fused=True)  # no copies of the weights in the step
     if args.resume and args.kl:
         job.reference = common.frozen_copy(model)  # for weights that the checkpoint may have
     job.progress = run.resume(**parts(job)) or job.progress

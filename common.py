@@ -215,13 +215,16 @@ def load(name, *, corpus=None, known_by=None, constants=(), device="cpu", dtype=
     file, a local directory, or a hub id. `corpus`: a function without arguments that returns the
     examples, called for a tiny model only; `known_by`: all that these depend on, code included, in
     JSON's terms, so that a corpus that takes minutes is made once and not by every run. `dtype`:
-    "mixed" is float32 weights that compute in bfloat16; "auto" is that on an NVIDIA GPU, else
-    "float32"; "bfloat16" is weights and all. The model gets the attribute `max_context`, tokens:
-    what it can read, at most the argument of that name. `gradient_checkpointing`: the layers
-    compute once more in the backward pass what they would else have kept. `lora_rank`: see
-    `add_adapters`; the weights below are kept in the dtype of the computation.
+    "mixed" is float32 weights that compute in bfloat16; "auto" is that on a GPU that has bfloat16
+    (NVIDIA's do from Ampere on), else "float32"; "bfloat16" is weights and all. The model gets the
+    attribute `max_context`, tokens: what it can read, at most the argument of that name.
+    `gradient_checkpointing`: the layers compute once more in the backward pass what they would else
+    have kept. `lora_rank`: see `add_adapters`; the weights below are kept in the dtype of the
+    computation.
     """
-    mixed = dtype == "mixed" or dtype == "auto" and torch.device(device).type == "cuda"
+    cuda = torch.device(device).type == "cuda"
+    fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    mixed = dtype == "mixed" or dtype == "auto" and fast
     half = dtype == "bfloat16" or (mixed and lora_rank > 0)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tiny-models").expanduser()
     called = f"{option} {name}"
@@ -240,7 +243,10 @@ def load(name, *, corpus=None, known_by=None, constants=(), device="cpu", dtype=
     other = ", ".join(sorted(layers - {"full_attention", "sliding_attention"}))
     check(not other, f"{called} has layers of another kind than attention, full or sliding, whose "
                      f"cache cannot be realigned between turns: {other}")
-    model.to(device).eval()  # eval: no dropout, or ratios to old log-probs would not start at 1
+    try:
+        model.to(device).eval()  # no dropout, or ratios to old log-probs would not start at 1
+    except torch.OutOfMemoryError:
+        refuse(f"{called} does not fit the memory of {device}")
     chat = Chat(tokenizer, model, thinking)
     room = model.get_input_embeddings().num_embeddings
     if chat.pad >= room:  # an added token, often: what fills batches is never looked at
@@ -831,6 +837,13 @@ def _draw(logp, noise):
     return torch.searchsorted(cdf, noise[:, None], right=True)[:, 0]
 
 
+@functools.cache
+def _sampled():
+    """A bar for what may take long before the first step of a run (evaluation, data): tokens."""
+    return tqdm(desc="sampled", unit=" tokens", delay=20, mininterval=2, leave=False,
+                dynamic_ncols=True, disable=None)  # None: in a terminal alone
+
+
 def _decode(model, chat, cache, mask, last, limit, temperature, seeds):
     """Samples a reply of at most `limit` tokens per row of `cache`, which it consumes.
 
@@ -851,6 +864,7 @@ def _decode(model, chat, cache, mask, last, limit, temperature, seeds):
             if not ids[row] or ids[row][-1] not in chat.eos:
                 ids[row].append(id)
                 logprobs[row].append(logprob)
+        _sampled().update(len(rows))
         alive = [i for i, row in enumerate(rows) if ids[row][-1] not in chat.eos]
         if not alive:
             break
@@ -1335,6 +1349,7 @@ class Run:
         self.totals, self.seconds = Counter(), Counter()
         self.step = self.last_step = 0
         self.stopping = 0  # after one of STOPS: the exit status, 128 and its number
+        self.in_step = False  # or in a row of data: it is finished before the run stops
         self.clock = self._saved = self._held = self._tracker = None
         self.warned = set()  # parts of whose cut replies a warning has told
         if self.args.get("eval_only"):
@@ -1475,12 +1490,17 @@ class Run:
         sys.excepthook = self._on_exception
 
     def _on_exception(self, kind, error, trace):
-        """NotFinite, whose batch is kept, and a full disk end a run in one line, with status 1."""
+        """One line and status 1: NotFinite, whose batch is kept, a full disk, a full card."""
         if self.clock:
             self._bar.close()  # or its line would run into ours
         text = f"{error} {error.__context__}"  # torch hides the OSError
         if re.search("No space left|quota exceeded", text):
             told = "make room, and continue with --resume from the last checkpoint"
+        elif isinstance(error, torch.OutOfMemoryError):
+            error = "out of memory"  # torch's own words fill a screen
+            told = ("lower --rollout-batch-size or --max-context where it samples, "
+                    "--micro-batch-size where it learns; --gradient-checkpointing and "
+                    "--lora-rank 16 take less (docs/memory.md)")
         elif isinstance(error, NotFinite):
             path = self.dir / "not_finite.pt"
             _write_atomic(path, lambda file: torch.save(error.batch, file))
@@ -1493,6 +1513,9 @@ class Run:
         self.stopping = 128 + number
         for stop in self.STOPS:
             signal.signal(stop, signal.SIG_DFL)
+        if not self.in_step:  # an evaluation, say, which is made again
+            print("\nstopped; --resume goes on", file=sys.stderr)
+            sys.exit(self.stopping)
         print("\nstopping after this step, or row of data; once more kills at once",
               file=sys.stderr)
 
@@ -1527,7 +1550,9 @@ class Run:
         for self.step in range(done + 1, last + 1):
             self.clock = Clock(self.seconds)
             self._sampled = self.totals["tokens"]
+            self.in_step = True
             yield self.step
+            self.in_step = False
             self._bar.update()
             if self.stopping:
                 self._bar.close()
@@ -1548,11 +1573,13 @@ class Run:
         *lines, cut = path.read_bytes().split(b"\n")
         os.truncate(path, path.stat().st_size - len(cut))
         rows = [json.loads(line) for line in lines]
+        self.in_step = True
         for row in make(len(rows)):
             rows.append(row)
             self._append(name, [row])
             if self.stopping:
                 sys.exit(self.stopping)
+        self.in_step = False
         progress[name] = content_hash(path)
         return rows
 

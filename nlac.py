@@ -602,7 +602,7 @@ def main():
 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
-        fused=model.device.type == "cuda")  # fused: no copies of the weights in the step
+        fused=True)  # no copies of the weights in the step
     trained = {"model": model, "average": parts.average, "optimizer": optimizer}
     progress = run.resume(**trained) or {
         "step": 0, "buffer": [], "foretold": [], "learns": not args.critic_gate,

@@ -801,7 +801,7 @@ def trained(args, model, chat) -> Learner:
     """A model that will be trained."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
-        fused=model.device.type == "cuda")  # fused: no copies of the weights in the step
+        fused=True)  # no copies of the weights in the step
     reference = common.frozen_copy(model) if args.kl else None
     return Learner(model, chat, optimizer, reference)
 

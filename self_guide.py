@@ -501,7 +501,7 @@ def main():
     rater = reference if args.frozen_rater else None
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0,
-        fused=model.device.type == "cuda")  # fused: no copies of the weights in the step
+        fused=True)  # no copies of the weights in the step
     progress = run.resume(model=model, optimizer=optimizer)
     if not progress:
         before, episode = evaluate(model, chat, args, splits, args.eval_episodes, guided)

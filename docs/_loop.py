@@ -39,7 +39,7 @@ class Learner:
         self.model, self.chat, self.world, self.args = model, chat, world, args
         self.parts = self.Parts(model, chat, world, args)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95),
-                                           weight_decay=0.0)
+                                           weight_decay=0.0, fused=True)
         self.learns = not args.critic_gate  # until then only M does, and the start policy acts
         self.foretold = []
         self.buffer = []
@@ -167,6 +167,7 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
     last = False
     bar = tqdm(total=limit or args.steps, desc=method, dynamic_ncols=True,
                unit=" environment steps" if limit else " steps")
+    run.in_step = True  # a signal waits for the end of a step
     while not last:
         step += 1
         clock = common.Clock(seconds)
@@ -200,6 +201,7 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
         if run.stopping:
             sys.exit(run.stopping)
     bar.close()
+    run.in_step = False
 
     shown.append(("after", episode))
     ends = envs.ends(args.env, args.eval_episodes)

@@ -140,7 +140,7 @@ class PPO(_loop.Learner):
         torch.nn.init.zeros_(self.head.bias)
         self.trained = torch.nn.ModuleList([model, self.head])
         self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=args.lr, betas=(0.9, 0.95),
-                                           weight_decay=0.0)
+                                           weight_decay=0.0, fused=True)
 
     @classmethod
     def check(cls, args):

@@ -11,7 +11,8 @@ medians of --rounds.
   which is TRL's GRPOTrainer on the same prompts, group, lengths and micro-batch.
 - outside: the share of nlac.py's steps outside of the model's forward and backward passes.
 - step: a gradient step on random ids of which a quarter count, at one of ARMS.
-- decode: tokens a second, and what the memory's bandwidth would allow if only weights were read.
+- decode: tokens a second after a prompt, and what the memory's bandwidth would allow if only weights
+  were read.
 - head: forward and backward with logits of the positions that count, or of all in float32.
 
 Shapes have random weights; --model takes what a script takes. Peak memory is the card's, or what the
@@ -20,7 +21,7 @@ process held beyond its imports.
 
 import argparse
 import dataclasses
-import functools
+import gc
 import json
 import os
 import statistics
@@ -32,6 +33,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, f"{sys.path[0]}/docs")
+import memory
 import torch
 import transformers
 
@@ -66,7 +69,12 @@ ARMS = {  # what a step trains, and how
     "lora-checkpointed": {"rank": 16, "checkpointing": True},
     "mixed-lora-checkpointed": {"rank": 16, "checkpointing": True, "mixed": True},
 }
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bfloat16
+PEAK_FLOPS = {  # dense bfloat16, as NVIDIA's data sheets have it; of others `TFLOPS` is what there is
+    "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12, "NVIDIA A10": 125e12,
+    "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12,
+}
 
 
 # ------------------------------------------------------------------------------------------- tools
@@ -103,9 +111,16 @@ def held(args, most=False) -> int:
     return 1024 * int(status.read_text().split("VmHWM:" if most else "VmRSS:")[1].split()[0])
 
 
+def forget_peak(args):
+    """The most memory of a card counts anew; that of a process cannot."""
+    if on_card(args):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def bandwidth(args) -> float:
-    """Bytes a second of a large copy, read and written."""
-    source = torch.ones(2**28 if on_card(args) else 2**24, device=args.device)
+    """Bytes a second of a large copy, read and written, far beyond what caches hold."""
+    source = torch.ones(2**28 if on_card(args) else 2**26, device=args.device)
     target = torch.empty_like(source)
 
     def copy():
@@ -249,7 +264,13 @@ def grpo(args):
     length = max(len(chat.dialogue(messages)) for messages in prompts) + args.new
     with tempfile.TemporaryDirectory() as directory:
         if args.arm == "trl":
-            seconds = grpo_trl(args, model, chat, prompts, group, directory)
+            path = model.config._name_or_path
+            if not path:  # TRL reads model and reference from files
+                path = f"{directory}/model"
+                common.save_model(path, model, chat)
+            del model  # or its memory would count as TRL's
+            gc.collect()
+            seconds = grpo_trl(args, path, chat, prompts, group, directory)
         else:
             seconds = grpo_ours(args, model, chat, pairs, group)
     yield {"rows": args.rows[0], "group": group, "micro_batch": args.micro, "length": length,
@@ -261,7 +282,7 @@ def grpo_ours(args, model, chat, pairs, group):
                         choice_tokens=args.new)
     state = act.Job(settings, envs.make("household"), chat, model)
     reference = common.frozen_copy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=on_card(args))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     chat.eos[:] = [2**31]  # no token
     steps = []
 
@@ -277,16 +298,11 @@ def grpo_ours(args, model, chat, pairs, group):
     return timed(args, step)
 
 
-def grpo_trl(args, model, chat, prompts, group, directory):
+def grpo_trl(args, path, chat, prompts, group, directory):
     """TRL's plain path: no vLLM, no Liger, the KL as ours."""
     import datasets
     import trl  # pip install trl==1.16.*
 
-    path = model.config._name_or_path
-    if not path:  # TRL reads its reference from a file
-        path = f"{directory}/model"
-        common.save_model(path, model, chat)
-    del model
     steps = args.rounds + on_card(args)
     ends = [0.0]
 
@@ -366,24 +382,34 @@ def learn(model, optimizer, ids, mask):
     common.gradient_step(model, optimizer, loss.item(), [])
 
 
+def flops(args, ids, mask):
+    """What a step has to compute, at least: a layer's products, causal attention, the head where it counts.
+
+    Two for a weight and token forward, two for the gradient of what enters, two for the weight's own,
+    which adapters spare. What checkpointing computes again does not count.
+    """
+    shape = memory.Shape(*SHAPES[args.shape])
+    tokens, counted = ids.numel(), int(mask.sum())
+    passes = 2 if ARMS[args.arm].get("rank") else 3
+    attention = 3 * shape.layers * 2 * shape.width * ids.shape[1] * tokens  # half of all pairs
+    return passes * 2 * (shape.linear * tokens + shape.embeddings * counted) + attention
+
+
 def step(args):
     """Forward, backward and AdamW at one of ARMS, one micro-batch."""
     model = random_model(args, **ARMS[args.arm])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=on_card(args))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     for rows in args.rows:
         ids, mask = batch(args, rows, 4)
-
-        if on_card(args):
-            torch.cuda.reset_peak_memory_stats()
+        forget_peak(args)
         learn(model, optimizer, ids, mask)  # the first one makes the moments
         seconds = timed(args, learn, model, optimizer, ids, mask)
-        flops = 6 * common.count_parameters(model) * ids.numel()
-        card = common.device_name(args.device)
-        peak = next((value for name, value in PEAK_FLOPS.items() if name in card), None)
+        rate = flops(args, ids, mask) / seconds
+        peak = PEAK_FLOPS.get(common.device_name(args.device))
         yield {"rows": rows, "length": args.length, "seconds": seconds,
                "tokens_per_second": ids.numel() / seconds,
                "parameters": common.count_parameters(model),
-               "mfu": flops / seconds / peak if peak and args.arm == "full" else None}
+               "TFLOPS": rate / 1e12, "mfu": rate / peak if peak else None}
 
 
 def head(args):
@@ -407,26 +433,33 @@ def head(args):
 
 
 def decode(args):
-    """Sampling after prompts of --length ids, all rows to the end; weights in the dtype of the computation."""
+    """Sampling after prompts of --length ids, all rows to the end, as rollouts do it."""
     model, chat = model_and_chat(args)
-    if on_card(args):
-        model.to(torch.bfloat16).compute_dtype = None
     chat.eos[:] = [2**31]
-    bound = sum(weight.nbytes for weight in model.parameters()) / bandwidth(args)
+    read = sum(weight.numel() for weight in model.parameters()) * (2 if model.compute_dtype else 4)
+    bound = read / bandwidth(args)
+    forget_peak(args)
+
+    def ours(prompts, new):
+        count = len(prompts)
+        common.generate(model, chat, prompts.tolist(), max_new_tokens=new, temperature=1.0,
+                        seeds=range(count), rows=count)
+
+    def theirs(prompts, new):
+        prompts = prompts.to(args.device)
+        with torch.no_grad(), common.compute(model):
+            model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new,
+                           min_new_tokens=new, do_sample=True, top_k=0, pad_token_id=0)
+
     for rows in args.rows:
-        prompts = torch.randint(10, 900, (rows, args.length)).tolist()
-        ids = torch.tensor(prompts, device=args.device)
-        ours = functools.partial(
-            common.generate, model, chat, prompts, max_new_tokens=args.new, temperature=1.0,
-            seeds=range(rows), rows=rows)
-        theirs = functools.partial(
-            model.generate, ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.new,
-            min_new_tokens=args.new, do_sample=True, top_k=0, pad_token_id=0)
-        seconds, others = timed(args, ours), timed(args, theirs)
+        prompts = torch.randint(10, 900, (rows, args.length))
+        seconds, others = (  # per token; a prompt is encoded with the first one, which is left out
+            (timed(args, loop, prompts, 1 + args.new) - timed(args, loop, prompts, 1)) / args.new
+            for loop in (ours, theirs))
         yield {"rows": rows, "length": args.length, "new": args.new,
-               "tokens_per_second": rows * args.new / seconds, "ms_per_step": 1000 * seconds / args.new,
-               "model_generate_ms_per_step": 1000 * others / args.new, "bound_ms_per_step": 1000 * bound,
-               "share_of_bound": bound * args.new / seconds}
+               "tokens_per_second": rows / seconds, "ms_per_step": 1000 * seconds,
+               "model_generate_ms_per_step": 1000 * others, "bound_ms_per_step": 1000 * bound,
+               "share_of_bound": bound / seconds}
 
 
 # -------------------------------------------------------------------------------------------- main

@@ -105,7 +105,7 @@ def test_the_peak_of_whole_steps(model, request):
     how = request.node.callspec.params["model"]
     assert common.count_parameters(model) == pytest.approx(
         SHAPE.parameters + (SHAPE.adapters(4) if how["rank"] else 0), rel=0.01)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     ids, mask = batch()
     with Allocations() as seen:
         for weight in model.parameters():

@@ -514,9 +514,30 @@ def test_a_model_that_cannot_be_saved_leaves_the_old_one(tmp_path):
 def test_signals_stop_a_run_after_its_step(number, tmp_path):
     signal.signal(number, signal.SIG_DFL)  # also where the tests run below nohup
     run = started(tmp_path / "run")
-    signal.raise_signal(number)
-    assert run.stopping == 128 + number
-    assert all(signal.getsignal(n) == signal.SIG_DFL for n in run.STOPS)  # the second one kills
+    for _ in run.steps(0, 1):
+        signal.raise_signal(number)
+        assert run.stopping == 128 + number
+        assert all(signal.getsignal(n) == signal.SIG_DFL for n in run.STOPS)  # the second one kills
+        break
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_between_steps_stops_at_once(when, tmp_path, capsys):
+    """In an evaluation before the first step or after the last one, which --resume makes again."""
+    run = started(tmp_path / "run")
+    if when == "after":
+        assert list(run.steps(0, 2)) == [1, 2]
+    with pytest.raises(SystemExit) as left:
+        signal.raise_signal(signal.SIGTERM)
+    assert left.value.code == 143 and "--resume goes on" in capsys.readouterr().err
+
+
+def test_a_full_card_is_told_in_one_line(tmp_path, capsys):
+    started(tmp_path / "run")
+    error = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+    sys.excepthook(type(error), error, None)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("error: out of memory: lower --rollout-batch-size")
 
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
