@@ -598,11 +598,12 @@ class Chat:
     def reply(self, text):
         """Ids of a reply that says `text` and ends: a likelihood target.
 
-        A thought that the template opened before it is closed.
+        A thought that the template opened before it is closed, but for one that the text repeats:
+        a reply whose limit cut it there.
         """
-        text = text.removeprefix(self.opened)
-        if self.opened and "</think>" not in text:
+        if self.opened and not text.startswith(self.opened) and "</think>" not in text:
             text = f"\n</think>\n\n{text}"
+        text = text.removeprefix(self.opened)
         return [*self.encode(text), self.eos[0]]
 
     def encode(self, text):

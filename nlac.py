@@ -394,7 +394,7 @@ class Parts:
 
         Native thoughts stay where a reply is an action, as L2 teaches them, else they go.
         Empty: the reply to None, to a prompt beyond the context, and one that is lost: its limit
-        cut it, and it is a backup or its action had not ended.
+        cut it, and it is a backup, a d' of (2) without an end, or an action that had not ended.
         """
         args, counts, form = self.args, self.counts[part], PARTS[part]
         model = self.weights(part, averaged)
@@ -418,11 +418,12 @@ class Parts:
         acts = form.mark == "Action"
         for row, ids, text, complete in zip(rows, replies.ids, replies.texts, replies.complete):
             aloud = common.aloud(word + text)
-            whole = complete or (is_whole(self.world, aloud) if acts else part != "backup")
+            readable = is_readable(self.world, form.mark, aloud)
+            told = part != "backup" and (readable or not averaged)
+            whole = complete or (is_whole(self.world, aloud) if acts else told)
             if whole:
                 texts[row] = (word + text).strip() if acts else aloud
-            counts.update(tokens=len(ids), parse=is_readable(form.mark, aloud), cut=not complete,
-                          lost=not whole)
+            counts.update(tokens=len(ids), parse=readable, cut=not complete, lost=not whole)
         return texts
 
     def foresee(self, states, actions, stream, samples=1, averaged=False) -> list[str]:
@@ -687,7 +688,7 @@ def in_form(world, reply):
         start = max(0, spoken.rfind(action if action in spoken else action.split("\n")[0]))
     elif spoken.partition(action)[2].strip(" \n*_`.\"'"):
         return ""
-    thought = spoken[:start].rstrip(" \n*_`#>-")
+    thought = re.sub(r"\s*```\w*\s*$", "", spoken[:start]).rstrip(" \n*_`#>-")  # nor a fence
     native, _, _ = reply.rpartition(spoken)  # "" too where it stands amid what is said
     text = native.lstrip() + f"{thought}\n{written(action)}".lstrip()
     return text if action_of(world, text) == action else ""
@@ -752,6 +753,8 @@ def check_args(args) -> envs.World:
     common.check_common(args)
     common.check_at_least(args, AT_LEAST)
     common.check(args.ema < 1, f"--ema must be below 1, not {args.ema}")
+    common.check(args.margin < len(VERDICTS),
+                 f"--margin: verdicts are at most {len(VERDICTS) - 1} apart, not {args.margin}")
     common.check(args.critic_gate <= 1, f"--critic-gate must be at most 1, not {args.critic_gate}")
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
     listed = world.reset(seed=0)[1]["admissible"]
@@ -817,10 +820,13 @@ def finish(run, parts, progress):
     run.complete(parts.model, parts.chat, "nlac", args.ablation, before, after, ends, [first, last])
 
 
-def is_readable(mark, reply) -> bool:
-    """Whether what stands behind the mark of a part can be read."""
-    read = {"End": foresees_success, "Verdict": rank}.get(mark)
-    return (read(reply) if read else common.marked(reply, mark)) is not None
+def is_readable(world, mark, reply) -> bool:
+    """Whether what stands behind the mark of a part can be read; an action may be a tool call."""
+    if mark == "Action":
+        return stands_out(world, reply, action_of(world, reply))
+    if mark == "Best":
+        return re.search(r"\d", common.marked(reply, mark) or "") is not None
+    return {"End": foresees_success, "Verdict": rank}[mark](reply) is not None
 
 
 def watch(episodes) -> dict:
@@ -845,8 +851,8 @@ def watch_parts(parts) -> dict:
     found = {}
     for part, counts in parts.counts.items():
         found[f"tokens_{part}"] = counts["tokens"]
-        for what in "parse", "cut", "lost", "overlong":
-            found[f"{what}_{part}"] = counts[what] / max(1, counts["asked"])
+        for what in ("parse", "cut", "lost", "overlong") if counts["asked"] else ():
+            found[f"{what}_{part}"] = counts[what] / counts["asked"]
     return found
 
 
@@ -876,8 +882,8 @@ def watch_refinement(tries) -> dict:
     read = [value for some in ranks for value in some if value is not None]
     changed = [some[-1].action != some[0].action for some in tries if some[-1].action]
     better = [some[-1] > some[0] for some in ranks if None not in (some[0], some[-1])]
-    return {"changed": common.mean(changed), "better": common.mean(better) if better else None,
-            "sentiment": common.mean(read) / 4}
+    return {name: common.mean(values) if values else None for name, values in (
+        ("changed", changed), ("better", better), ("sentiment", [value / 4 for value in read]))}
 
 
 def annotated(parts, episode, stream) -> dict:
@@ -895,12 +901,20 @@ def annotated(parts, episode, stream) -> dict:
 
 
 def warn_forgotten(parts):
-    """Says once of a part that few of its replies can be read: what it teaches is noise."""
+    """Says once of a part that few of its replies can be read, or few of its prompts have room."""
     for part, counts in parts.counts.items():
-        if counts["parse"] < counts["asked"] / 2 and part not in parts.forgotten:
+        asked, overlong = counts["asked"], counts["overlong"]
+        if overlong > asked / 2:
+            told = (f"{overlong} of {asked} prompts of {part} have no room in the context: see "
+                    f"--max-context, {LIMITS[part]}")
+        elif counts["parse"] < (asked - overlong) / 2:
+            told = (f"{counts['parse']} of {asked - overlong} replies of {part} can be read: see "
+                    "--lr, --frozen-parts, --shots, --prefill")
+        else:
+            continue
+        if part not in parts.forgotten:
             parts.forgotten.add(part)
-            tqdm.write(f"warning: {counts['parse']} of {counts['asked']} replies of {part} can be "
-                       "read: see --lr, --frozen-parts, --shots, --prefill", file=sys.stderr)
+            tqdm.write(f"warning: {told}", file=sys.stderr)
 
 
 # --------------------------------------------------- ablations and departures, off by default
@@ -930,6 +944,7 @@ def best_replies(parts, states, tries, stream) -> list[str]:
     asked = [refiner_messages(parts.world, *row, CHOOSER) for row in zip(states, tries)]
     found = []
     for some, named in zip(tries, parts.ask("chooser", asked, stream)):
+        named = re.sub(r"\btry ", "", named, flags=re.IGNORECASE)  # "Best: Try 2, as try 1 fails."
         number = common.chosen(named, "Best", [str(i + 1) for i in range(len(some))])
         ranks = [rank(one.critique) for one in some]
         if number is None or None in ranks:
@@ -1047,7 +1062,8 @@ def load(world, args):
         dtype=args.dtype, thinking=args.thinking, max_context=args.max_context,
         gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank)
     first = with_shots("policy", policy_messages(world, [world.reset(seed=0)[0]]), args)
-    check_room(args, chat, model, first, args.max_new_tokens)
+    word = PARTS["policy"].word if args.prefill else ""
+    check_room(args, chat, model, first, args.max_new_tokens + len(chat.encode(word)))
     return model, chat
 
 

@@ -113,7 +113,7 @@ SCRIPTS = {
                (BEFORE_SUMMARY, 4)],
         other="--ablation mc-backup --k 3",
         llama="--steps 2 --eval-every 1 --max-new-tokens 12 --lr 1e-3 --prefill --anchor 0.3",
-        clueless={"invalid": 1, "parse_successor": 0, "parse_backup": 0, "parse_evaluator": 0}),
+        clueless={"invalid": 1, "parse_successor": 0, "parse_evaluator": 0}),
     "self_guide": Own(
         env="repair", steps=4, fewer="--steps 3", not_finite=3,
         small="--model tiny --examples 1500 --steps 4 --batch-size 8 --micro-batch-size 4 "

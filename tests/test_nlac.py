@@ -63,7 +63,7 @@ def test_the_commands_of_the_docstring_are_accepted():
 
 BAD = {
     "--k": "0", "--m": "0", "--ema": "1 -0.1 nan", "--buffer-size": "0", "--episodes-per-step": "0", "--updates": "0",
-    "--actor-states": "0", "--actor-weight": "-1 inf", "--anchor": "-1 nan", "--critic-gate": "-0.1 1.1 nan", "--margin": "0",
+    "--actor-states": "0", "--actor-weight": "-1 inf", "--anchor": "-1 nan", "--critic-gate": "-0.1 1.1 nan", "--margin": "0 5",
     "--reader-temperature": "-1", "--forecast-tokens": "0", "--critique-tokens": "0",
     "--distil": "kept", "--ablation": "none-such", "--frozen-parts": "maybe",
 }  # fmt: skip
@@ -103,7 +103,7 @@ def read_everything(text):
     assert best_reply(tries, text, 1) in ("", *(t.reply for t in tries)) and nlac.is_whole(WORLD, text) in (True, False)
     form = nlac.in_form(WORLD, text)
     assert not form or nlac.action_of(WORLD, form) == action and form.endswith(nlac.written(action))
-    assert all(nlac.is_readable(mark, text) in (True, False) for _, mark, *_ in nlac.PARTS.values())
+    assert all(nlac.is_readable(WORLD, mark, text) in (True, False) for _, mark, *_ in nlac.PARTS.values())
     for message in (nlac.refiner_messages(WORLD, ["Hello."], tries), nlac.evaluator_messages(WORLD, ["Hello."], action, [text])):
         assert message is None or message[-1]["content"].startswith("<episode>\nHello.\n</episode>\n")
     return nlac.rank(text) is not None, nlac.foresees_success(text) is not None
@@ -140,8 +140,14 @@ def test_ends_and_verdicts_as_models_write_them():
                 "Verdict: good or fair": None}  # fmt: skip
     assert {text: nlac.rank(text) for text in verdicts} == verdicts
     for mark, texts in ("End", ends), ("Verdict", verdicts):
-        assert {text: nlac.is_readable(mark, text) for text in texts} == {text: value is not None for text, value in texts.items()}
-    assert nlac.is_readable("Action", "action: x") and not nlac.is_readable("Action", "Action:")
+        assert {text: nlac.is_readable(WORLD, mark, text) for text in texts} == {text: value is not None for text, value in texts.items()}
+    actions = {"action: x": True, "Action:": False, "Let me think of it.": False}
+    assert {text: nlac.is_readable(WORLD, "Action", text) for text in actions} == actions
+    search = envs.make("search")
+    search.reset(seed=0)
+    assert nlac.is_readable(search, "Action", f"I must look.\n{search.expert()}")  # a tool call needs no mark
+    best = {"It is worse. Best: 1": True, "Best: the first": False, "Best:": False, "Try 2": False}
+    assert {text: nlac.is_readable(WORLD, "Best", text) for text in best} == best
 
 
 def test_what_is_taught_ends_with_the_action():
@@ -155,6 +161,8 @@ def test_what_is_taught_ends_with_the_action():
     assert {reply: nlac.in_form(WORLD, reply) for reply in taught} == taught
     search, form = envs.make("search"), f"I look.\n{nlac.written(CALL)}"
     joined = CALL.replace("\n", "")
+    bare = CALL.split("\n")[1]
+    assert nlac.in_form(search, f"I look.\n```json\n{bare}\n```") == f"I look.\nAction: {bare}"
     for reply in f"{form}\nThen I read it.", f"I look.\n{CALL}\nSo.", f"I look. {CALL}\nAction: as above", f"I look.\n{joined}":
         assert nlac.in_form(search, reply) == form
 
@@ -313,13 +321,17 @@ def test_nothing_comes_of_nothing(parts_of, empty, asked, text):
 
 
 def test_what_a_limit_cut(parts_of):
-    """A backup is dropped; an action is lost where it was not written yet; a forecast is what it is."""
+    """A backup is dropped; an action is lost where it was not written yet; a forecast is what it is, but for d' of (2)."""
     steps, _ = played(["open the case", "tighten the screw"], **LOUD)
     for cut, action, kept in ("backup", "Action: x", ""), ("successor", "Action: x", FORECAST), ("policy", "I think", ""), (
         "policy", "I think.\nAction: x", ""), ("policy", "I think.\nAction: x\nAs", FORECAST):  # fmt: skip
         parts = parts_of(Puppet(cut=[cut], policy=action, successor=FORECAST, backup=FORECAST))
         assert nlac.successor_targets(parts, steps, ("b",))[0] == kept
         assert nlac.watch_parts(parts)[f"cut_{cut}"] == 1 and nlac.watch_parts(parts)[f"lost_{cut}"] == (not kept)
+    said = dict(policy="Action: x", successor="Next: it", backup=FORECAST, evaluator="Verdict: bad", refiner="y")
+    parts = parts_of(Puppet(cut=["successor"], **said))
+    assert nlac.successor_targets(parts, steps, ("b",))[0] == ""  # d' without an end says nothing of r
+    assert nlac.refine(parts, STATES[:1], ("r",))[0][0].futures == ["Next: it"]
     for said, taught in ("A reason.\nAction: check the pow", []), ("Action: check the power\nTh", ["Action: check the power"]):
         parts = parts_of(Puppet(cut=["refiner"], policy="Action: x", successor=FORECAST, evaluator="Fine.", refiner=said))
         pairs = nlac.policy_lessons(parts, STATES[:1], nlac.refine(parts, STATES[:1], ("r",)), ("c",))
@@ -345,6 +357,11 @@ def test_a_part_that_cannot_be_read_is_named_once(parts_of, capsys):
         nlac.warn_forgotten(parts)
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "0 of 6 replies of successor" in told
+    parts.counts["evaluator"].update(asked=20, overlong=20)
+    nlac.warn_forgotten(parts)
+    assert "prompts of evaluator have no room in the context: see --max-context, --critique-tokens" in capsys.readouterr().err
+    parts.counts["refiner"].clear()
+    assert "parse_refiner" not in nlac.watch_parts(parts)
 
 
 def test_a_prompt_beyond_the_context_is_an_empty_reply(parts_of):
@@ -498,7 +515,8 @@ def judged(action, verdict, words=""):
 
 def test_the_try_that_is_named():
     tries = [judged("a", "weak"), judged("b", "great"), judged("c", "great")]
-    said = {"Best: 2": 1, "It is sooner.\n**Best:** try 3.": 2, "Best: 1 or 2": None, "Best: 4": None, "": None, "b": None}
+    said = {"Best: 2": 1, "It is sooner.\n**Best:** try 3.": 2, "Best: Try 2, as try 1 fails.": 1,
+            "Best: 1 or 2": None, "Best: 4": None, "": None, "b": None}
     for reply, index in said.items():
         assert best_reply(tries, reply, -4) == ("" if index is None else tries[index].reply)
     tied = [judged("a", "great", "same"), judged("b", "weak"), judged("c", "great", "same")]
@@ -859,7 +877,7 @@ def test_worked_examples_are_honest_and_in_good_form(name, prefill):
         for asked, reply in zip(messages[::2], messages[1::2]):
             said, told = reply["content"], asked["content"]
             reasoned = part in ("policy", "refiner", "chooser") and not prefill  # a sentence, as the prompt asks for
-            assert said.startswith(word) != reasoned and word in said and len(said) < 3000 and nlac.is_readable(mark, said)
+            assert said.startswith(word) != reasoned and word in said and len(said) < 3000 and nlac.is_readable(world, mark, said)
             assert part not in ("policy", "refiner") or nlac.action_of(world, said)
             assert part != "evaluator" or "succeeds more often" in said or "as good as any" in said
             assert told.count("Possible actions:") == 1
@@ -926,9 +944,10 @@ class Opened(SimpleNamespace):
 
 
 def test_a_thought_that_the_template_opens_stays_empty():
-    """As a template that leaves one empty writes it: an empty line, the tag, an empty line."""
+    """As a template that leaves one empty writes it: an empty line, the tag, an empty line. One that is cut stays a thought."""
     parts = SimpleNamespace(chat=Opened(), args=nlac.Args(), model=SimpleNamespace(max_context=999))
-    for text, taught in ("Action: x", "\n</think>\n\nAction: x$"), ("<think>Hm.</think>Action: x", "Hm.</think>Action: x$"):
+    for text, taught in ("Action: x", "\n</think>\n\nAction: x$"), ("<think>Hm", "Hm$"), (
+        "<think>Hm.</think>Action: x", "Hm.</think>Action: x$"):  # fmt: skip
         [(prompt, target)] = nlac.lessons(parts, "policy", [["asked"], None, ["asked"]], [text, text, ""])
         assert prompt == [1] and "".join(target) == taught
 
