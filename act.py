@@ -37,7 +37,7 @@ Departures from the paper, and why:
 The table of R is version 1's for act, as third parties report it; of rl the paper says only that
 what the expert does is rewarded: the same table is our choice. Demonstrations have no thoughts, so
 il teaches to act at once. The prompts and the settings of GRPO are not public: these are ours, as
-are AdamW's betas, 5 steps of warm-up, and gradients clipped to norm 1.
+are AdamW's betas, no weight decay, 5 steps of warm-up, and gradients clipped to norm 1.
 
     python act.py                                        # tiny, household: .07 -> .43, minutes
     python act.py --pipeline il,il --out-dir runs/il,il  # a control with equal epochs
@@ -134,7 +134,6 @@ class Job:
     pairs: list = field(default_factory=list)
     stage: str = "before"  # then such as 1-act
     last: int = 0  # the step of the run that ends the stage
-    warned: set = field(default_factory=set)  # of the cut replies of these
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -686,7 +685,7 @@ def evaluate(job, splits, count):
         played = rollout(job.model, job.chat, args, split, range(count),
                          temperature=args.eval_temperature, stream=("evaluate",))
         found[split] = watch(played)
-        common.warn_cut(found[split], LIMITS, job.warned)
+        common.warn_cut(found[split], LIMITS)
         episodes += played
         tqdm.write(common.result_line(split, found[split]))
     return found, episodes
@@ -805,8 +804,9 @@ def gather(job, files, paired):
         rows = run.collect("pairs.jsonl", job.progress, make)
         for row in rows:
             counts.update(row["proposed"])
-    job.pairs = that_fit(job, pairs_of(job.world, rows or []))
-    check_data(job, paired, counts)
+    pairs = pairs_of(job.world, rows or [])
+    job.pairs = that_fit(job, pairs)
+    check_data(job, paired, counts, len(pairs))
     return dict(counts)
 
 
@@ -838,12 +838,19 @@ def check_args(args):
 
 
 def read_files(world, args):
-    """The rows of --demos and --pairs; None for what is not given."""
+    """The rows of --demos and --pairs, without columns of another form; None: not given."""
     found = []
     for option, path in ("--demos", args.demos), ("--pairs", args.pairs):
-        check = functools.partial(check_row, world, args, option == "--pairs")
-        found.append(common.read_rows(option, path, check) if path else None)
+        paired = option == "--pairs"
+        check = functools.partial(check_row, world, args, paired)
+        rows = common.read_rows(option, path, check) if path else None
+        known = {*ROW, *PAIR} if paired else ROW
+        found.append(rows and [{key: row[key] for key in row if key in known} for row in rows])
     return found
+
+
+ROW = {"env", "split", "seed", "messages", "admissible"}
+PAIR = {"turn", "expert", "candidates", "proposed"}
 
 
 def check_row(world, args, paired, row):
@@ -879,8 +886,14 @@ def check_room(args, chat, model, messages, room):
                  "--prefill: the chat template of this model opens a thought before each reply")
 
 
-def check_data(job, paired, counts):
-    """Tells what the stages have to work on, and refuses what is not enough."""
+def check_data(job, paired, counts, pairs):
+    """Tells what the stages have to work on, and refuses what is not enough.
+
+    `pairs`: how many there are; those without room in the context are counted, and states likewise.
+    """
+    left_out = {"states_left_out": len(states_of(job.demos)) - len(job.states),
+                "pairs_left_out": pairs - len(job.pairs)}
+    counts.update({name: count for name, count in left_out.items() if count})
     possible = sum(pair["possible"] for pair in job.pairs)
     summary = (f"{len(job.states)} states, {len(job.pairs)} pairs, {possible} of them of two "
                f"possible actions {dict(counts)}")
@@ -935,15 +948,14 @@ def end_step(job, step, metrics, replies=()):
     if run.step == 1:  # the evaluation before any has no line of its own
         for name, value in job.progress["stages"]["before"]["test"].items():
             metrics[f"before_{name}"] = value
-    common.warn_cut(metrics, LIMITS, job.warned)
-    run.log({"stage": job.stage, "stage_step": step, **metrics})
+    run.log({"stage": job.stage, "stage_step": step, **metrics}, LIMITS)
     run.save_if_due(job.progress, **parts(job))
 
 
 def save_stage(job):
     """Saves what a stage ends with; a run that is resumed in a later stage has it already."""
     path = job.run.dir / job.stage
-    if not path.exists():
+    if job.progress["step"] == job.last and not path.exists():
         common.save_model(path, job.model, job.chat)
 
 

@@ -170,6 +170,8 @@ def check_common(args):
     check(args.seed < 2**63, f"--seed must be below 2^63, not {args.seed}")
     check(not args.lora_rank or importlib.util.find_spec("peft"),
           "--lora-rank needs one more package: pip install peft")
+    check(not (args.prefill and args.thinking),
+          "--prefill begins a reply with its marked word: --thinking would never think")
     check(args.dtype in DTYPES, f"--dtype must be one of {', '.join(DTYPES)}, not {args.dtype}")
     check(args.dtype != "bfloat16" or args.eval_only,  # at lr 1e-6 most weights would never move
           "--dtype bfloat16 is for --eval-only: weights of so few digits do not learn; mixed "
@@ -681,15 +683,18 @@ def chosen(reply, word, options) -> int | None:
 CUT = 0.2  # a share of replies that the limit cut off, from which on a warning is due
 
 
-def warn_cut(metrics, flags, told):
+_told = set()  # parts of whose cut replies a warning has told, in this run
+
+
+def warn_cut(metrics, flags):
     """Names the flag, once per part, where over a fifth of a part's replies were cut.
 
-    `metrics` holds the shares as `cut_PART`; `flags`: part -> flag; `told`: a set that remembers.
+    `metrics` holds the shares as `cut_PART`; `flags`: part -> flag.
     """
     for part, name in flags.items():
         share = metrics.get(f"cut_{part}") or 0.0
-        if share > CUT and part not in told:
-            told.add(part)
+        if share > CUT and part not in _told:
+            _told.add(part)
             tqdm.write(f"warning: {share:.0%} of the replies of {part} were cut: raise {name}",
                        file=sys.stderr)
 
@@ -1352,7 +1357,7 @@ class Run:
         self.stopping = 0  # after one of STOPS: the exit status, 128 and its number
         self.in_step = False  # or in a row of data: it is finished before the run stops
         self.clock = self._saved = self._held = self._tracker = None
-        self.warned = set()  # parts of whose cut replies a warning has told
+        _told.clear()
         if self.args.get("eval_only"):
             return
         track = self.args.get("track", "none")
@@ -1606,7 +1611,7 @@ class Run:
             if sampled:
                 told["tokens/s"] = round(sampled / sum(self.clock.laps.values()))
             self._bar.set_postfix(told)
-        warn_cut(record, limits or {}, self.warned)
+        warn_cut(record, limits or {})
         self._append("metrics.jsonl", [record])
         self._track(record)
 

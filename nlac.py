@@ -419,8 +419,8 @@ class Parts:
         for row, ids, text, complete in zip(rows, replies.ids, replies.texts, replies.complete):
             aloud = common.aloud(word + text)
             readable = is_readable(self.world, form.mark, aloud)
-            told = part != "backup" and (readable or not averaged)
-            whole = complete or (is_whole(self.world, aloud) if acts else told)
+            whole = complete or (is_whole(self.world, aloud) if acts else
+                                 part != "backup" and (readable or not averaged))
             if whole:
                 texts[row] = (word + text).strip() if acts else aloud
             counts.update(tokens=len(ids), parse=readable, cut=not complete, lost=not whole)

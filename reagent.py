@@ -775,7 +775,7 @@ def evaluate(state, splits, count, again=False):
             metrics = watch(played)
         _, se = common.mean_se([episode.won for episode in played])
         found[split] = metrics | {"se": se, "n": count}
-        common.warn_cut(metrics, LIMITS, state.run.warned)
+        common.warn_cut(metrics, LIMITS)
         tqdm.write(common.result_line(split, found[split]))
     return found, record(played[0])
 

@@ -26,9 +26,10 @@ Departures from the paper, and why:
     adds up steps: the first turn has no step to rate, and the last step is never rated.
  5. Turn limits are the worlds' own (household 12, household-full 30; paper: 50, 30 and 15).
 The paper leaves open: group size, learning rate and KL weight of its GRPO runs (here: those of its
-DAPO runs); AdamW's betas, warm-up and gradient clipping (at 1); how the loss is averaged over
-tokens; the scale of R_env (1 as written; a public script has 10); gradient steps per batch; whether
-DAPO's sampling looks at R or at R_env (here: R, so where ratings earn few groups are replaced).
+DAPO runs); AdamW's betas, warm-up, no weight decay and gradient clipping (at 1); how the loss is
+averaged over tokens; the scale of R_env (1 as written; a public script and TINY have 10); which std
+(the sample's); gradient steps per batch; whether DAPO's sampling looks at R or at R_env (here: R,
+so where ratings earn few groups are replaced).
 Plain GRPO at equal tokens is --guide off with more --steps: metrics.jsonl counts `tokens`.
 
     python self_guide.py                                   # household, tiny: .06 -> .58, minutes
@@ -90,7 +91,7 @@ class Args:
     track: str = flag("none", "metrics go there, too (an extra to install)", choices=["none", "tensorboard", "wandb"])
     # group-relative policy optimisation
     group_size: int = flag(8, "episodes of one task (paper, for DAPO)")
-    updates: int = flag(1, "gradient steps per step, each on its share of the groups (not in the paper)")
+    updates: int = flag(1, "gradient steps per step, each on its share of the groups; with 1 no ratio is clipped (not in the paper)")
     estimator: str = flag("grpo", "dapo: asymmetric clip, token-mean loss and dynamic sampling, as DAPO has them (paper: both)",
                           choices=["grpo", "dapo"])
     clip: float = flag(0.2, "rho counts as at least 1 - clip, with grpo as at most 1 + clip (paper, for DAPO)")
@@ -467,6 +468,7 @@ def evaluate(model, chat, args, splits, count, guided, rater=None):
             model, chat, args, split, range(count), guided=guided, rater=rater,
             temperature=args.eval_temperature, stream=("evaluate",))
         found[split] = watch(played) | {"n": count}
+        common.warn_cut(found[split], LIMITS)
         tqdm.write(common.result_line(split, found[split]))
     return found, record(played[0])
 
@@ -491,6 +493,7 @@ def main():
     splits = [split for split in ("test", "ood") if split in world.splits]
     if args.eval_only:
         for with_ratings in sorted({guided, guided_after}):  # inference compares both
+            print("with ratings:" if with_ratings else "without ratings:")
             evaluate(model, chat, args, splits, args.eval_episodes, with_ratings)
         return
     run.start(model=model)
@@ -554,10 +557,11 @@ def check_args(args) -> envs.World:
     common.check(len(points) == 4 and 0 <= points[0] < points[1] < points[2] < points[3] <= 1,
                  f"--trust-points must be four growing shares of --steps, not {points}")
     common.check(args.reward_scale > 0, f"--reward-scale must be above 0, not {args.reward_scale}")
-    for name, value in (("trust", "schedule"), ("mean_rating", False), ("flat_groups", True),
-                        ("frozen_rater", False)):
+    for name, value in {"trust": "schedule", **DEPARTURES}.items():
         common.check(args.guide == "on" or getattr(args, name) == value,
                      f"--{name.replace('_', '-')} belongs to --guide on")
+    common.check(not (args.frozen_rater and args.eval_only),
+                 "--frozen-rater: --eval-only knows no weights but those of --model")
     world = common.checked(envs.make, args.env, show_actions=args.show_actions)
     listed = world.reset(seed=0)[1]["admissible"]
     common.check(listed or not args.shots, f"--shots: nothing to play at random in {args.env}")
@@ -588,13 +592,18 @@ def watch_rewards(args, batch, trust):
     }
 
 
+DEPARTURES = {"mean_rating": False, "flat_groups": True, "frozen_rater": False}
+
+
 def arm_of(args):
     """What the settings are called in summary.json."""
     if args.guide == "off":
         return args.estimator
     if args.guide == "inference":
         return "inference"
-    return args.trust + "-dapo" * (args.estimator == "dapo")
+    own = [name.replace("_", "-") for name, value in DEPARTURES.items()
+           if getattr(args, name) != value]
+    return "-".join([args.trust, *["dapo"] * (args.estimator == "dapo"), *own])
 
 
 def end_step(run, args, metrics, played):
@@ -639,11 +648,11 @@ def watch(episodes):
 
 def watch_outcomes(episodes):
     """How the ratings go with the outcome: their sum by outcome, the correlation of their mean."""
-    won = np.array([episode.won for episode in episodes])
+    won = np.array([episode.won for episode in episodes], dtype=bool)
     sums = np.array([sum(label or 0 for label in episode.labels) for episode in episodes])
     means = sums / [len(episode.labels) for episode in episodes]
     correlation = None
-    if won.std() > 0 and means.std() > 0:
+    if len({*won}) > 1 and len({*means}) > 1:  # not std > 0: rounding
         correlation = np.corrcoef(means, won)[0, 1].item()
     return {
         "ratings_if_won": common.mean_se(sums[won])[0],

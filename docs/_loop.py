@@ -162,7 +162,6 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
 
     totals = Counter(env_steps=0, tokens=0, gradient_steps=0, episodes=0)
     seconds = Counter()
-    told = set()
     step = 0
     last = False
     bar = tqdm(total=limit or args.steps, desc=method, dynamic_ncols=True,
@@ -193,7 +192,7 @@ def main(method, arguments, make_learner, tiny=None, quick=None):
             records += [{"step": step, "evaluation": "after", **vars(episode)}] * last
         clock.lap("watching")
         metrics |= nlac.watch_parts(learner.parts) | dict(totals) | clock.seconds()
-        common.warn_cut(metrics, nlac.LIMITS, told)
+        common.warn_cut(metrics, nlac.LIMITS)
         run.log(metrics)
         run.write_rollouts(records)
         bar.update((totals["env_steps"] if limit else step) - bar.n)

@@ -726,7 +726,8 @@ def test_cut_replies_teach_nothing_and_are_counted(stage, tiny, capsys):
     assert common.fingerprint(state.model) == common.fingerprint(tiny[0])
     for _, metrics, _ in told:
         assert metrics["outcome_cut"] == metrics["cut_choice"] == 1 and metrics["reward"] == 0
-    common.warn_cut(metrics, act.LIMITS, set())
+    common._told.clear()
+    common.warn_cut(metrics, act.LIMITS)
     assert "--choice-tokens" in capsys.readouterr().err
     state.args.max_new_tokens = 1
     for told in 1, 0:  # in evaluations, too, and once
@@ -1097,6 +1098,9 @@ def test_a_bad_line_is_named(demos, rows, tmp_path, capsys, paired):
     good, path = (rows if paired else demos)[0], tmp_path / "data.jsonl"
     common.write_jsonl(path, [good] * 3)
     assert read(path, paired) == [good] * 3 == lines(path)
+    foreign = {"time": "noon", "candidate": "x"} | ({} if paired else {"expert": "x", "candidates": ["y"]})
+    common.write_jsonl(path, [good | foreign])  # columns of another form
+    assert read(path, paired) == [good]
     for name, (line, words) in (BAD | (BAD_PAIRS if paired else BAD_DEMOS)).items():
         if isinstance(line, dict):
             line = json.dumps({key: value for key, value in (good | line).items() if value is not ...})

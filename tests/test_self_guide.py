@@ -1174,7 +1174,8 @@ def test_a_schedule_is_of_all_steps(run_script, whole, tmp_path):
     ("", True, "schedule"), ("--trust zero", True, "zero"), ("--trust immediate", True, "immediate"),
     ("--trust no-anneal --estimator dapo --resample 0", True, "no-anneal-dapo"), ("--guide off", False, "grpo"),
     ("--guide off --estimator dapo --resample 0", False, "dapo"),
-    ("--trust immediate --mean-rating --flat-groups False --reward-scale 1 --invalid-penalty 0.05", True, "immediate"),
+    ("--trust immediate --mean-rating --flat-groups False --reward-scale 1 --invalid-penalty 0.05", True,
+     "immediate-mean-rating-flat-groups"),
 ])  # fmt: skip
 def test_arms_differ_in_guidance_and_trust(main_here, tmp_path, flags, guided, arm):
     seen = main_here(f"{SMALL} --steps 2 --trust-points 0 0.2 0.4 0.5 --out-dir run {flags}")
@@ -1197,8 +1198,13 @@ def test_arms_differ_in_guidance_and_trust(main_here, tmp_path, flags, guided, a
 
 
 @pytest.mark.parametrize("guide, compared", [("on", [True]), ("off", [False]), ("inference", [False, True])])
-def test_evaluating_alone_shows_what_the_arm_compares(main_here, tmp_path, guide, compared):
-    assert main_here(f"{SMALL} --guide {guide} --eval-only").guided == compared and not list(tmp_path.glob("run*"))
+def test_evaluating_alone_shows_what_the_arm_compares(main_here, tmp_path, capsys, guide, compared):
+    flags = "--eval-only --max-new-tokens 1 --rate-tokens 1"
+    assert main_here(f"{SMALL} --guide {guide} {flags}").guided == compared and not list(tmp_path.glob("run*"))
+    told = capsys.readouterr()
+    names = [line for line in told.out.splitlines() if line.endswith(" ratings:")]
+    assert names == [("with" if on else "without") + " ratings:" for on in compared]
+    assert ("--rate-tokens" in told.err) == (True in compared) and told.err.count("--max-new-tokens") == 1  # cut, told once
 
 
 def test_a_frozen_rater_stays_the_start_policy(main_here, monkeypatch, tiny, tmp_path):
@@ -1246,7 +1252,7 @@ save_llama = functools.partial(helpers.save_llama, text=[WORLD.system, sg.POLICY
 @pytest.mark.parametrize("env", ["household", "search"])
 def test_what_helps_a_small_chat_model(run_script, llama, tmp_path, env):
     flags = SMALL.replace("--model tiny", f"--model {llama} --device cpu").replace(f"--env {ENV}", f"--env {env}")
-    flags += " --steps 1 --batch-size 4 --micro-batch-size 2 --eval-episodes 1 --max-new-tokens 8 --rate-tokens 8 --thinking"
+    flags += " --steps 1 --batch-size 4 --micro-batch-size 2 --eval-episodes 1 --max-new-tokens 8 --rate-tokens 8"
     result = run_script(f"{flags} --shots 2 --prefill --show-actions --frozen-rater --max-context 4000 --out-dir run", tmp_path)
     assert result.status == 0, result.stderr
     said = [(who, text) for row in lines(tmp_path / "run" / "rollouts.jsonl") for who, text in row["said"]]
@@ -1296,7 +1302,8 @@ BETWEEN = "--model {bad}/between --max-new-tokens 8 --rate-tokens 8"
     ("--trust-points 0.4 nan 0.7 0.8", "--trust-points"), ("--trust-points a b c d", "--trust-points"),
     ("--trust-points", "--trust-points"), ("--guide off --trust zero", "--guide on"), ("--guide off --frozen-rater", "--guide on"),
     ("--guide off --mean-rating", "--mean-rating"), ("--guide off --flat-groups False", "--flat-groups"),
-    ("--guide inference --frozen-rater", "--guide on"), ("--rating-reward nan", "--rating-reward"),
+    ("--guide inference --frozen-rater", "--guide on"), ("--frozen-rater --eval-only", "--frozen-rater"),
+    ("--prefill --thinking", "--prefill"), ("--rating-reward nan", "--rating-reward"),
     ("--rating-reward inf", "--rating-reward"), ("--reward-scale 0", "--reward-scale"), ("--reward-scale -1", "--reward-scale"),
     ("--reward-scale inf", "--reward-scale"), ("--invalid-penalty -1", "--invalid-penalty"), ("--invalid-penalty nan", "--invalid-penalty"),
     ("--dose 1.1", "--dose"), ("--dose nan", "--dose"), ("--dose 0.5", "--dose"),
