@@ -789,10 +789,11 @@ def judge_of(args, agent) -> Learner | None:
         return None
     model, chat = agent.model, agent.chat
     if args.rrm:
-        model, chat = common.load(
-            args.rrm, option="--rrm", device=args.device, dtype=args.dtype,
-            thinking=args.thinking, max_context=args.max_context)
-    elif trains_judge(args) and not args.eval_only:
+        dtype = "bfloat16" if model.compute_dtype else args.dtype  # it is never trained
+        return Learner(*common.load(
+            args.rrm, option="--rrm", device=args.device, dtype=dtype,
+            thinking=args.thinking, max_context=args.max_context))
+    if trains_judge(args) and not args.eval_only:
         return trained(args, common.copy_of(model), chat)
     return Learner(common.frozen_copy(model), chat)
 

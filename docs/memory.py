@@ -84,6 +84,7 @@ def sampling(shape, rows, length, rank=0) -> float:
     Cache, logits, weights and moments.
     """
     cache = 2 * 2 * shape.layers * shape.pair_width * rows * length * 9 / 8  # with room to grow
+    cache *= 3 / 2  # when half of the rows have ended, those that go on are copied
     weights = 2 * shape.parameters + 14 * shape.adapters(rank) if rank else 14 * shape.parameters
     reading = 8192 * (6 * shape.hidden + 10 * shape.width)  # so many tokens at once, layer by layer
     return weights + cache + max(18 * shape.vocabulary * rows, reading)
@@ -148,7 +149,8 @@ How it is computed, in bytes:
 - **The frozen copy of the KL**: 2 for a weight of a linear layer, 4 for one of the embeddings; of
   adapters 4 for each of theirs.
 - **Sampling**: weights and moments, 2 x 2 x layers x width of keys for a token in the cache and an eighth
-  of room; then 18 x vocabulary for a row, or what a layer needs of 8,192 tokens that enter the cache.
+  of room, half of it again for the rows that go on when the others have ended; then 18 x vocabulary for a
+  row, or what a layer needs of 8,192 tokens that enter the cache.
 
 Against peaks measured on an H200 ([gpu_h200.jsonl](gpu_h200.jsonl), before AdamW was fused and the head took
 12 bytes: 20 and 16.4 then) the function is within 2% in all five cases; against all allocations of whole

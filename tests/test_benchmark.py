@@ -127,17 +127,51 @@ def test_a_step_of_act():
     assert found["group"] == 4 and found["length"] > 100 and found["seconds"] > 0
 
 
+def kit(out, environment, *seconds):
+    """What `bash docs/gpu.sh OUT dry` leaves: its process, and the records of its benchmark."""
+    path = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(["bash", ROOT / "docs" / "gpu.sh", out, "dry", *seconds], env=environment | {"PATH": path},
+                          capture_output=True, text=True)  # fmt: skip
+    return done, [json.loads(line) for line in (out / "benchmark.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
 def test_the_kit_walks_through_in_small(tmp_path, environment):
     """`environment` has a cache of its own: the runs build their tiny models."""
-    done = subprocess.run(["bash", ROOT / "docs" / "gpu.sh", tmp_path / "out", "dry"], env=environment | {"PATH": (
-        f"{Path(sys.executable).parent}:{environment['PATH']}")}, capture_output=True, text=True)
+    done, records = kit(tmp_path / "out", environment)
     assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in (tmp_path / "out" / "benchmark.jsonl").read_text().splitlines()]
     assert {record["part"] for record in records} == {"step", "decode", "grpo", "episodes", "head"}
     for record in records:
         skipped = "skipped" in record and "trl" in record["flags"]
         assert skipped or record["peak_GB"] > 0 and "failed" not in record, record
-    for name in "imitation", "grpo", "guided", "nlac":
-        assert (tmp_path / "out" / name / "summary.json").exists(), (name, done.stdout)
-        assert not (tmp_path / "out" / name / "model").exists()
+
+
+def test_the_kit_ends_when_its_time_is_over(tmp_path, environment):
+    done, records = kit(tmp_path / "out", environment, "16")
+    assert done.returncode == 0, done.stderr
+    assert "step" in {record["part"] for record in records if "seconds" in record}
+    assert {record["part"] for record in records if "skipped" in record} >= {"decode", "head", "episodes"}
+    assert "nlac: no time left" in done.stdout
+    again = subprocess.run(["bash", ROOT / "docs" / "gpu.sh", tmp_path / "out", "dry"], capture_output=True, text=True)
+    assert again.returncode == 2 and "is not empty" in again.stderr  # nobody's runs are deleted
+
+
+def test_a_part_may_fail_alone(tmp_path, capsys):
+    lines = ["step --shape tiny --arm nothing", "step --shape tiny --length 32 --rounds 1 --arm full"]
+    benchmark.run_all(lines, tmp_path / "out.jsonl", 100)
+    failed, measured = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+    assert failed["failed"].startswith("KeyError") and measured["seconds"] > 0 and measured["TFLOPS"] > 0
+    assert "nothing" in capsys.readouterr().out
+
+
+def test_floating_point_operations_by_hand():
+    """One layer's product is 2 operations a weight and token, forward and twice backward; adapters spare a third."""
+    args = SimpleNamespace(shape="tiny", arm="full")
+    ids, mask = torch.zeros(2, 8), torch.zeros(2, 8)
+    mask[:, -2:] = 1
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    attention = 2 * 2 * 64 * sum(range(1, 9)) * 2 * 2  # layers, products, width, pairs, rows, 2 a pair
+    expected = 3 * (2 * linear * 16 + 2 * 64_000 * 4 + attention)
+    assert benchmark.flops(args, ids, mask) == pytest.approx(expected, rel=0.05)
+    args.arm = "lora"
+    assert benchmark.flops(args, ids, mask) < expected * 0.75
